@@ -1,0 +1,1 @@
+"""Scenes, clips and their cached latents."""

@@ -1,0 +1,46 @@
+"""Real scenes to a folder of prepared clips."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.progress import track
+
+from fvgen.data.clips import Clip, ClipFolder, make_clip, save_clips
+from fvgen.data.photos import scene_clips
+from fvgen.data.scenes import Scene, find_scenes, read_scene
+from fvgen.data.synthetic import RADIUS
+from fvgen.errors import UserError
+
+
+def read_scenes(folder: str | Path) -> list[Scene]:
+    """All scenes below ``folder``, read and checked; raises UserError for the first thing wrong with any of them."""
+    return [read_scene(path) for path in find_scenes(folder)]
+
+
+def split_scenes(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Scene]]:
+    """(train, held out): every fourth scene is held out, at least one, beginning with the second.
+
+    Raises UserError for a single scene: what the student has seen cannot judge it.
+    """
+    if len(scenes) < 2:
+        raise UserError("one scene cannot be split into training and held-out scenes; give a folder with two or more")
+    held_out = list(scenes[1::4])
+    return [scene for scene in scenes if scene not in held_out], held_out
+
+
+def prepare_scenes(
+    scenes: Sequence[Scene], out: str | Path, per_scene: int, frames: int, height: int, width: int, seed: int = 0
+) -> ClipFolder:
+    """``per_scene`` clips of each scene, first and last photograph known, written to ``out``; kept if already there."""
+    if not (Path(out) / "index.json").exists():
+        clips: list[Clip] = []
+        for scene in track(scenes, "photographs"):
+            for photo in scene_clips(scene, per_scene, frames, height, width, seed):
+                known = (0, frames - 1)
+                clips.append(
+                    make_clip(photo.name, photo.truth, photo.cameras, photo.points, photo.colors, known, RADIUS)
+                )
+        save_clips(out, clips, {"kind": "photographs", "scenes": [scene.name for scene in scenes], "seed": seed})
+    return ClipFolder(out)

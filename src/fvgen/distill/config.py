@@ -1,0 +1,176 @@
+"""Settings of a distillation: typed, documented, judged before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fvgen.errors import UserError, did_you_mean
+from fvgen.objectives.divergences import DIVERGENCES
+from fvgen.objectives.gan import KINDS
+
+Stage = Literal["gan", "dmd"]
+SECTIONS = ("gan", "dmd")
+
+
+class StageConfig(BaseModel):
+    """One stage: "gan" (FVGen section 4.1) or "dmd" (section 4.2, in which the adversarial update goes on)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    stage: Stage
+    out: str = Field(description="folder of this run; the same command again resumes it")
+    teacher: str = Field("tiny", description="a ViewCrafterPipeline folder, or the name of a shipped preset")
+    data: str = Field("builtin", description="a folder of prepared clips, or 'builtin' for the built-in scenes")
+    clips: int = Field(64, ge=1, description="how many built-in clips to train on; ignored for a folder")
+    init: str = Field("", description="folder of an earlier stage whose student and head to start from; '' for the teacher")
+    seed: int = Field(0, ge=0)
+    device: str = Field("cpu", description="where to train, as torch names it: cpu, cuda, cuda:1")
+
+    iterations: int = Field(200, ge=1)
+    batch_size: int = Field(4, ge=1)
+    student_steps: Literal[1, 2, 4, 8] = Field(4, description="NFE of the student")
+    student_input: Literal["noised", "simulated"] = Field(
+        "noised",
+        description="what the student denoises: noised real clips (FVGen algorithm 1) or its own earlier steps (DMD2)",
+    )
+    critic_updates: int = Field(2, ge=1, description="updates of head and fake score per student update (two-time-scale rule)")
+    head_warmup: int = Field(0, ge=0, description="first iterations in which only the critics learn")
+
+    student_lr: float = Field(5e-5, gt=0)
+    fake_score_lr: float = Field(5e-5, gt=0)
+    head_lr: float = Field(5e-5, gt=0)
+    beta1: float = Field(0.0, ge=0, lt=1, description="AdamW's first moment; 0 is usual where critics move")
+    beta2: float = Field(0.999, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0, description="largest gradient norm of each network")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the student's averaged weights, which are the result")
+
+    gan_weight: float = Field(1.0, ge=0, description="of the adversarial loss in the student's loss")
+    gan_kind: str = Field("non_saturating", description=f"one of {', '.join(KINDS)}")
+    r1_weight: float = Field(0.0, ge=0, description="of the approximate gradient penalty on real clips; 0 is off")
+    r1_sigma: float = Field(0.05, gt=0, description="its perturbation, in units of the noised latents")
+    regression_weight: float = Field(
+        0.0, ge=0, description="of the mean squared error to the true latents (noised input only); the paper has none"
+    )
+    head_channels: int = Field(64, ge=8, multiple_of=8)
+    t_min: int = Field(20, ge=0, le=999, description="lowest timestep at which samples are noised for the critics")
+    t_max: int = Field(979, ge=0, le=999, description="highest one")
+
+    dmd_weight: float = Field(1.0, ge=0, description="of the distribution-matching loss in the student's loss")
+    divergence: str = Field("softened_reverse_kl", description=f"one of {', '.join(DIVERGENCES)}")
+    guidance: float | None = Field(None, ge=0, description="on the real score; null takes the teacher's own")
+    ratio_bins: int = Field(10, ge=1, le=1000, description="bins of timesteps with a running mean of the weight each")
+    ratio_decay: float = Field(0.99, gt=0, lt=1, description="of those running means")
+
+    checkpoint_every: int = Field(50, ge=1, description="iterations between checkpoints")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> StageConfig:
+        for field, table in (("divergence", DIVERGENCES), ("gan_kind", KINDS)):
+            value = getattr(self, field)
+            if value not in table:
+                raise ValueError(f"{field}={value!r} is unknown{did_you_mean(value, table)}")
+        if self.t_min > self.t_max:
+            raise ValueError(f"t_min={self.t_min} lies above t_max={self.t_max}; swap them")
+        if self.regression_weight > 0 and self.student_input == "simulated":
+            raise ValueError("regression_weight needs student_input=noised: a simulated clip has no true latents")
+        if self.stage == "gan" and self.gan_weight == 0 and self.regression_weight == 0:
+            raise ValueError("gan_weight=0 and regression_weight=0 leave stage gan nothing to learn from")
+        return self
+
+
+class RunConfig(BaseModel):
+    """Both stages, one after the other: ``out/stage1_gan``, then ``out/stage2_dmd`` starting from it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    gan: StageConfig
+    dmd: StageConfig
+
+
+def stage_config(stage: Stage, settings: dict[str, Any], where: str = "settings") -> StageConfig:
+    """A judged `StageConfig`. Raises UserError that names the first wrong setting, ``where`` it stands and the cure."""
+    known = StageConfig.model_fields
+    for key in settings:
+        if key not in known:
+            raise UserError(f"{where}: unknown setting {key!r}{did_you_mean(str(key), known)}")
+    try:
+        return StageConfig(**{**settings, "stage": stage})
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] == "missing":
+            raise UserError(f"{where}: {first['loc'][0]} is not given; add {first['loc'][0]}=...") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        name = f"{first['loc'][0]}={first['input']!r}: " if first["loc"] else ""
+        raise UserError(f"{where}: {name}{problem[0].lower() + problem[1:]}") from None
+
+
+def run_config(settings: dict[str, Any], out: str | Path, where: str = "settings") -> RunConfig:
+    """Both stages from one mapping: common settings on top, departures of a stage under ``gan`` and ``dmd``."""
+    first = Path(out) / "stage1_gan"
+    gan = stage_config("gan", {**_section(settings, "gan", where), "out": str(first)}, where)
+    dmd_settings = {**_section(settings, "dmd", where), "out": str(Path(out) / "stage2_dmd"), "init": str(first)}
+    return RunConfig(gan=gan, dmd=stage_config("dmd", dmd_settings, where))
+
+
+def read_stage_config(stage: Stage, file: str | Path, overrides: Sequence[str]) -> StageConfig:
+    """A recipe's settings: the YAML ``file``, its section for ``stage``, then ``key=value`` words, the last word wins."""
+    settings = _section(read_yaml(file), stage, str(file))
+    return stage_config(stage, {**settings, **parse_overrides(overrides)}, str(file))
+
+
+def read_yaml(file: str | Path) -> dict[str, Any]:
+    """A YAML mapping; raises UserError for a file that is missing or something else."""
+    try:
+        settings = yaml.safe_load(Path(file).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"config file {file} cannot be read ({reason}); give a YAML file of settings") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"config file {file} holds no 'key: value' lines; give a YAML file of settings")
+    return settings
+
+
+def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
+    """``["lr=1e-4", "out=runs/a"]`` to a mapping; values are read as YAML, and 1e-4 as the number that it looks like."""
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise UserError(f"{word!r} is no setting; write key=value, for example iterations=200")
+        settings[key] = _value(key, value)
+    return settings
+
+
+def _value(key: str, text: str) -> Any:
+    field = StageConfig.model_fields.get(key)
+    if field is not None and field.annotation is str:  # a folder named 2024 stays a name
+        return text
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"the value of {key}={text} cannot be read; quote it or write a plain number or word") from None
+    try:
+        return float(value) if isinstance(value, str) else value  # YAML 1.1 takes 1e-4 for a word
+    except ValueError:
+        return value
+
+
+def _section(settings: dict[str, Any], stage: Stage, where: str) -> dict[str, Any]:
+    common = {key: value for key, value in settings.items() if key not in SECTIONS}
+    section = settings.get(stage) or {}
+    if not isinstance(section, dict):
+        raise UserError(f"{where}: section {stage!r} holds no 'key: value' lines")
+    return {key: _number(value) for key, value in {**common, **section}.items()}
+
+
+def _number(value: Any) -> Any:
+    try:
+        return float(value) if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower() else value
+    except ValueError:
+        return value

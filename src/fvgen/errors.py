@@ -1,0 +1,20 @@
+"""The one exception that a user may see as a single sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message says what is wrong, where, and what to do.
+
+    The command line prints it without a traceback and exits with code 2.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A clause such as ``; did you mean 'seed'?``, or the list of known names when none is near."""
+    known = sorted(known)
+    near = get_close_matches(name, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"

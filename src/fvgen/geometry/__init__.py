@@ -1,0 +1,1 @@
+"""Cameras and point clouds. Knows nothing of the rest of the package."""

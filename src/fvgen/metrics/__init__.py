@@ -1,0 +1,88 @@
+"""Image metrics, and one call that scores a set of images with all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fvgen.metrics.frechet import (
+    fid,
+    frechet_distance,
+    inception_features,
+    kernel_distance,
+    kid,
+    kid_squeeze,
+    squeeze_features,
+)
+from fvgen.metrics.image import check_images, lpips, psnr, ssim
+from fvgen.metrics.weights import Unavailable
+
+__all__ = [
+    "METRICS",
+    "Unavailable",
+    "fid",
+    "frechet_distance",
+    "inception_features",
+    "kernel_distance",
+    "kid",
+    "kid_squeeze",
+    "lpips",
+    "psnr",
+    "score_images",
+    "squeeze_features",
+    "ssim",
+]
+
+METRICS = ("psnr", "ssim", "lpips", "fid", "kid", "kid_squeeze")
+
+
+def score_images(predicted: Tensor, truth: Tensor) -> dict[str, object]:
+    """Every metric of ``predicted`` against ``truth``, both [N, 3, H, W] in [0, 1], ready for JSON.
+
+    Keys: each name of `METRICS`, a float (psnr, ssim and lpips averaged over the images) or None;
+    ``lpips_net``, the backbone of lpips or None; ``n``, the number of images; ``why_null``, one sentence for
+    each metric that is None. A None is never stood in for: see `fvgen.metrics.weights`.
+    Raises UserError when FVGEN_WEIGHTS names no folder or a weights file is damaged.
+    """
+    scores: dict[str, object] = dict.fromkeys(METRICS) | {
+        "lpips_net": None,
+        "n": predicted.shape[0],
+        "why_null": {},
+    }
+    if not torch.isfinite(predicted).all():
+        reason = "the predicted images hold NaN or infinite values"
+        return scores | {"why_null": dict.fromkeys(METRICS, reason)}
+    check_images(predicted, truth)
+    for names, compute in _GROUPS.items():
+        try:
+            scores |= zip(names, compute(predicted, truth), strict=True)
+        except Unavailable as reason:
+            scores["why_null"] |= {name: str(reason) for name in names if name in METRICS}
+    return scores
+
+
+def _lpips(predicted: Tensor, truth: Tensor) -> tuple[float, str]:
+    values, net = lpips(predicted, truth)
+    return _mean(values), net
+
+
+def _inception_distances(predicted: Tensor, truth: Tensor) -> tuple[float, float]:
+    features = inception_features(predicted), inception_features(truth)
+    return frechet_distance(*features), kernel_distance(*features)
+
+
+def _mean(values: Tensor) -> float:
+    return values.double().mean().item()
+
+
+_GROUPS: dict[
+    tuple[str, ...], Callable[[Tensor, Tensor], tuple]
+] = {  # one run of a network fills several names
+    ("psnr",): lambda predicted, truth: (_mean(psnr(predicted, truth)),),
+    ("ssim",): lambda predicted, truth: (_mean(ssim(predicted, truth)),),
+    ("lpips", "lpips_net"): _lpips,
+    ("fid", "kid"): _inception_distances,
+    ("kid_squeeze",): lambda predicted, truth: (kid_squeeze(predicted, truth),),
+}

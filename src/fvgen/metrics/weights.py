@@ -1,0 +1,125 @@
+"""Where the metrics' networks come from: the folder FVGEN_WEIGHTS, torch hub's cache, or a download.
+
+Nothing here downloads unasked or hands out random weights: what cannot be had raises `Unavailable`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fvgen.errors import UserError
+
+TORCHVISION = "https://download.pytorch.org/models/"
+TORCH_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
+
+# File names are the publishers' own; the fp16 one is the same SqueezeNet at half the size.
+SQUEEZENET = ("squeezenet1_1_fp16.safetensors", "squeezenet1_1-b8a52dc0.pth")
+ALEXNET = ("alexnet-owt-7be5be79.pth",)
+VGG16 = ("vgg16-397923af.pth",)
+INCEPTION = ("weights-inception-2015-12-05-6726825d.pth",)
+ADDRESSES = {
+    "squeezenet1_1-b8a52dc0.pth": TORCHVISION,
+    "alexnet-owt-7be5be79.pth": TORCHVISION,
+    "vgg16-397923af.pth": TORCHVISION,
+    "weights-inception-2015-12-05-6726825d.pth": TORCH_FIDELITY,
+}
+
+
+class Unavailable(UserError):
+    """A metric that has no value here; the message is the reason, one sentence, fit for a report."""
+
+
+def locate(names: Sequence[str]) -> Path:
+    """The first file of ``names`` in the folder FVGEN_WEIGHTS, then in torch hub's cache.
+
+    When there is none and the environment says FVGEN_DOWNLOAD=1, the first name with a known address is
+    downloaded into torch hub's cache. Raises Unavailable otherwise, and UserError when FVGEN_WEIGHTS names no
+    folder.
+    """
+    cache = Path(torch.hub.get_dir()) / "checkpoints"
+    for folder in [*_named_folder(), cache]:
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    if os.environ.get("FVGEN_DOWNLOAD") != "1":
+        raise Unavailable(
+            f"the weights {' or '.join(names)} are neither in the folder FVGEN_WEIGHTS nor in torch hub's "
+            "cache; put them there, or set FVGEN_DOWNLOAD=1 to allow their download"
+        )
+    return _download(next(name for name in names if name in ADDRESSES), cache)
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The state dict in ``path``, floats as float32: .safetensors, or .pth read without running pickled code.
+
+    Raises UserError when the file is cut short or does not match the SHA-256 digits in its own name.
+    """
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            _check_digest(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
+        raise unusable(path, error) from error
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def unusable(path: Path, error: Exception) -> UserError:
+    """The sentence for a weights file that exists but cannot be used."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
+    return UserError(
+        f"weights file {path} cannot be used ({reason}); replace it with an intact one or remove it"
+    )
+
+
+@contextmanager
+def building() -> Iterator[None]:
+    """For building a network that is filled afterwards: its random start and its warnings leave no trace."""
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _named_folder() -> list[Path]:
+    name = os.environ.get("FVGEN_WEIGHTS")
+    if not name:
+        return []
+    if not Path(name).is_dir():
+        raise UserError(f"FVGEN_WEIGHTS names {name}, which is not a folder; correct or unset the variable")
+    return [Path(name)]
+
+
+def _download(name: str, folder: Path) -> Path:
+    target = folder / name
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(ADDRESSES[name] + name, str(target), hash_prefix=_digest_in(name))
+    except (OSError, RuntimeError) as error:
+        raise Unavailable(f"the download of {name}, allowed by FVGEN_DOWNLOAD=1, failed ({error})") from error
+    return target
+
+
+def _digest_in(name: str) -> str:
+    """The leading SHA-256 digits that the publishers put at the end of a file name."""
+    found = re.search(r"-([0-9a-f]{8,})\.pth$", name)
+    assert found, name
+    return found.group(1)
+
+
+def _check_digest(path: Path) -> None:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(_digest_in(path.name)):
+        raise ValueError(f"its SHA-256 starts with {digest[:8]}")

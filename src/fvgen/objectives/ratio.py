@@ -1,0 +1,80 @@
+"""From a discriminator's logits to a weight per sample that is still a weight at micro-batch 1."""
+
+import torch
+from torch import Tensor, nn
+
+from fvgen.objectives.common import full_precision, sample_mean
+
+TINY = 1e-8
+"""Smallest mean to divide by: guards against 0/0 where every weight has underflowed."""
+
+
+def log_ratio(logits: Tensor) -> Tensor:
+    """log(p_teacher/q_student) [B] from logits [B, ...] with real = positive: their mean, without a graph.
+
+    FVGen Eq. (7), with f the probability of *real* (its Eq. (5) has the opposite sign): r = f/(1-f) =
+    exp(logit).
+    """
+    return sample_mean(logits.detach())
+
+
+class RatioNormalizer(nn.Module):
+    """Divides weights h by their running mean, kept per bin of timesteps; never by the batch at hand.
+
+    h depends on the noise level: where noise hides the difference all ratios are one, near clean samples they
+    spread over decades. Dividing by the mean of a bin keeps the step size comparable between bins and
+    divergences. Dividing by the mean of the *current batch* would turn the weight of a lone sample into
+    exactly one, that is, any divergence into reverse KL.
+
+    Each bin holds decayed sums of weights and of sample counts, so its mean needs no bias correction. It
+    starts as `prior` observations of `initial`, which later ones wash out; the weight at log r = 0, where
+    student and teacher agree, is a good `initial`. The sums are buffers: `state_dict` saves them. Nothing
+    here waits for the device.
+
+    A batch is divided by one state and then added as a whole, so splitting it into micro-batches gives
+    slightly other numbers: later parts are divided by means that know the earlier ones. To share the means
+    between processes, gather (h, t) and give all of them to `update`.
+    """
+
+    def __init__(
+        self,
+        initial: float = 1.0,
+        bins: int = 10,
+        decay: float = 0.99,
+        prior: float = 4.0,
+        timesteps: int = 1000,
+    ) -> None:
+        super().__init__()
+        assert initial > 0 and prior > 0 and 0 < decay < 1 and 0 < bins <= timesteps
+        self.bins, self.decay, self.timesteps = bins, decay, timesteps
+        self.weight_sum: Tensor
+        self.sample_sum: Tensor
+        self.register_buffer("weight_sum", torch.full((bins,), float(prior * initial)))
+        self.register_buffer("sample_sum", torch.full((bins,), float(prior)))
+
+    def mean(self, t: Tensor) -> Tensor:
+        """Running mean of h [B] in the bins of timesteps t [B], integers in 0..timesteps-1."""
+        index = self._bin(t)
+        return self.weight_sum[index] / self.sample_sum[index].clamp(min=TINY)
+
+    @torch.no_grad()
+    def update(self, h: Tensor, t: Tensor) -> None:
+        """Adds weights h [B] seen at timesteps t [B]; h that is not finite is left out."""
+        assert h.shape == t.shape and h.ndim == 1
+        index, finite = self._bin(t), h.isfinite()
+        value = torch.where(finite, h, 0).to(self.weight_sum.dtype)
+        new = torch.zeros_like(self.sample_sum).index_add_(0, index, finite.to(self.sample_sum.dtype))
+        keep = self.decay**new
+        self.weight_sum.mul_(keep).index_add_(0, index, value)
+        self.sample_sum.mul_(keep).add_(new)
+
+    @torch.no_grad()
+    def normalize(self, h: Tensor, t: Tensor) -> Tensor:
+        """h [B] at timesteps t [B], divided by the mean that earlier calls left -> [B]; then h joins the
+        mean."""
+        normalized = full_precision(h) / self.mean(t).clamp(min=TINY)
+        self.update(h, t)
+        return normalized
+
+    def _bin(self, t: Tensor) -> Tensor:
+        return t.long() * self.bins // self.timesteps

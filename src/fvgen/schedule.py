@@ -1,0 +1,130 @@
+"""Noise levels: ViewCrafter's schedule, and conversions between velocity, noise, score and clean latents.
+
+Symbols: t timestep 0..999, ab_t cumulative alpha ("alpha_bar"), k_t dynamic rescale, z0 clean latents.
+
+    x_t = sqrt(ab_t) k_t z0 + sqrt(1 - ab_t) eps          what the network sees
+    v   = sqrt(ab_t) eps - sqrt(1 - ab_t) k_t z0          what it predicts (Salimans and Ho 2022, appendix D)
+
+At t = 999 ab_t is exactly 0 (zero terminal SNR, Lin et al. 2024), x_t is pure noise and v = -k_t z0; every function
+here stays finite there. This is why there is no conversion from predicted noise to clean latents: at t = 999 the noise
+says nothing about them. "Clean" always means z0 itself, with k_t undone.
+
+Tensors are latents [B, C, F, h, w] (any trailing shape works), t is [B] integers or one int. Results have the type
+that float32 tables and the latents promote to, so half-precision latents give float32 results.
+"""
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fvgen.errors import UserError
+
+TIMESTEPS = 1000
+RESCALE_RAMP = 400  # ViewCrafter lowers the latents' scale linearly over the first 400 timesteps
+
+
+def scaled_linear_betas(start: float = 0.00085, end: float = 0.012, steps: int = TIMESTEPS) -> Tensor:
+    """Squares of a linear ramp from sqrt(start) to sqrt(end), [steps] float64 (latent diffusion's "linear")."""
+    return torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float64) ** 2
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Shift and scale sqrt(ab) so that its last value is 0 and its first stays (Lin et al. 2024, algorithm 1)."""
+    root = (1.0 - betas).cumprod(0).sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+    cumulative = root**2
+    alphas = torch.cat([cumulative[:1], cumulative[1:] / cumulative[:-1]])
+    return 1.0 - alphas
+
+
+def trailing_timesteps(steps: int) -> list[int]:
+    """Evenly spaced timesteps that end at 999, ascending; 4 gives 249 499 749 999 (Lin et al. 2024, table 2).
+
+    ViewCrafter's own float arithmetic adds a stray step at -1 for some numbers of steps (61 is the first): not here.
+    """
+    _check_steps(steps, TIMESTEPS, "trailing")
+    descending = np.round(np.arange(TIMESTEPS, 0, -TIMESTEPS / steps))[:steps] - 1
+    return descending[::-1].astype(int).tolist()
+
+
+def uniform_timesteps(steps: int) -> list[int]:
+    """Every (1000 // steps)-th timestep from 1, ascending; more than `steps` of them where that does not divide 1000."""
+    _check_steps(steps, TIMESTEPS // 2, "uniform")
+    return list(range(1, TIMESTEPS + 1, TIMESTEPS // steps))
+
+
+@dataclass(frozen=True, eq=False)
+class NoiseSchedule:
+    """Tables over the timesteps, all [1000] float32, and the conversions that use them."""
+
+    betas: Tensor
+    alphas_cumprod: Tensor  # ab_t
+    signal: Tensor  # sqrt(ab_t)
+    sigma: Tensor  # sqrt(1 - ab_t)
+    scale_arr: Tensor  # k_t
+
+    @classmethod
+    def viewcrafter(cls, base_scale: float) -> "NoiseSchedule":
+        """The published schedule; `base_scale` is 0.3 for the 576x1024 models and 0.7 for the 320x512 one.
+
+        k_t falls linearly from 1 to `base_scale` over the first 400 timesteps and stays there.
+        """
+        betas = rescale_zero_terminal_snr(scaled_linear_betas())
+        alphas_cumprod = (1.0 - betas).cumprod(0)
+        scale_arr = torch.full((TIMESTEPS,), base_scale, dtype=torch.float64)
+        scale_arr[:RESCALE_RAMP] = torch.linspace(1.0, base_scale, RESCALE_RAMP, dtype=torch.float64)
+        tables = (betas, alphas_cumprod, alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt(), scale_arr)
+        return cls(*(table.float() for table in tables))
+
+    def to(self, device: torch.device | str) -> "NoiseSchedule":
+        """The same schedule with its tables on `device` (itself if they are there already)."""
+        if self.betas.device == torch.device(device):
+            return self
+        return NoiseSchedule(*(getattr(self, item.name).to(device) for item in fields(self)))
+
+    def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """x_t from clean latents."""
+        return _at(self.signal, t, z0) * self.rescale(z0, t) + _at(self.sigma, t, z0) * noise
+
+    def velocity(self, z0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """The network's target, from clean latents."""
+        return _at(self.signal, t, z0) * noise - _at(self.sigma, t, z0) * self.rescale(z0, t)
+
+    def rescale(self, z0: Tensor, t: Tensor | int) -> Tensor:
+        """k_t z0: clean latents in the scale that they have at t."""
+        return _at(self.scale_arr, t, z0) * z0
+
+    def x0_from_v(self, x_t: Tensor, v: Tensor, t: Tensor | int) -> Tensor:
+        """Clean latents (sqrt(ab) x_t - sqrt(1 - ab) v) / k_t."""
+        return (_at(self.signal, t, x_t) * x_t - _at(self.sigma, t, x_t) * v) / _at(self.scale_arr, t, x_t)
+
+    def eps_from_v(self, x_t: Tensor, v: Tensor, t: Tensor | int) -> Tensor:
+        """Noise sqrt(ab) v + sqrt(1 - ab) x_t."""
+        return _at(self.signal, t, x_t) * v + _at(self.sigma, t, x_t) * x_t
+
+    def v_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
+        """Velocity (sqrt(ab) x_t - k_t x0) / sqrt(1 - ab) that belongs to clean latents; inverse of `x0_from_v`."""
+        return (_at(self.signal, t, x_t) * x_t - self.rescale(x0, t)) / _at(self.sigma, t, x_t)
+
+    def eps_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
+        """Noise (x_t - sqrt(ab) k_t x0) / sqrt(1 - ab) that belongs to clean latents."""
+        return (x_t - _at(self.signal, t, x_t) * self.rescale(x0, t)) / _at(self.sigma, t, x_t)
+
+    def score_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
+        """Score (sqrt(ab) k_t x0 - x_t) / (1 - ab) of the noisy latents, given the mean x0 of the clean ones.
+
+        FVGen equation 4 and DMD (Yin et al. 2024) equation 4. The form from the noise, -eps / sqrt(1 - ab), is the same.
+        """
+        return -self.eps_from_x0(x_t, x0, t) / _at(self.sigma, t, x_t)
+
+
+def _at(table: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
+    """The table's entries at t, shaped to multiply `like`: [B, 1, ...], or [] for one int."""
+    return table[t] if isinstance(t, int) else table[t].reshape(-1, *[1] * (like.ndim - 1))
+
+
+def _check_steps(steps: int, most: int, spacing: str) -> None:
+    if not 1 <= steps <= most:
+        raise UserError(f"Sampling with {steps} steps and {spacing} spacing is impossible: ask for 1 to {most} steps.")

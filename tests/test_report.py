@@ -1,0 +1,221 @@
+"""The report's two files: what a program reads back, and that the page is whole, safe and self-contained."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fvgen.metrics import score_images
+from fvgen.report import LABELS, TABLE, ReportClip, loss_curves, pictures, table, write_report
+
+FRAMES, HEIGHT, WIDTH = 5, 24, 40
+NASTY = "attic <script>alert(1)</script> \"&' {{ 7 * 7 }}"
+
+
+class Page(HTMLParser):
+    """Tags, their attributes, and the visible text of a page."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def having(self, tag):
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+def clip(name, seed=0, columns=tuple(LABELS), size=(FRAMES, 3, HEIGHT, WIDTH)):
+    generator = torch.Generator().manual_seed(seed)
+    return ReportClip(name, {key: torch.rand(size, generator=generator) for key in columns})
+
+
+@pytest.fixture
+def clips():
+    return [clip(NASTY), clip("cellar", 1)]
+
+
+@pytest.fixture
+def report(clips, monkeypatch, tmp_path):
+    monkeypatch.delenv("FVGEN_WEIGHTS", raising=False)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    truth = torch.cat([c.videos["truth"] for c in clips])
+    steps = {
+        "render": (0, 0),
+        "teacher": (50, 100),
+        "teacher_few": (4, 8),
+        "gan_init": (4, 4),
+        "student": (4, 4),
+    }
+    rows = {
+        key: {"steps": s, "nfe": nfe, "seconds_per_clip": 0.05 * nfe + 0.01}
+        | score_images(torch.cat([c.videos[key] for c in clips]), truth)
+        for key, (s, nfe) in steps.items()
+    }
+    return {
+        "data": "made-up clips",
+        "scenes": [c.name for c in clips],
+        "frames": FRAMES,
+        "height": HEIGHT,
+        "width": WIDTH,
+        "seed": 0,
+        "device": "cpu",
+        "rows": rows,
+        "speedup": 5.01 / 0.21,
+        "stages": [{"name": "stage1", "iterations": 60, "seconds": 1.5}],
+    }
+
+
+CURVES = {"stage1": [{"iteration": i, "loss_generator": 1 / (i + 1), "seconds": 0.1} for i in range(60)]}
+
+
+@pytest.fixture
+def page(report, clips, tmp_path):
+    write_report(tmp_path / "run", report, clips, CURVES)
+    return (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_json_round_trip(report, clips, tmp_path):
+    write_report(tmp_path, report, clips, CURVES)
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+
+
+def test_what_is_not_finite_becomes_null(report, clips, tmp_path):
+    report["speedup"] = float("inf")
+    report["rows"]["student"]["psnr"] = float("nan")
+    write_report(tmp_path, report, clips, CURVES)
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    read = json.loads((tmp_path / "report.json").read_text(), parse_constant=refuse)
+    assert read["speedup"] is None and read["rows"]["student"]["psnr"] is None
+
+
+def test_every_field_is_documented(report):
+    text = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
+    fields = {
+        *report,
+        *report["rows"],
+        *(key for row in report["rows"].values() for key in row),
+        *report["stages"][0],
+    }
+    assert not [field for field in fields if f"`{field}`" not in text]
+
+
+def test_page_loads_nothing(page):
+    assert not re.search(r"https?:|@import|url\(|//cdn", page)
+    for tag, attributes in Page(page).tags:
+        assert tag not in ("link", "iframe", "object", "embed")
+        assert (attributes.get("src") or "data:").startswith("data:") and "href" not in attributes
+
+
+def test_names_are_escaped(page):
+    assert "<script>alert" not in page
+    assert NASTY in "".join(Page(page).text)
+    assert any(NASTY in attributes.get("aria-label", "") for attributes in Page(page).having("canvas"))
+    assert len(Page(page).having("script")) == 1
+
+
+def test_every_picture_has_a_text(page):
+    parsed = Page(page)
+    assert len(parsed.having("canvas")) == len(parsed.having("img")) == 2 * len(LABELS)
+    assert all(attributes["alt"] for attributes in parsed.having("img"))
+    assert all(attributes["aria-label"] for tag in ("canvas", "svg") for attributes in parsed.having(tag))
+
+
+def test_headline_and_table_say_the_numbers(page, report):
+    text = re.sub(r"\s+", " ", "".join(Page(page).text))
+    assert "makes a clip 23.9× faster than its teacher" in text
+    assert "4 network evaluations instead of 100" in text
+    assert f"reaches {report['rows']['student']['psnr']:.2f} dB PSNR" in text
+
+
+def test_missing_values_share_a_footnote(report, page):
+    header, rows, notes = table(report["rows"])
+    assert [name for name, _ in rows] == list(LABELS)[:5]
+    cells = dict(zip(header, dict(rows)["student"], strict=True))
+    assert cells["PSNR ↑"] == (f"{report['rows']['student']['psnr']:.2f}", None)
+    assert cells["FID ↓"] == ("–", notes.index(report["rows"]["student"]["why_null"]["fid"]) + 1)
+    assert len(notes) == 2 and not any("KID" in text for text in header)  # LPIPS has its reason, FID another
+    assert all(note[1:] in "".join(Page(page).text) for note in notes)
+
+
+def test_table_shows_the_backbone_and_other_distances_when_there_are_values(report):
+    for row in report["rows"].values():
+        row.update(lpips=0.1, lpips_net="squeeze", kid_squeeze=0.25, why_null={})
+    header, rows, notes = table(report["rows"])
+    assert "LPIPS (squeeze) ↓" in header and header[-1] == TABLE["kid_squeeze"][0]
+    assert dict(rows)["student"][-1] == ("0.2500", None)
+    assert dict(rows)["student"][header.index("FID ↓")] == ("–", None) and not notes
+
+
+def test_sheets_hold_the_frames_losslessly():
+    source = clip("attic")
+    out = pictures([source])[0]
+    assert (out["frames"], out["columns"]) == (FRAMES, 3) and list(out["sheets"]) == list(LABELS)
+    data = base64.b64decode(out["sheets"]["student"].removeprefix("data:image/webp;base64,"))
+    sheet = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    assert sheet.shape == (2 * HEIGHT, 3 * WIDTH, 3)
+    expected = (source.videos["student"] * 255).round().byte().permute(0, 2, 3, 1).numpy()
+    for i in range(FRAMES):
+        top, left = i // 3 * HEIGHT, i % 3 * WIDTH
+        np.testing.assert_array_equal(sheet[top : top + HEIGHT, left : left + WIDTH], expected[i])
+
+
+def test_large_clips_stay_below_three_megabytes():
+    """Noise, which no codec likes: 14 MB of pixels."""
+    out = pictures([clip("large", columns=("render", "student", "truth"), size=(16, 3, 256, 384))])
+    assert sum(len(address) for address in out[0]["sheets"].values()) < 2.8e6
+
+
+def test_clips_without_extras_or_stages_make_a_page(report, tmp_path):
+    for key in ("teacher_few", "gan_init", "render"):
+        del report["rows"][key]
+    write_report(tmp_path, report, [clip("attic", columns=("teacher", "student", "truth"))], {})
+    parsed = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert len(parsed.having("canvas")) == 3 and not parsed.having("svg")
+    assert not [attributes for attributes in parsed.having("input") if attributes.get("id") == "all"]
+
+
+def points(text):
+    return np.array([[float(v) for v in pair.split(",")] for pair in text.split()])
+
+
+def test_a_falling_loss_falls_on_the_page():
+    curve = loss_curves([{"iteration": i, "loss": 3 - 0.01 * i} for i in range(200)])[0]
+    line, band = points(curve.line), points(curve.band)
+    assert len(line) <= 50 and (np.diff(line[:, 0]) > 0).all() and (np.diff(line[:, 1]) > 0).all()
+    assert band.min() >= 0 and band.max() <= 1
+    ticks = {text: position for position, text in curve.y_ticks}
+    value_to_y = np.polyfit([float(text) for text in ticks], list(ticks.values()), 1)
+    np.testing.assert_allclose(np.polyval(value_to_y, 3 - 0.01 * line[:, 0] * 199), line[:, 1], atol=1e-3)
+
+
+def test_a_loss_over_decades_gets_powers_of_ten():
+    curve = loss_curves([{"iteration": i, "loss_fake": 10 ** (-i / 50)} for i in range(150)])[0]
+    assert [text for _, text in curve.y_ticks] == ["0.001", "0.01", "0.1", "1"]
+    np.testing.assert_allclose([position for position, _ in curve.y_ticks], [1, 2 / 3, 1 / 3, 0], atol=1e-6)
+
+
+def test_only_finite_losses_are_drawn():
+    rows = [{"iteration": i, "loss_a": float(i), "other": 1.0} for i in range(10)]
+    rows[3]["loss_a"], rows[4]["loss_a"], rows[5]["loss_b"] = float("nan"), None, 1.0
+    rows += [{"iteration": 10, "loss_flat": 0.5}, {"iteration": 11, "loss_flat": 0.5}]
+    curves = {curve.name: curve for curve in loss_curves(rows)}
+    assert list(curves) == ["loss_a", "loss_flat"]  # one value of loss_b is no curve
+    assert len(points(curves["loss_a"].line)) == 8
+    assert np.isfinite(points(curves["loss_flat"].line)).all()
