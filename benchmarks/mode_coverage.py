@@ -39,6 +39,7 @@ import os
 import subprocess
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -143,11 +144,9 @@ class Trial:
         self.runs = len(self.spread)
 
     def networks(self, *sizes: int) -> Networks:
-        pairs = list(zip(sizes[:-1], sizes[1:], strict=True))
+        pairs = list(pairwise(sizes))
         distinct = len(self.shares)
-        weights = [
-            torch.randn(distinct, i, o, generator=self.generator) * math.sqrt(1.5 / i) for i, o in pairs
-        ]
+        weights = [torch.randn(distinct, i, o, generator=self.generator) * math.sqrt(1.5 / i) for i, o in pairs]
         return Networks(weights, [torch.zeros(distinct, 1, o) for _, o in pairs]).copies(self.spread)
 
     def normal(self, count: int = BATCH) -> Tensor:
@@ -192,9 +191,7 @@ class Distillation:
             return
         x0, t, noise = x0.detach(), trial.timesteps(), trial.normal()
         x_t, real_t = noised(x0, t, noise), noised(trial.real(), t, noise)
-        self.descend(
-            self.discriminator, discriminator_loss(self.logits(real_t, t), self.logits(x_t, t)), rate
-        )
+        self.descend(self.discriminator, discriminator_loss(self.logits(real_t, t), self.logits(x_t, t)), rate)
         if stage == 2:
             error_in_v = 1 / (1 - alpha_bar(t)).flatten()
             estimate = self.x0_fake(x_t, t).flatten(0, 1)
@@ -295,31 +292,30 @@ def forward_kl(x: Tensor, shares: Tensor, cells: int = 160, half: float = 3.0, k
     return (p * (p / q).log()).sum().item()
 
 
+def table(title: str, first: str, cells: dict[str, list[str]]) -> str:
+    """Markdown: a column `first` with the keys of cells, then a column per metric."""
+    lines = [f"\n**{title}**\n", f"| {first} | {' | '.join(METRICS.values())} |", "|---|---|---|---|"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(texts)} |" for name, texts in cells.items())]) + "\n"
+
+
 def tables(results: dict[str, dict[str, Tensor]]) -> str:
-    """Markdown: a table per setting and target, mean and standard deviation over seeds; then the paired
-    question."""
-    lines = []
+    """The paired answers first, then mean and standard deviation over seeds of every row, setting and target."""
+
+    def against_reverse_kl(some: dict[str, dict[str, Tensor]], name: str) -> list[str]:
+        return [interval(difference(some, name, metric)) for metric in METRICS]
+
+    softened = {s: against_reverse_kl({s: values}, "softened_reverse_kl") for s, values in results.items()}
+    text = table("Softened minus reverse KL over all targets and seeds: mean [95 % interval]", "setting", softened)
+    rows = {name: against_reverse_kl(results, name) for name in ROWS[1:]}
+    text += table("Row minus reverse KL over all settings, targets and seeds: mean [95 % interval]", "row", rows)
     for setting, values in results.items():
         for k, target in enumerate(TARGETS):
-            lines += [
-                f"\n**{setting}, {target}**\n",
-                f"| row | {' | '.join(METRICS.values())} |",
-                "|---|---|---|---|",
-            ]
-            for j, name in enumerate(ROWS):
-                cells = [f"{v[k, j].mean():.2f} ± {v[k, j].std():.2f}" for v in values.values()]
-                lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["\n**Difference to reverse KL, paired by setting, target and seed: mean [95 % interval]**\n"]
-    lines += [f"| row | {' | '.join(METRICS.values())} |", "|---|---|---|---|"]
-    for name in ROWS[1:]:
-        lines.append(f"| {name} | {' | '.join(interval(difference(results, name, m)) for m in METRICS)} |")
-    lines += ["\n**Softened minus reverse KL, by setting: mean [95 % interval]**\n"]
-    lines += [f"| setting | {' | '.join(METRICS.values())} |", "|---|---|---|---|"]
-    for setting in results:
-        one = {setting: results[setting]}
-        cells = [interval(difference(one, "softened_reverse_kl", m)) for m in METRICS]
-        lines.append(f"| {setting} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+            cells = {
+                name: [f"{v[k, j].mean():.2f} ± {v[k, j].std():.2f}" for v in values.values()]
+                for j, name in enumerate(ROWS)
+            }
+            text += table(f"{setting}, {target}: mean ± standard deviation over seeds", "row", cells)
+    return text
 
 
 def difference(results: dict[str, dict[str, Tensor]], name: str, metric: str) -> Tensor:
@@ -352,9 +348,7 @@ def draw(results: dict[str, dict[str, Tensor]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Mode coverage of every divergence on two mixtures of Gaussians."
-    )
+    parser = argparse.ArgumentParser(description="Mode coverage of every divergence on two mixtures of Gaussians.")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--iterations", type=int, default=1000, help="of each stage")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -364,9 +358,7 @@ def main() -> None:
     for name, setting in SETTINGS.items():
         results[name] = run(setting, args.seeds, args.iterations)
         print(f"{name}: done after {time.perf_counter() - wall:.0f} s", flush=True)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     about = {
         "command": f"python benchmarks/mode_coverage.py --seeds {args.seeds} --iterations {args.iterations}",
         "commit": commit.stdout.strip() if commit.returncode == 0 else "before the first commit",
@@ -377,10 +369,7 @@ def main() -> None:
     }
     args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / "mode_coverage"
-    raw = {
-        s: {m: [[[round(x, 4) for x in r] for r in t] for t in v.tolist()] for m, v in d.items()}
-        for s, d in results.items()
-    }
+    raw = {s: {m: v.double().mul(1e4).round().div(1e4).tolist() for m, v in d.items()} for s, d in results.items()}
     axes = {"axes": ["target", "row", "seed"], "targets": list(TARGETS), "rows": ROWS}
     stem.with_suffix(".json").write_text(json.dumps({**about, **axes, "results": raw}) + "\n")
     draw(results, stem.with_suffix(".png"))
@@ -389,8 +378,7 @@ def main() -> None:
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
     note.write_text(f"{above}{MARKER}\n\n{facts}\n{tables(results)}")
     means = {
-        s: {m: dict(zip(ROWS, v.mean((0, 2)).tolist(), strict=True)) for m, v in d.items()}
-        for s, d in results.items()
+        s: {m: dict(zip(ROWS, v.mean((0, 2)).tolist(), strict=True)) for m, v in d.items()} for s, d in results.items()
     }
     print(json.dumps({**about, "mean_over_targets_and_seeds": means}))
 

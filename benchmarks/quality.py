@@ -1,6 +1,6 @@
 """PSNR, SSIM, LPIPS, FID and seconds per clip of any model folder on any prepared clips.
 
-    python benchmarks/quality.py --model DIR --data DIR [--steps N] [--guidance G] [--clips N] [--seed S] [--device cuda]
+    python benchmarks/quality.py --model DIR --data DIR [--steps N] [--guidance G] [--clips N] [--seed S] [--device D]
 
 What is measured: every frame of every clip that the point cloud was not made from, against the photograph; seconds are
 the median over clips of sampling and decoding. Why: the one number that a user compares, for a teacher, a student, or
@@ -10,20 +10,19 @@ tiny preset into --prepared), or the word builtin. The last line is JSON.
 
 from __future__ import annotations
 
-import argparse
 import json
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from fvgen.cli import guarded
+from fvgen.cli import Parser, guarded, positive
 from fvgen.data.builtin import FRAMES, HEIGHT, WIDTH, builtin_clips
 from fvgen.data.clips import ClipFolder
 from fvgen.data.prepare import prepare_scenes, read_scenes
 from fvgen.evaluate import Contestant, evaluate, score, score_renders, student_contestant
 from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import load_pipeline, model_folder, model_kind
+from fvgen.presets import check_device, load_pipeline, model_folder, model_kind
 
 
 def clip_folder(data: str, prepared: str) -> ClipFolder:
@@ -49,17 +48,18 @@ def contestant(model: str, steps: int | None, guidance: float | None, device: st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--model", required=True, help="a model folder, or the name of a shipped preset")
     parser.add_argument("--data", required=True, help="prepared clips, real scenes, or builtin")
     parser.add_argument("--prepared", default="runs/quality-clips", help="where real scenes are prepared")
-    parser.add_argument("--steps", type=int, help="sampling steps; the model's own if not given")
+    parser.add_argument("--steps", type=positive, help="sampling steps; the model's own if not given")
     parser.add_argument("--guidance", type=float, help="of a teacher; its own if not given")
-    parser.add_argument("--clips", type=int, help="at most this many clips")
+    parser.add_argument("--clips", type=positive, help="at most this many clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
+    check_device(args.device)
     pipeline, chosen = contestant(args.model, args.steps, args.guidance, args.device)
     folder = clip_folder(args.data, args.prepared)
     clips = [folder[index] for index in range(min(len(folder), args.clips or len(folder)))]

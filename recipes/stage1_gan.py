@@ -8,17 +8,15 @@ out/head (the discriminator). The same command again resumes. Settings: `fvgen.d
 
 from __future__ import annotations
 
-import argparse
-
 from fvgen import distill
-from fvgen.cli import guarded
+from fvgen.cli import Parser, guarded
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of settings")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that differ from the file")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     config = distill.read_stage_config("gan", args.config, args.settings)
     trainer = distill.Trainer(config)  # judges teacher, data and folders before any work

@@ -2,23 +2,22 @@
 
     python recipes/stage2_dmd.py --config recipes/configs/tiny.yaml init=runs/gan out=runs/dmd [key=value ...]
 
-``init`` is the folder of a finished stage 1, whose student and discriminator go on learning here. Without it the student
-starts as the teacher, which is the ablation that the paper warns of. Writes the same files as stage 1, resumes likewise.
+``init`` is the folder of a finished stage 1, whose student and discriminator go on learning here. Without it the
+student starts as the teacher, which is the ablation that the paper warns of. Writes the same files as stage 1, resumes
+likewise.
 """
 
 from __future__ import annotations
 
-import argparse
-
 from fvgen import distill
-from fvgen.cli import guarded
+from fvgen.cli import Parser, guarded
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of settings")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that differ from the file")
-    args = parser.parse_args()
+    args = parser.parse_intermixed_args()
 
     config = distill.read_stage_config("dmd", args.config, args.settings)
     trainer = distill.Trainer(config)  # judges teacher, data, init and folders before any work

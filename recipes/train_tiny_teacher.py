@@ -1,10 +1,12 @@
 """Train the tiny preset's teacher on the built-in scenes, the way ViewCrafter was trained.
 
-    python recipes/train_tiny_teacher.py --data DIR --vae DIR --out DIR [--iterations 2000] [--seed 0]
+    python recipes/train_tiny_teacher.py --data DIR --vae DIR --out DIR [--iterations 2000] [--batch 8] [--init DIR]
 
 Uniform timesteps, v-prediction of latents that the dynamic rescale has shrunk, condition dropout of text and image for
-classifier-free guidance; the render's latents are never dropped. Interrupted, the same command resumes. The UNet, the image projector and (unlike ViewCrafter,
+classifier-free guidance; the render's latents are never dropped. The UNet, the image projector and (unlike ViewCrafter,
 whose CLIP is pre-trained) the image encoder learn together. The result is the average of the weights (EMA).
+Interrupted, the same command resumes. --stop ends early on the same learning-rate schedule, --init goes on from
+another teacher's weights: the shipped teacher was made in two such runs (see its model card).
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from fvgen.models.conditioning import ImageProjector
 from fvgen.models.encoders import FixedPrompts
 from fvgen.models.unet import ViewCrafterUNet
 from fvgen.pipeline import ViewCrafterPipeline
+from fvgen.presets import load_pipeline
 from fvgen.storage import atomic_path
 
-FRAMES, WIDTH, BATCH = 8, 64, 8
-LEARNING_RATE = 1e-3
+FRAMES, WIDTH = 8, 64
 DROPOUT = 0.1  # u < p drops the text, p <= u < 2p both, 2p <= u < 3p the image (FACTS.md: ViewCrafter has p = 0.05)
 EMA_DECAY = 0.998
 
@@ -88,18 +90,20 @@ def encode(clips: ClipFolder, pipeline: ViewCrafterPipeline, file: Path) -> dict
     return load_file(file)
 
 
-def loss_of(pipeline: ViewCrafterPipeline, data: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+def loss_of(
+    pipeline: ViewCrafterPipeline, data: dict[str, Tensor], batch: int, generator: torch.Generator
+) -> Tensor:
     """One training loss: the mean squared error of the velocity over a random batch."""
     schedule = pipeline.schedule
-    chosen = torch.randint(data["truth"].shape[0], (BATCH,), generator=generator)
+    chosen = torch.randint(data["truth"].shape[0], (batch,), generator=generator)
     z0, render, ends = (data[key][chosen] for key in ("truth", "render", "ends"))
     photograph = ends[:, 0]
     if torch.rand((), generator=generator) < 0.5:  # a path walked backwards is as good a path
         z0, render, photograph = z0.flip(2), render.flip(2), ends[:, 1]
-    t = torch.randint(1000, (BATCH,), generator=generator)
+    t = torch.randint(1000, (batch,), generator=generator)
     noise = torch.randn(z0.shape, generator=generator)
 
-    u = torch.rand(BATCH, 1, 1, generator=generator)
+    u = torch.rand(batch, 1, 1, generator=generator)
     text = torch.where(u < 2 * DROPOUT, pipeline.prompts.negative, pipeline.prompts.positive)
     no_image = (u >= DROPOUT) & (u < 3 * DROPOUT)
     tokens = pipeline.image_tokens(torch.where(no_image[..., None], torch.zeros(()), photograph))
@@ -114,28 +118,33 @@ def main() -> None:
     parser.add_argument("--vae", required=True, help="folder of the trained VAE")
     parser.add_argument("--out", required=True, help="folder to write the teacher to")
     parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--stop", type=int, help="stop after this iteration of the schedule")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--init", help="teacher folder to start from")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     vae = AutoencoderKL.from_pretrained(args.vae).eval()
-    pipeline = build_teacher(vae, args.seed)
+    pipeline = load_pipeline(args.init, ViewCrafterPipeline) if args.init else build_teacher(vae, args.seed)
     data = encode(ClipFolder(args.data), pipeline, Path(args.out).with_suffix(".latents.safetensors"))
     pipeline.unet.to(memory_format=torch.channels_last)  # a tenth faster on a CPU
     trained = (pipeline.unet, pipeline.image_encoder, pipeline.image_projector)
     averaged = [copy.deepcopy(part).requires_grad_(False) for part in trained]
     parameters = [p for part in trained for p in part.parameters()]
     averages = [p for part in averaged for p in part.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, args.iterations, pct_start=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=args.lr, betas=(0.9, 0.99), weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, args.iterations, pct_start=0.05)
     things = {"optimizer": optimizer, "schedule": schedule}
     things |= {f"trained{i}": part for i, part in enumerate(trained)}
     things |= {f"averaged{i}": part for i, part in enumerate(averaged)}
     checkpoint = Path(args.out).with_suffix(".checkpoint.pt")
     done = load_checkpoint(checkpoint, things) if checkpoint.exists() else 0
 
+    last = args.stop or args.iterations
     start, recent = time.perf_counter(), []
-    for iteration in range(done + 1, args.iterations + 1):
-        loss = loss_of(pipeline, data, iteration_generator(args.seed, "teacher", iteration))
+    for iteration in range(done + 1, last + 1):
+        loss = loss_of(pipeline, data, args.batch, iteration_generator(args.seed, "teacher", iteration))
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -143,7 +152,7 @@ def main() -> None:
         schedule.step()
         torch._foreach_lerp_(averages, parameters, 1 - min(EMA_DECAY, (1 + iteration) / (10 + iteration)))
         recent.append(loss.item())
-        if iteration % 50 == 0 or iteration == args.iterations:
+        if iteration % 50 == 0 or iteration == last:
             seconds = time.perf_counter() - start
             print(f"{iteration} loss {sum(recent) / len(recent):.4f} {seconds:.0f} s", flush=True)
             recent = []

@@ -190,5 +190,5 @@ def test_nan_stays_nan_where_the_ratio_matters() -> None:
 
 
 def test_unknown_name_suggests_the_nearest() -> None:
-    with pytest.raises(ValueError, match="'softend_reverse_kl'.*did you mean 'softened_reverse_kl'"):
+    with pytest.raises(ValueError, match=r"'softend_reverse_kl'.*did you mean 'softened_reverse_kl'"):
         weight("softend_reverse_kl", torch.zeros(1))

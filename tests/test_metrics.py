@@ -92,11 +92,7 @@ def test_images_too_small_for_a_metric_have_none(squeezenet):
     scores = metrics.score_images(random_images(2, 10, 10), random_images(2, 10, 10, seed=1))
     assert scores["psnr"] is not None
     for name, minimum in (("ssim", "11x11"), ("lpips", "32x32"), ("kid_squeeze", "32x32")):
-        assert (
-            scores[name] is None
-            and "10x10" in scores["why_null"][name]
-            and minimum in scores["why_null"][name]
-        )
+        assert scores[name] is None and "10x10" in scores["why_null"][name] and minimum in scores["why_null"][name]
 
 
 def test_values_outside_the_range_are_refused():

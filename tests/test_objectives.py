@@ -101,9 +101,7 @@ def test_approximate_r1_tends_to_exact_r1_of_a_smooth_head() -> None:
     x_t = normal(1, 6, seed=2).requires_grad_()
     exact = r1(head(x_t), x_t)
     errors = [
-        abs(
-            approximate_r1(head(x_t).expand(6), head(x_t + s * every_direction(x_t)), s).mean() - exact
-        ).item()
+        abs(approximate_r1(head(x_t).expand(6), head(x_t + s * every_direction(x_t)), s).mean() - exact).item()
         for s in (1e-1, 1e-2, 1e-4)
     ]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3 * exact
@@ -156,9 +154,9 @@ def test_dmd_gradient_by_hand() -> None:
 @settings(deadline=None)
 @given(st.integers(0, 10_000), st.floats(1e-2, 1e3))
 def test_dmd_gradient_knows_no_neighbours_and_no_units(seed: int, unit: float) -> None:
-    student, real, fake = normal(3, 4, 2, 5, 5, seed=seed).unsqueeze(1).expand(
-        3, 3, 4, 2, 5, 5
-    ).clone() + normal(3, 3, 4, 2, 5, 5, seed=seed + 1)
+    student, real, fake = normal(3, 4, 2, 5, 5, seed=seed).unsqueeze(1).expand(3, 3, 4, 2, 5, 5).clone() + normal(
+        3, 3, 4, 2, 5, 5, seed=seed + 1
+    )
     h = normal(3, seed=seed + 2).exp()
     together = dmd_gradient(student, real, fake, h)
     alone = [dmd_gradient(*(x[i : i + 1] for x in (student, real, fake, h))) for i in range(3)]

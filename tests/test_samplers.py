@@ -5,12 +5,12 @@ from functools import partial
 import pytest
 import torch
 from safetensors.torch import load_file
+from viewcrafter_reference import recording, reference_unet, settings
 
 from fvgen.errors import UserError
 from fvgen.models.teacher import Condition, Teacher
 from fvgen.samplers import SamplerStep, ddim, few_step, guided_velocity, guided_velocity_three_way, rescale_guidance
 from fvgen.schedule import NoiseSchedule, trailing_timesteps, uniform_timesteps
-from viewcrafter_reference import recording, reference_unet, settings
 
 SPACINGS = {"uniform_trailing": trailing_timesteps, "uniform": uniform_timesteps}
 BASE_SCALES = {"1024": 0.3, "512": 0.7}

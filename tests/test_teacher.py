@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from viewcrafter_reference import recording, reference_unet, small_unet
 
 from fvgen.errors import UserError
 from fvgen.models.teacher import Condition, Denoiser, Teacher
 from fvgen.samplers import guided_velocity, guided_velocity_three_way
 from fvgen.schedule import NoiseSchedule
-from viewcrafter_reference import recording, reference_unet, small_unet
 
 SCHEDULE = NoiseSchedule.viewcrafter(0.3)
 T = torch.tensor([999, 300])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,15 +16,15 @@ from fvgen.errors import UserError
 
 app = typer.Typer(
     add_completion=False,
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Distil slow novel-view video diffusion into 4-step students.",
 )
 
 
-@app.callback()
-def _root() -> None:
-    """Keeps the commands named, however many there are."""
+@app.callback(invoke_without_command=True)
+def _root(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command()
@@ -33,7 +35,11 @@ def demo(
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
     """Distil a student from the tiny teacher and compare them on held-out scenes."""
-    from fvgen.demo import demo as run_demo
+    guarded(partial(_demo, out, data, seed, device))
+
+
+def _demo(out: Path, data: Path | None, seed: int, device: str) -> None:
+    from fvgen.demo import demo as run_demo  # takes seconds to import
     from fvgen.demo import print_table
 
     console = Console()
@@ -54,8 +60,34 @@ def guarded(call: Callable[[], object]) -> None:
         sys.exit(130)
 
 
+class Parser(argparse.ArgumentParser):
+    """The parser of recipes and benchmarks: ``description`` keeps its lines, a mistake is a `UserError`."""
+
+    def __init__(self, description: str | None) -> None:
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see --help")
+
+
+def positive(text: str) -> int:
+    """An integer of at least 1, as a type for `argparse`."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
 def main() -> None:
-    guarded(app)
+    try:
+        sys.exit(app(standalone_mode=False))
+    except Exception as error:
+        # typer's own errors; their class is click's or, in newer versions, a copy of it
+        if not hasattr(error, "format_message"):
+            raise
+        sentence = " ".join(error.format_message().split()).rstrip(".")
+        print(f"fvgen: {sentence}; see --help", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""`fvgen demo`: distil a student from the tiny teacher, compare both on scenes that neither has seen, write a report."""
+"""`fvgen demo`: distil a student from the tiny teacher, compare both on scenes new to them, write a report."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from importlib.resources import files
@@ -10,9 +11,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fvgen.data.builtin import builtin_clips
+from fvgen.data.builtin import FRAMES, HEIGHT, WIDTH, builtin_clips
 from fvgen.data.clips import Clip, ClipFolder
 from fvgen.data.prepare import prepare_scenes, read_scenes, split_scenes
+from fvgen.data.scenes import Scene
 from fvgen.distill import RunConfig, read_metrics, read_yaml, run, run_config
 from fvgen.errors import UserError
 from fvgen.evaluate import (
@@ -26,9 +28,9 @@ from fvgen.evaluate import (
     teacher_contestant,
 )
 from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import load_pipeline
+from fvgen.presets import check_device, load_pipeline
 from fvgen.report import ReportClip, write_report
-from fvgen.storage import atomic_path, writable_folder
+from fvgen.storage import TEMPORARY, atomic_path, no_leftovers, writable_folder
 
 TEST_CLIPS = 16
 REAL_CLIPS_PER_SCENE = 12
@@ -52,10 +54,12 @@ def demo(out: str | Path, data: str | Path | None = None, seed: int = 0, device:
     Raises UserError for data, folders or devices that cannot work, before anything is written.
     """
     out = Path(out)
+    check_device(device)
     scenes = None if data is None else split_scenes(read_scenes(data))
-    claim(out)
     teacher = load_pipeline("tiny", ViewCrafterPipeline).to(device)
-    demo_data = builtin_data() if scenes is None else real_data(data, scenes, out, teacher)
+    with no_leftovers(out, out / "data"):
+        claim(out)
+        demo_data = builtin_data() if scenes is None else real_data(data, scenes, out)
     settings = read_yaml(str(files("fvgen") / "configs" / "tiny.yaml"))
     config = run_config({**settings, "data": demo_data.train, "seed": seed, "device": device}, out)
     student_folder = run(config)
@@ -97,21 +101,13 @@ def builtin_data() -> DemoData:
     return DemoData("built-in scenes", "builtin", builtin_clips("test", TEST_CLIPS))
 
 
-def real_data(data: str | Path, scenes: tuple, out: Path, teacher: ViewCrafterPipeline) -> DemoData:
+def real_data(data: str | Path, scenes: tuple[list[Scene], list[Scene]], out: Path) -> DemoData:
     """Real scenes, prepared under ``out``/data at the tiny preset's size."""
-    builtin = builtin_size()
     train, held_out = (
-        prepare_scenes(part, out / "data" / name, REAL_CLIPS_PER_SCENE, *builtin)
+        prepare_scenes(part, out / "data" / name, REAL_CLIPS_PER_SCENE, FRAMES, HEIGHT, WIDTH)
         for name, part in zip(("train", "test"), scenes, strict=True)
     )
-    return DemoData(str(Path(data).name), str(train.path), held_out)
-
-
-def builtin_size() -> tuple[int, int, int]:
-    """Frames, height and width that the tiny preset was trained at."""
-    from fvgen.data import builtin
-
-    return builtin.FRAMES, builtin.HEIGHT, builtin.WIDTH
+    return DemoData(Path(data).resolve().name, str(train.path), held_out)
 
 
 def all_contestants(teacher: ViewCrafterPipeline, config: RunConfig, out: Path) -> dict[str, Contestant]:
@@ -129,16 +125,14 @@ def all_contestants(teacher: ViewCrafterPipeline, config: RunConfig, out: Path) 
 
 
 def claim(out: Path) -> None:
-    """Refuse a folder that holds anything but an earlier demo."""
-    if out.is_dir() and (foreign := [p.name for p in out.iterdir() if p.name.split(".partial")[0] not in OURS]):
+    """Refuse a folder that holds anything but an earlier demo, even one that was killed while it wrote."""
+    if out.is_dir() and (foreign := [p.name for p in out.iterdir() if p.name not in OURS and TEMPORARY not in p.name]):
         raise UserError(f"output folder {out} holds something else ({sorted(foreign)[0]}); choose another --out")
     writable_folder(out)
 
 
 def stage_summary(stage_folder: str) -> dict:
     """Name, iterations and seconds of a finished stage."""
-    import json
-
     summary = json.loads((Path(stage_folder) / "summary.json").read_text())
     return {"name": summary["stage"], "iterations": summary["iterations"], "seconds": summary["seconds"]}
 

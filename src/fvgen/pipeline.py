@@ -23,6 +23,8 @@ from fvgen.models.unet import ViewCrafterUNet
 from fvgen.samplers import OnStep, ddim, few_step
 from fvgen.schedule import NoiseSchedule, trailing_timesteps
 
+RANGE_TOLERANCE = 1e-3  # renders may overshoot [0, 1] by rounding, not by another scale
+
 
 class NovelViewPipeline(DiffusionPipeline):
     """What teacher and student share: encoders, decoder, schedule. Not called itself.
@@ -103,14 +105,21 @@ class NovelViewPipeline(DiffusionPipeline):
         shape = condition.render_latents.shape
         return torch.randn(shape, generator=generator).to(condition.render_latents)
 
-    def _check(self, render: Tensor) -> None:
+    def check_size(self, height: int, width: int) -> None:
+        """Raises UserError for frames that VAE and UNet cannot halve as often as they need to."""
         factor = 2 ** (len(self.vae.config.block_out_channels) - 1 + len(self.unet.config.channel_mult) - 1)
+        if height % factor or width % factor:
+            raise UserError(f"frames of {height}x{width} do not fit this model; use multiples of {factor}")
+
+    def _check(self, render: Tensor) -> None:
         if render.ndim != 5 or render.shape[2] != 3:
             raise UserError(f"render has shape {tuple(render.shape)}; give frames as [batch, frames, 3, height, width]")
-        if render.shape[3] % factor or render.shape[4] % factor:
-            raise UserError(f"frames of {render.shape[3]}x{render.shape[4]} do not fit; use multiples of {factor}")
+        self.check_size(*render.shape[3:])
         if not torch.isfinite(render).all():
             raise UserError("the render holds NaN or infinity; check the point cloud and the cameras")
+        if render.min() < -RANGE_TOLERANCE or render.max() > 1 + RANGE_TOLERANCE:
+            low, high = render.min().item(), render.max().item()
+            raise UserError(f"the render's values lie in {low:g}..{high:g}; scale them to 0..1")
 
 
 class ViewCrafterPipeline(NovelViewPipeline):
@@ -147,7 +156,7 @@ class ViewCrafterPipeline(NovelViewPipeline):
     ) -> Tensor:
         """Latents [B, 4, F, h, w] for a condition: ancestral DDIM (eta 1) at trailing timesteps, as published."""
         denoiser = partial(self.teacher(guidance_scale), condition=condition)
-        timesteps = trailing_timesteps(num_inference_steps or self.config.steps)
+        timesteps = trailing_timesteps(self.config.steps if num_inference_steps is None else num_inference_steps)
         noise = self.initial_noise(condition, generator)
         return ddim(denoiser, noise, self.schedule, timesteps, eta=1.0, generator=generator, on_step=on_step)
 
@@ -163,7 +172,7 @@ class ViewCrafterPipeline(NovelViewPipeline):
         """Renders [B, F, 3, H, W] in [0, 1], known frames replaced by photographs, to video of the same shape.
 
         Steps and guidance default to the model's own. NFE: 2 a step, 1 with guidance 1. Raises UserError for a
-        render of the wrong shape or with non-finite values.
+        render of the wrong shape, size or range, or with non-finite values.
         """
         self._check(render)
         generator = generator or torch.Generator().manual_seed(0)
@@ -197,7 +206,7 @@ class FVGenPipeline(NovelViewPipeline):
     ) -> Tensor:
         """Latents [B, 4, F, h, w] for a condition, in as many network evaluations as steps."""
         denoiser = partial(Denoiser(self.unet, self.schedule), condition=condition)
-        steps = num_inference_steps or self.config.steps
+        steps = self.config.steps if num_inference_steps is None else num_inference_steps
         noise = self.initial_noise(condition, generator)
         return few_step(denoiser, noise, self.schedule, steps, generator=generator, on_step=on_step)
 
@@ -211,7 +220,7 @@ class FVGenPipeline(NovelViewPipeline):
     ) -> Tensor:
         """Renders [B, F, 3, H, W] in [0, 1], known frames replaced by photographs, to video of the same shape.
 
-        Raises UserError for a render of the wrong shape or with non-finite values.
+        Raises UserError for a render of the wrong shape, size or range, or with non-finite values.
         """
         self._check(render)
         generator = generator or torch.Generator().manual_seed(0)

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
-import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 import diffusers
 import torch
+import transformers
 from safetensors import SafetensorError
 
 from fvgen.errors import UserError
+from fvgen.models.discriminator import DiscriminatorHead
 from fvgen.pipeline import NovelViewPipeline
+from fvgen.storage import atomic_path
 
 SHIPPED = Path(__file__).parent / "weights"
+DAMAGE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 P = TypeVar("P", bound=NovelViewPipeline)
 
 
@@ -28,18 +33,38 @@ def model_folder(name: str | Path) -> Path:
 
 
 def load_pipeline(name: str | Path, kind: type[P]) -> P:
-    """A pipeline in float32, whatever type its weights are stored in. Raises UserError for a damaged or other folder."""
+    """A pipeline in float32, whatever type its weights are stored in.
+
+    Raises UserError for a folder that is damaged or holds another kind of pipeline.
+    """
     folder = model_folder(name)
     found = model_kind(folder)
     if found != kind.__name__:
         raise UserError(f"{folder} holds a {found}, but a {kind.__name__} is needed here; give another model folder")
-    diffusers.utils.logging.disable_progress_bar()
-    logging.getLogger("diffusers.pipelines.pipeline_utils").setLevel(logging.ERROR)
-    try:
-        return kind.from_pretrained(folder, torch_dtype=torch.float32, local_files_only=True)
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0][:160]
-        raise UserError(f"model folder {folder} is damaged or incomplete ({reason}); write or copy it again") from error
+    with quiet():
+        try:
+            pipeline = kind.from_pretrained(folder, local_files_only=True)
+        except DAMAGE as error:
+            raise damaged(folder, error) from error
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.float()  # the argument for it has one name in older versions of diffusers and another in newer ones
+    return pipeline
+
+
+def save_pipeline(pipeline: NovelViewPipeline, folder: str | Path) -> None:
+    """Write a pipeline folder, whole or not at all. Raises UserError when the disk is full."""
+    with quiet(), atomic_path(folder) as temporary:
+        pipeline.save_pretrained(temporary)
+
+
+def load_head(folder: str | Path) -> DiscriminatorHead:
+    """A discriminator head in float32. Raises UserError for a damaged folder."""
+    with quiet():
+        try:
+            return DiscriminatorHead.from_pretrained(folder, local_files_only=True).float()
+        except DAMAGE as error:
+            raise damaged(folder, error) from error
 
 
 def model_kind(folder: Path) -> str:
@@ -48,3 +73,35 @@ def model_kind(folder: Path) -> str:
         return json.loads((folder / "model_index.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'model_index.json'} is damaged; write or copy the model again") from error
+
+
+def check_device(name: str) -> None:
+    """Raises UserError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        reason = str(error).splitlines()[0][:120].rstrip(".")
+        raise UserError(f"device {name!r} cannot be used here ({reason}); give device=cpu or another one") from error
+
+
+def damaged(folder: str | Path, error: Exception) -> UserError:
+    """The sentence for a model folder that cannot be read."""
+    reason = " ".join(str(error).split())[:160]
+    return UserError(f"model folder {folder} is damaged or incomplete ({reason}); write or copy it again")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from the libraries that read and write weights: they take a blink here."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logger, logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, verbosity, bars in before:
+            logger.set_verbosity(verbosity)
+            if bars:
+                logger.enable_progress_bar()

@@ -62,9 +62,7 @@ class ReportClip:
 
     def __post_init__(self) -> None:
         assert self.videos and not set(self.videos) - set(LABELS), list(self.videos)
-        assert len({video.shape for video in self.videos.values()}) == 1, (
-            "the videos of a clip share one shape"
-        )
+        assert len({video.shape for video in self.videos.values()}) == 1, "the videos of a clip share one shape"
 
 
 @dataclass(frozen=True)
@@ -107,9 +105,7 @@ def render_page(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["short"] = lambda value: "–" if value is None else f"{value:.3g}"
-    template = environment.from_string(
-        files("fvgen").joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
+    template = environment.from_string(files("fvgen").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     header, rows, notes = table(report["rows"])
     return template.render(
         report=report,
@@ -128,37 +124,28 @@ def table(
     rows: Mapping[str, Mapping],
 ) -> tuple[list[str], list[tuple[str, list[tuple[str, int | None]]]], list[str]]:
     """Header, rows (key, cells), and footnotes. A cell is its text and the number of its footnote or None."""
-    keys = [
-        key for key in TABLE if key in ALWAYS_SHOWN or any(row.get(key) is not None for row in rows.values())
-    ]
+    keys = [key for key in TABLE if key in ALWAYS_SHOWN or any(row.get(key) is not None for row in rows.values())]
     notes: list[str] = []
     body = []
     for name in sorted(rows, key=list(LABELS).index):
         cells = [_cell(rows[name], key, notes) for key in keys]
         body.append((name, cells))
     nets = {row["lpips_net"] for row in rows.values() if row.get("lpips_net")}
-    header = [
-        TABLE[key][0].replace("LPIPS", f"LPIPS ({', '.join(sorted(nets))})" if nets else "LPIPS")
-        for key in keys
-    ]
+    header = [TABLE[key][0].replace("LPIPS", f"LPIPS ({', '.join(sorted(nets))})" if nets else "LPIPS") for key in keys]
     return header, body, notes
 
 
 def pictures(clips: Sequence[ReportClip]) -> list[dict]:
     """For each clip its name, frame count, size, and the videos as contact sheets in data addresses."""
     for shrink, options in ENCODINGS:
-        sheets = [
-            {key: _sheet(video, shrink, options) for key, video in clip.videos.items()} for clip in clips
-        ]
+        sheets = [{key: _sheet(video, shrink, options) for key, video in clip.videos.items()} for clip in clips]
         if sum(len(data) for sheet in sheets for data in sheet.values()) <= PICTURE_BYTES:
             break
     out = []
     for clip, sheet in zip(clips, sheets, strict=True):
         frames, _, height, width = next(iter(clip.videos.values())).shape
         addresses = {
-            key: "data:image/webp;base64," + base64.b64encode(sheet[key]).decode()
-            for key in LABELS
-            if key in sheet
+            key: "data:image/webp;base64," + base64.b64encode(sheet[key]).decode() for key in LABELS if key in sheet
         }
         size = {"frames": frames, "columns": _sheet_columns(frames), "height": height, "width": width}
         out.append({"name": clip.name, **size, "sheets": addresses})
@@ -196,9 +183,7 @@ def _sheet(video: Tensor, shrink: int, options: dict) -> bytes:
         video = interpolate(video, scale_factor=1 / shrink, mode="bicubic", antialias=True)
     columns = _sheet_columns(len(video))
     missing = -len(video) % columns
-    frames = (
-        torch.cat([video, video.new_zeros(missing, *video.shape[1:])]).clamp(0, 1).mul(255).round().byte()
-    )
+    frames = torch.cat([video, video.new_zeros(missing, *video.shape[1:])]).clamp(0, 1).mul(255).round().byte()
     sheet = rearrange(frames, "(line column) c h w -> (line h) (column w) c", column=columns)
     buffer = io.BytesIO()
     Image.fromarray(sheet.numpy()).save(buffer, "webp", **options)
@@ -207,9 +192,7 @@ def _sheet(video: Tensor, shrink: int, options: dict) -> bytes:
 
 def _points(metrics: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
     """Iterations and values of one loss, finite ones only; it need not be in every row."""
-    pairs = [
-        (row.get("iteration", i), row[name]) for i, row in enumerate(metrics) if row.get(name) is not None
-    ]
+    pairs = [(row.get("iteration", i), row[name]) for i, row in enumerate(metrics) if row.get(name) is not None]
     pairs = [(x, y) for x, y in pairs if math.isfinite(y)]
     return np.array([x for x, _ in pairs], float), np.array([y for _, y in pairs], float)
 

@@ -98,8 +98,8 @@ def few_step(
 ) -> Tensor:
     """The student's sampler: predict clean latents, noise them again to the next timestep, and so on.
 
-    "sde" noises with fresh noise, as DMD2 (Yin et al. 2024, section 4.4) and consistency models do; "ode" with the noise
-    that the prediction implies, which makes it DDIM with eta = 0 that ends in x0.
+    "sde" noises with fresh noise, as DMD2 (Yin et al. 2024, section 4.4) and consistency models do; "ode" with the
+    noise that the prediction implies, which makes it DDIM with eta = 0 that ends in x0.
 
     Args:
         x_T: [B, C, F, h, w] pure noise.

@@ -50,7 +50,7 @@ def trailing_timesteps(steps: int) -> list[int]:
 
 
 def uniform_timesteps(steps: int) -> list[int]:
-    """Every (1000 // steps)-th timestep from 1, ascending; more than `steps` of them where that does not divide 1000."""
+    """Every (1000 // steps)-th timestep from 1, ascending; more than `steps` of them if 1000 is no multiple of it."""
     _check_steps(steps, TIMESTEPS // 2, "uniform")
     return list(range(1, TIMESTEPS + 1, TIMESTEPS // steps))
 
@@ -115,7 +115,7 @@ class NoiseSchedule:
     def score_from_x0(self, x_t: Tensor, x0: Tensor, t: Tensor | int) -> Tensor:
         """Score (sqrt(ab) k_t x0 - x_t) / (1 - ab) of the noisy latents, given the mean x0 of the clean ones.
 
-        FVGen equation 4 and DMD (Yin et al. 2024) equation 4. The form from the noise, -eps / sqrt(1 - ab), is the same.
+        FVGen equation 4 and DMD (Yin et al. 2024) equation 4; the same as -eps / sqrt(1 - ab).
         """
         return -self.eps_from_x0(x_t, x0, t) / _at(self.sigma, t, x_t)
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from fvgen.errors import UserError
 
 TEMPORARY = ".partial"
+ASIDE = TEMPORARY + ".old"  # no plain ".old": a user's own backup may be called that
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PLACE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
 
 
 @contextmanager
@@ -20,34 +24,34 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path (for a file or a folder); on success it becomes ``path``, on failure it is removed.
 
     A folder already at ``path`` is moved aside before the rename and deleted after it, so that a kill at any
-    point leaves either the old or the new one (or, for an instant, the old one under ``.old``: see `recover`).
+    point leaves either the old or the new one (or, for an instant, the old one under another name: see `recover`).
     Raises UserError when the disk is full or the place is not writable.
     """
     path = Path(path)
     temporary = path.with_name(path.name + TEMPORARY)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _remove(temporary)
+        recover(path)
         yield temporary
         _sync(temporary)
         if temporary.is_dir() and path.exists():
-            aside = path.with_name(path.name + ".old")
-            _remove(aside)
+            aside = path.with_name(path.name + ASIDE)
             os.replace(path, aside)
             os.replace(temporary, path)
             _remove(aside)
         else:
             os.replace(temporary, path)
     except BaseException as error:
-        _remove(temporary)
+        with suppress(OSError):  # the first error is the one to tell
+            recover(path)
         if reason := _disk_reason(error):
             raise UserError(f"cannot write {path}: {reason}") from error
         raise
 
 
 def recover(path: Path) -> None:
-    """Put back a folder that a kill caught between the two renames of `atomic_path`."""
-    aside = path.with_name(path.name + ".old")
+    """Put back a folder that a kill caught between the two renames of `atomic_path`; remove what else it left."""
+    aside = path.with_name(path.name + ASIDE)
     if aside.exists() and not path.exists():
         os.replace(aside, path)
     _remove(aside)
@@ -60,6 +64,35 @@ def write_json(path: str | Path, value: object) -> None:
         temporary.write_text(json.dumps(value, indent=2) + "\n")
 
 
+@contextmanager
+def no_leftovers(*folders: Path) -> Iterator[None]:
+    """Remove again those of ``folders`` that a failing block has made; folders that were there before stay."""
+    new = [folder for folder in folders if not folder.exists()]
+    try:
+        yield
+    except Exception:
+        for folder in new:
+            _remove(folder)
+        raise
+
+
+def append_line(path: str | Path, line: str) -> None:
+    """Add ``line`` to a text file, whole or not at all. Raises UserError when the disk is full."""
+    try:
+        with Path(path).open("ab", buffering=0) as file:
+            end, rest = file.tell(), (line + "\n").encode()
+            try:
+                while rest:
+                    rest = rest[file.write(rest) :]
+            except OSError:
+                file.truncate(end)
+                raise
+    except OSError as error:
+        if reason := _disk_reason(error):
+            raise UserError(f"cannot write {path}: {reason}") from error
+        raise
+
+
 def writable_folder(path: str | Path) -> Path:
     """Create the folder ``path`` if needed; raises UserError when that is impossible or it cannot be written."""
     path = Path(path)
@@ -69,25 +102,36 @@ def writable_folder(path: str | Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise UserError(f"output folder {path} cannot be written ({error.strerror}); choose another one") from error
+        reason = _in_words(error.errno)
+        raise UserError(f"output folder {path} cannot be written ({reason}); choose another one") from error
     return path
 
 
 def _disk_reason(error: BaseException) -> str | None:
-    """The cure for a failing disk, or None for any other error (safetensors wraps ENOSPC in its own class)."""
-    number = getattr(error, "errno", None)
-    if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or "No space left" in str(error):
+    """The cure for a failing disk, or None for any other error.
+
+    safetensors (Rust) and shutil.copytree keep the error number in their text only; torch.save loses it: its zip
+    writer says "file write failed" or "unexpected pos", whatever the reason was.
+    """
+    if isinstance(error, UserError):
+        return None
+    found = re.search(r"(?:os error |\[Errno )(\d+)", str(error))
+    number = int(found[1]) if found else None
+    if number in FULL or re.search(r"PytorchStreamWriter failed|unexpected pos", str(error)):
         return "the disk is full; free some space and run the same command again"
-    if isinstance(error, OSError) and number in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR):
-        return f"{error.strerror}; choose another output folder"
-    return None
+    return f"{_in_words(number)}; choose another output folder" if number in PLACE else None
+
+
+def _in_words(number: int) -> str:
+    return "a file stands where a folder should be" if number in (errno.EEXIST, errno.ENOTDIR) else os.strerror(number)
 
 
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 
 def _sync(path: Path) -> None:

@@ -23,12 +23,13 @@ DATA_SEED = 0  # the data set is one data set: seeds of runs do not change it
 
 def cache_folder() -> Path:
     """Where things that can be made again are kept."""
-    default = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "fvgen"
-    return Path(os.environ.get("FVGEN_CACHE", default))
+    # A variable that is set to nothing counts as unset.
+    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("FVGEN_CACHE") or usual / "fvgen")
 
 
 def builtin_clips(split: str, count: int, workers: int | None = None) -> ClipFolder:
-    """The first ``count`` clips of a split ("train" or "test"), from the cache or made now (about 0.2 s each a core)."""
+    """The first ``count`` clips of a split ("train" or "test"), from the cache or made now (0.2 s each on one core)."""
     path = cache_folder() / f"builtin-{GENERATION}-{split}-{count}"
     if not (path / "index.json").exists():
         clips = list(track(_make(split, count, workers or os.cpu_count() or 1), f"scenes ({split})", total=count))

@@ -86,12 +86,12 @@ class ClipFolder:
         file = self.path / "clips.safetensors"
         try:
             self._file = safe_open(str(file), framework="pt")
-            shape = tuple(self._file.get_slice("truth").get_shape())
+            truth, render, known = (self._file.get_slice(key).get_shape() for key in ("truth", "render", "known"))
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or missing ({error}); prepare the clips again") from error
-        if shape[0] != len(self.names) or list(self._file.get_slice("render").get_shape()) != list(shape):
-            raise UserError(f"{file} holds {shape[0]} clips but index.json names {len(self.names)}; prepare them again")
-        self.frames, self.height, self.width = shape[1], shape[3], shape[4]
+            raise UserError(f"{file} is damaged or missing ({error}); delete {path} and prepare it again") from error
+        if len(truth) != 5 or truth != render or known != truth[:2] or truth[0] != len(self.names):
+            raise UserError(f"{file} does not fit its index.json; delete {path} and prepare it again")
+        self.frames, self.height, self.width = truth[1], truth[3], truth[4]
 
     def __len__(self) -> int:
         return len(self.names)
@@ -102,7 +102,12 @@ class ClipFolder:
 
 
 def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFolder:
-    """Write clips of one size to the folder ``path``, whole or not at all; ``source`` says where they come from."""
+    """Write clips of one size to the folder ``path``, whole or not at all; ``source`` says where they come from.
+
+    Replaces earlier clips; raises UserError for a folder that holds anything else, and for a full disk.
+    """
+    if Path(path).is_dir() and any(Path(path).iterdir()) and not (Path(path) / "index.json").exists():
+        raise UserError(f"{path} holds something other than prepared clips; choose another folder for them")
     shapes = {tuple(clip.truth.shape) for clip in clips}
     assert len(shapes) == 1, f"clips of one size expected, got {shapes}"
     tensors = {
@@ -129,10 +134,11 @@ def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFol
 def _read_index(path: Path) -> dict:
     file = path / "index.json"
     if not path.is_dir():
-        raise UserError(f"data folder {path} does not exist; prepare clips first or give another folder")
+        state = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(f"data folder {path} {state}; prepare clips first or give another folder")
     try:
         index = json.loads(file.read_text())
-        if index["format"] != FORMAT or not index["names"]:
+        if index["format"] != FORMAT or not index["names"] or not isinstance(index["names"], list):
             raise KeyError("format")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no index of prepared clips; prepare them again or give another folder") from error

@@ -20,10 +20,12 @@ from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, fit_box, project
 from fvgen.geometry.pointcloud import unproject
 
-# Radians of turn and parallax along a whole clip; on longer ones neither end shows much of the middle.
+# Radians of turn and parallax along a whole clip: on longer ones neither end shows much of the middle.
 LONGEST = 1.5
+# Radians from one frame to the next: beyond it the two hardly share anything, and there is no path.
+JUMP = 1.5
 # Paths whose score is within this factor of the best are drawn with equal chance.
-AS_GOOD = 2.0
+AS_GOOD = 1.4
 # Entries in the step costs of all paths that are tried: 48 MB, and twice that while they are summed.
 TABLE = 6_000_000
 
@@ -62,10 +64,10 @@ def choose_views(scene: Scene, frames: int, count: int, generator: torch.Generat
     """``count`` different smooth paths of ``frames`` distinct views each, by pose and never by file order.
 
     Every pair of views is tried as the ends of a path; `_paths` fills in those between. A path's score is its
-    unevenness (F-1) sum d^2 / span^2 (1 when all steps d are equal and lead straight to the end), times
-    (length / LONGEST)^2 if it is longer than that, so jumps, detours and clips whose middle neither end sees
-    all cost. Of the paths within AS_GOOD of the best, ``count`` are drawn, each in a random direction; if
-    these are too few, the next best follow. Raises UserError when the scene cannot give that many.
+    largest step over the step of an even, straight one, (F-1) max d / span, times length / LONGEST if it is
+    longer than that: jumps, detours and clips whose middle neither end sees all cost. Paths with a step over
+    JUMP are out. Of those within AS_GOOD of the best, ``count`` are drawn, each in a random direction; if they
+    are too few, the next best follow. Raises UserError when the scene cannot give that many.
     """
     assert frames >= 2 and count >= 1, (frames, count)
     views = len(scene)
@@ -81,13 +83,14 @@ def choose_views(scene: Scene, frames: int, count: int, generator: torch.Generat
     limit = TABLE // reach**2
     if len(pairs) > limit:
         pairs = pairs[torch.randperm(len(pairs), generator=generator)[:limit]]
-    if len(pairs) < count:
-        raise UserError(
-            f"scene {scene.name} gives {len(pairs)} clips of {frames} frames, not {count}; "
-            "ask for fewer clips or add photographs from other places"
-        )
     paths = _paths(distance, pairs, frames, reach)
     score = _score(distance, paths)
+    paths, score = paths[score.isfinite()], score[score.isfinite()]
+    if len(paths) < count:
+        raise UserError(
+            f"scene {scene.name} gives {len(paths)} clips of {frames} frames without jumps, not {count}; "
+            "ask for fewer clips or frames, or add photographs between the others"
+        )
     best = score.argsort(stable=True)
     good = int((score <= AS_GOOD * score.min()).sum())
     best[:good] = best[torch.randperm(good, generator=generator)]
@@ -106,7 +109,7 @@ def pose_distance(cameras: Cameras, depth: float) -> Tensor:
 
 
 def _typical_depth(scene: Scene) -> float:
-    """Median distance of what the cameras see, else of a depth map, else how far the cameras are spread."""
+    """Median depth of the points as the cameras see them, else of a depth map, else the cameras' extent."""
     cameras = scene.cameras
     if scene.points is not None and scene.observations is not None:
         point, view = scene.observations.unbind(1)
@@ -114,7 +117,7 @@ def _typical_depth(scene: Scene) -> float:
     elif scene.depth_paths is not None:
         depth = load_depth(scene.depth_paths[0], scene.depth_unit)
     else:
-        depth = (cameras.centers - cameras.centers.mean(0)).norm(dim=-1)
+        depth = torch.cdist(cameras.centers, cameras.centers).max().reshape(1)
     depth = depth[depth > 0]
     return depth.median().item() if len(depth) else 1.0
 
@@ -151,11 +154,12 @@ def _paths(distance: Tensor, pairs: Tensor, frames: int, reach: int) -> Tensor:
 
 
 def _score(distance: Tensor, paths: Tensor) -> Tensor:
-    """[P], at least 1; smaller is smoother: see `choose_views`."""
+    """[P], at least 1, smaller is smoother, infinite where a step is beyond JUMP: see `choose_views`."""
     steps = distance[paths[:, :-1], paths[:, 1:]]
     span = distance[paths[:, 0], paths[:, -1]]
-    unevenness = steps.shape[1] * steps.square().sum(1) / span.square()
-    return unevenness * (steps.sum(1) / LONGEST).clamp(min=1).square()
+    largest = steps.amax(1)
+    score = steps.shape[1] * largest / span * (steps.sum(1) / LONGEST).clamp(min=1)
+    return score.masked_fill(largest > JUMP, torch.inf)
 
 
 # --- Images and clouds ---

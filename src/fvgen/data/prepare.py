@@ -26,14 +26,18 @@ def split_scenes(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Scene]]:
     """
     if len(scenes) < 2:
         raise UserError("one scene cannot be split into training and held-out scenes; give a folder with two or more")
-    held_out = list(scenes[1::4])
-    return [scene for scene in scenes if scene not in held_out], held_out
+    train = [scene for index, scene in enumerate(scenes) if index % 4 != 1]
+    return train, list(scenes[1::4])
 
 
 def prepare_scenes(
     scenes: Sequence[Scene], out: str | Path, per_scene: int, frames: int, height: int, width: int, seed: int = 0
 ) -> ClipFolder:
-    """``per_scene`` clips of each scene, first and last photograph known, written to ``out``; kept if already there."""
+    """``per_scene`` clips of each scene, first and last photograph known, written to ``out``; kept if already there.
+
+    Raises UserError when ``out`` holds clips of other scenes, sizes or seeds.
+    """
+    source = {"kind": "photographs", "scenes": [scene.name for scene in scenes], "seed": seed}
     if not (Path(out) / "index.json").exists():
         clips: list[Clip] = []
         for scene in track(scenes, "photographs"):
@@ -42,5 +46,9 @@ def prepare_scenes(
                 clips.append(
                     make_clip(photo.name, photo.truth, photo.cameras, photo.points, photo.colors, known, RADIUS)
                 )
-        save_clips(out, clips, {"kind": "photographs", "scenes": [scene.name for scene in scenes], "seed": seed})
-    return ClipFolder(out)
+        save_clips(out, clips, source)
+    folder = ClipFolder(out)
+    found = (folder.index.get("source"), len(folder), folder.frames, folder.height, folder.width)
+    if found != (source, per_scene * len(scenes), frames, height, width):
+        raise UserError(f"{out} holds clips of other scenes or settings; delete it or choose another folder")
+    return folder

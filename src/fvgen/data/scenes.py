@@ -414,7 +414,7 @@ def _decode(path: Path) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """1 is upright. A PNG's tag counts only if it precedes the pixels: to look behind, PIL decodes them all."""
+    """1 is upright. A PNG's tag counts only if it precedes the pixels; to look behind, PIL decodes them."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1
     return image.getexif().get(EXIF_ORIENTATION, 1)

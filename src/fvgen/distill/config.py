@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import reprlib
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,14 +21,16 @@ SECTIONS = ("gan", "dmd")
 class StageConfig(BaseModel):
     """One stage: "gan" (FVGen section 4.1) or "dmd" (section 4.2, in which the adversarial update goes on)."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     stage: Stage
-    out: str = Field(description="folder of this run; the same command again resumes it")
+    out: str = Field(min_length=1, description="folder of this run; the same command again resumes it")
     teacher: str = Field("tiny", description="a ViewCrafterPipeline folder, or the name of a shipped preset")
     data: str = Field("builtin", description="a folder of prepared clips, or 'builtin' for the built-in scenes")
     clips: int = Field(64, ge=1, description="how many built-in clips to train on; ignored for a folder")
-    init: str = Field("", description="folder of an earlier stage whose student and head to start from; '' for the teacher")
+    init: str = Field(
+        "", description="folder of an earlier stage whose student and head to start from; '' for the teacher"
+    )
     seed: int = Field(0, ge=0)
     device: str = Field("cpu", description="where to train, as torch names it: cpu, cuda, cuda:1")
 
@@ -38,7 +41,9 @@ class StageConfig(BaseModel):
         "noised",
         description="what the student denoises: noised real clips (FVGen algorithm 1) or its own earlier steps (DMD2)",
     )
-    critic_updates: int = Field(2, ge=1, description="updates of head and fake score per student update (two-time-scale rule)")
+    critic_updates: int = Field(
+        2, ge=1, description="updates of head and fake score per student update (two-time-scale rule)"
+    )
     head_warmup: int = Field(0, ge=0, description="first iterations in which only the critics learn")
 
     student_lr: float = Field(5e-5, gt=0)
@@ -79,8 +84,15 @@ class StageConfig(BaseModel):
             raise ValueError(f"t_min={self.t_min} lies above t_max={self.t_max}; swap them")
         if self.regression_weight > 0 and self.student_input == "simulated":
             raise ValueError("regression_weight needs student_input=noised: a simulated clip has no true latents")
-        if self.stage == "gan" and self.gan_weight == 0 and self.regression_weight == 0:
-            raise ValueError("gan_weight=0 and regression_weight=0 leave stage gan nothing to learn from")
+        weights = ["gan_weight", "regression_weight"] + ["dmd_weight"] * (self.stage == "dmd")
+        if not any(getattr(self, weight) for weight in weights):
+            raise ValueError(
+                f"{', '.join(weights)} are all 0, so stage {self.stage} has nothing to learn from; raise one"
+            )
+        if self.head_warmup >= self.iterations:
+            raise ValueError(
+                f"head_warmup={self.head_warmup} leaves the student none of {self.iterations} iterations; lower it"
+            )
         return self
 
 
@@ -93,21 +105,36 @@ class RunConfig(BaseModel):
     dmd: StageConfig
 
 
-def stage_config(stage: Stage, settings: dict[str, Any], where: str = "settings") -> StageConfig:
-    """A judged `StageConfig`. Raises UserError that names the first wrong setting, ``where`` it stands and the cure."""
+def stage_config(
+    stage: Stage, settings: dict[str, Any], where: str = "settings", overrides: Container[str] = ()
+) -> StageConfig:
+    """A judged `StageConfig`. Raises UserError that names the first wrong setting, where it stands and the cure.
+
+    ``where`` the settings stand, except for those in ``overrides``, which come from the command line.
+    """
+
+    def place(key: Any) -> str:
+        return "command line" if key in overrides else where
+
     known = StageConfig.model_fields
     for key in settings:
         if key not in known:
-            raise UserError(f"{where}: unknown setting {key!r}{did_you_mean(str(key), known)}")
+            near = {*known, *SECTIONS} - {key, "stage"}
+            raise UserError(f"{place(key)}: unknown setting {key!r}{did_you_mean(str(key), near)}")
+    if settings.get("stage", stage) != stage:
+        raise UserError(
+            f"{place('stage')}: stage={settings['stage']!r}, but this is stage {stage!r}; remove the setting"
+        )
     try:
         return StageConfig(**{**settings, "stage": stage})
     except ValidationError as error:
         first = error.errors()[0]
+        key = first["loc"][0] if first["loc"] else None
         if first["type"] == "missing":
-            raise UserError(f"{where}: {first['loc'][0]} is not given; add {first['loc'][0]}=...") from None
+            raise UserError(f"{where}: {key} is not given; add {key}=...") from None
         problem = first["msg"].removeprefix("Value error, ")
-        name = f"{first['loc'][0]}={first['input']!r}: " if first["loc"] else ""
-        raise UserError(f"{where}: {name}{problem[0].lower() + problem[1:]}") from None
+        value = "" if key is None else f"{key}={reprlib.repr(first['input'])}: "
+        raise UserError(f"{place(key)}: {value}{problem[0].lower() + problem[1:]}") from None
 
 
 def run_config(settings: dict[str, Any], out: str | Path, where: str = "settings") -> RunConfig:
@@ -119,9 +146,10 @@ def run_config(settings: dict[str, Any], out: str | Path, where: str = "settings
 
 
 def read_stage_config(stage: Stage, file: str | Path, overrides: Sequence[str]) -> StageConfig:
-    """A recipe's settings: the YAML ``file``, its section for ``stage``, then ``key=value`` words, the last word wins."""
+    """A recipe's settings: the YAML ``file``, its section for ``stage``, then ``key=value`` words; the last wins."""
     settings = _section(read_yaml(file), stage, str(file))
-    return stage_config(stage, {**settings, **parse_overrides(overrides)}, str(file))
+    words = parse_overrides(overrides)
+    return stage_config(stage, {**settings, **words}, str(file), words)
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -137,7 +165,8 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
 
 
 def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
-    """``["lr=1e-4", "out=runs/a"]`` to a mapping; values are read as YAML, and 1e-4 as the number that it looks like."""
+    """``["head_lr=1e-4", "out=runs/a"]`` to a mapping. Values are read as YAML, except that names stay names (a folder
+    may be called 2024) and 1e-4 is a number."""
     settings: dict[str, Any] = {}
     for word in words:
         key, equals, value = word.partition("=")
@@ -148,29 +177,32 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _value(key: str, text: str) -> Any:
-    field = StageConfig.model_fields.get(key)
-    if field is not None and field.annotation is str:  # a folder named 2024 stays a name
+    if _is_name(key):
         return text
     try:
-        value = yaml.safe_load(text)
+        return _number(key, yaml.safe_load(text))
     except yaml.YAMLError:
         raise UserError(f"the value of {key}={text} cannot be read; quote it or write a plain number or word") from None
-    try:
-        return float(value) if isinstance(value, str) else value  # YAML 1.1 takes 1e-4 for a word
-    except ValueError:
-        return value
 
 
 def _section(settings: dict[str, Any], stage: Stage, where: str) -> dict[str, Any]:
     common = {key: value for key, value in settings.items() if key not in SECTIONS}
-    section = settings.get(stage) or {}
+    section = settings.get(stage)
+    if section is None:
+        section = {}
     if not isinstance(section, dict):
-        raise UserError(f"{where}: section {stage!r} holds no 'key: value' lines")
-    return {key: _number(value) for key, value in {**common, **section}.items()}
+        raise UserError(f"{where}: section {stage!r} holds no 'key: value' lines; indent its settings below it")
+    return {key: _number(key, value) for key, value in {**common, **section}.items()}
 
 
-def _number(value: Any) -> Any:
+def _is_name(key: str) -> bool:
+    field = StageConfig.model_fields.get(key)
+    return field is not None and field.annotation is str
+
+
+def _number(key: str, value: Any) -> Any:
+    """YAML 1.1 takes 1e-4 for a word."""
     try:
-        return float(value) if isinstance(value, str) and value[:1].isdigit() and "e" in value.lower() else value
+        return float(value) if isinstance(value, str) and not _is_name(key) else value
     except ValueError:
         return value

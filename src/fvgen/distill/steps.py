@@ -7,6 +7,7 @@ real clip are noised again for the critics (same noise, same tau for both). Late
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -76,16 +77,14 @@ def simulated_input(
     timesteps = trailing_timesteps(config.student_steps)[::-1]
     stop = int(torch.randint(len(timesteps), (), generator=generator))
     x_t = _normal(batch.latents, generator)
-    for t, t_next in zip(timesteps[:stop], timesteps[1 : stop + 1], strict=True):
+    for t, t_next in pairwise(timesteps[: stop + 1]):
         x0 = players.student(x_t, _full(t, x_t), batch.condition)
         x_t = players.schedule.add_noise(x0, _normal(x0, generator), t_next)
     return x_t, _full(timesteps[stop], x_t)
 
 
-def update_critics(
-    players: Players, config: StageConfig, rollout: Rollout, generator: torch.Generator
-) -> Metrics:
-    """The head learns to tell real from student (Eq. 5); the fake score learns to denoise the student's output (Eq. 2)."""
+def update_critics(players: Players, config: StageConfig, rollout: Rollout, generator: torch.Generator) -> Metrics:
+    """The head learns to tell real from student (Eq. 5), the fake score to denoise the student's output (Eq. 2)."""
     metrics = update_head(players, config, rollout, generator)
     if players.fake_score is not None:
         metrics |= update_fake_score(players, rollout, generator)
@@ -99,9 +98,7 @@ def update_head(players: Players, config: StageConfig, rollout: Rollout, generat
     noise = _normal(fake, generator)
     real_tau, fake_tau = (players.schedule.add_noise(x0, noise, tau) for x0 in (batch.latents, fake))
     with torch.no_grad():
-        real_features, fake_features = (
-            players.teacher.features(x, tau, batch.condition) for x in (real_tau, fake_tau)
-        )
+        real_features, fake_features = (players.teacher.features(x, tau, batch.condition) for x in (real_tau, fake_tau))
     real_logits, fake_logits = players.head(real_features), players.head(fake_features)
     loss = discriminator_loss(real_logits, fake_logits, config.gan_kind).mean()
     metrics = {"loss_head": loss}
@@ -172,8 +169,9 @@ def matching_loss(
     h = divergences.weight(config.divergence, ratio)
     weight = players.normalizer.normalize(h, tau)
     loss = dmd_loss(rollout.x0, dmd_gradient(rollout.x0, x0_real, x0_fake, weight)).mean()
-    spread = {"log_ratio": ratio.mean(), "log_ratio_max": ratio.abs().max(), "weight_h": h.mean(), "weight": weight.mean()}
-    return loss, spread | {"weight_min": weight.min(), "weight_max": weight.max()}
+    ratios = {"log_ratio": ratio.mean(), "log_ratio_max": ratio.abs().max()}
+    weights = {"weight_h": h.mean(), "weight": weight.mean(), "weight_min": weight.min(), "weight_max": weight.max()}
+    return loss, ratios | weights
 
 
 def _random_timesteps(config: StageConfig, like: Tensor, generator: torch.Generator) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from fvgen.data.builtin import builtin_clips
 from fvgen.data.clips import ClipFolder
 from fvgen.data.latents import LatentSet, load_latents
 from fvgen.distill.checkpoint import load_checkpoint, save_checkpoint
-from fvgen.distill.config import RunConfig, StageConfig
+from fvgen.distill.config import RunConfig, StageConfig, read_yaml
 from fvgen.distill.ema import EMA
 from fvgen.distill.engines import PlainEngine
 from fvgen.distill.steps import Metrics, Players, roll_out, update_critics, update_student
@@ -31,15 +32,15 @@ from fvgen.models.teacher import Denoiser
 from fvgen.objectives import divergences
 from fvgen.objectives.ratio import RatioNormalizer
 from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import load_pipeline
-from fvgen.storage import atomic_path, recover, writable_folder, write_json
+from fvgen.presets import check_device, load_head, load_pipeline, save_pipeline
+from fvgen.storage import TEMPORARY, append_line, atomic_path, no_leftovers, recover, writable_folder, write_json
 
 
 def run(config: RunConfig | StageConfig) -> Path:
     """Distil: one stage, or stage 1 (GAN initialisation) and then stage 2 (distribution matching).
 
     Returns the folder of the student, which `FVGenPipeline.from_pretrained` loads. The same call again resumes or, if
-    everything is done, returns at once. Raises UserError for settings, data or folders that cannot work.
+    everything is done, returns at once. Raises UserError for settings, data, folders or devices that cannot work.
     """
     if isinstance(config, StageConfig):
         return Trainer(config).train()
@@ -63,17 +64,19 @@ class Clock:
 
 
 class Trainer:
-    """One stage on one device. Building it judges teacher, data and folders; `train` does the work."""
+    """One stage on one device. Building it judges device, teacher, data and folders; `train` does the work."""
 
     def __init__(self, config: StageConfig) -> None:
         self.config = config
         self.out = Path(config.out)
+        check_device(config.device)
         self.start_from = _finished_stage(config.init) if config.init else None
         self.base = load_pipeline(config.teacher, ViewCrafterPipeline).to(config.device)
         data = stage_data(config, self.base)
-        self.claim_folder()
-        self.latents: LatentSet = load_latents(data, self.base)
         self.players, self.ema = build_players(config, self.base, self.start_from)
+        with no_leftovers(self.out):
+            self.claim_folder()
+            self.latents: LatentSet = load_latents(data, self.base)
         self.clock = Clock()
         self.things = {
             "student": self.players.student_engine,
@@ -89,16 +92,15 @@ class Trainer:
         if (self.out / "summary.json").exists() and self._summary()["iterations"] >= self.config.iterations:
             return self.out / "student"
         done = self.resume()
-        with (self.out / "metrics.jsonl").open("a") as log, _progress() as bar:
+        with _progress() as bar:
             task = bar.add_task(f"stage {self.config.stage}", total=self.config.iterations, completed=done, losses="")
             for iteration in range(done + 1, self.config.iterations + 1):
                 row = self.iterate(iteration)
-                log.write(json.dumps({"iteration": iteration, **row}) + "\n")
-                log.flush()
+                append_line(self.out / "metrics.jsonl", json.dumps({"iteration": iteration, **row}))
                 bar.update(task, advance=1, losses=_brief(row))
                 if iteration % self.config.checkpoint_every == 0 or iteration == self.config.iterations:
                     save_checkpoint(self.out / "checkpoint.pt", iteration, self.things)
-        return self.export()
+        return self.export(max(done, self.config.iterations))
 
     def iterate(self, iteration: int) -> dict[str, float]:
         """The alternation: ``critic_updates`` updates of the critics, then one of the student, on the last rollout."""
@@ -120,9 +122,12 @@ class Trainer:
         """Restore the newest checkpoint, drop metrics written after it; returns the number of finished iterations."""
         file, log = self.out / "checkpoint.pt", self.out / "metrics.jsonl"
         done = load_checkpoint(file, self.things) if file.exists() else 0
-        lines = log.read_text().splitlines()[:done] if log.exists() else []
-        if len(lines) < done:
-            raise UserError(f"{log} has {len(lines)} lines but the checkpoint stands at {done}; delete {self.out}")
+        lines = log.read_bytes().decode(errors="replace").split("\n")[:done] if log.exists() else []
+        if not _are_rows(lines, done):
+            raise UserError(
+                f"{log} lacks rows of the {done} iterations that the checkpoint stands at; "
+                f"delete {self.out} to start this stage again, or choose another out=DIR"
+            )
         with atomic_path(log) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines))
         return done
@@ -130,36 +135,35 @@ class Trainer:
     def claim_folder(self) -> None:
         """Make the output folder ours, or recognise it as this very run; anything else in it is refused."""
         file = self.out / "config.yaml"
-        recover(self.out / "student")
-        recover(self.out / "head")
         mine = self.config.model_dump()
         if file.exists():
-            theirs = yaml.safe_load(file.read_text()) or {}
+            theirs = read_yaml(file)
             for key, value in mine.items():
                 if key not in ("iterations", "checkpoint_every", "out") and theirs.get(key) != value:
                     raise UserError(
                         f"output folder {self.out} holds another run ({key} is {theirs.get(key)!r} there and "
                         f"{value!r} here); choose another out=DIR or delete it"
                     )
-        elif self.out.is_dir() and any(self.out.iterdir()):
+        elif self.out.is_dir() and any(TEMPORARY not in path.name for path in self.out.iterdir()):
             raise UserError(f"output folder {self.out} is not empty and holds no run; choose another out=DIR")
         writable_folder(self.out)
+        for name in ("student", "head"):
+            recover(self.out / name)
         with atomic_path(file) as temporary:
             temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
 
-    def export(self) -> Path:
+    def export(self, iterations: int) -> Path:
         """Write the averaged student as a pipeline folder, the head beside it, and last the summary."""
         parts = {name: getattr(self.base, name) for name in ("vae", "image_encoder", "image_projector", "prompts")}
         base_scale = self.base.config.base_scale
         student = FVGenPipeline(
             unet=self.ema.module.unet, **parts, base_scale=base_scale, steps=self.config.student_steps
         )
-        with atomic_path(self.out / "student") as folder:
-            student.save_pretrained(folder)
+        save_pipeline(student, self.out / "student")
         with atomic_path(self.out / "head") as folder:
             self.players.head.save_pretrained(folder)
         seconds = self.clock.state_dict()["seconds"]
-        summary = {"stage": self.config.stage, "iterations": self.config.iterations, "seconds": round(seconds, 1)}
+        summary = {"stage": self.config.stage, "iterations": iterations, "seconds": round(seconds, 1)}
         write_json(self.out / "summary.json", summary)
         return self.out / "student"
 
@@ -167,9 +171,7 @@ class Trainer:
         return json.loads((self.out / "summary.json").read_text())
 
 
-def build_players(
-    config: StageConfig, base: ViewCrafterPipeline, start_from: Path | None
-) -> tuple[Players, EMA]:
+def build_players(config: StageConfig, base: ViewCrafterPipeline, start_from: Path | None) -> tuple[Players, EMA]:
     """Student, teacher, head and (stage "dmd") fake score; the student starts as the teacher or as ``start_from``'s.
 
     All networks stay in evaluation mode: the teacher's dropout would add noise to every target.
@@ -178,26 +180,33 @@ def build_players(
     teacher = base.teacher(config.guidance)
     torch.manual_seed(config.seed)  # the head's initial weights
     width = teacher.unet.config.model_channels * teacher.unet.config.channel_mult[-1]
-    head = DiscriminatorHead(width, config.head_channels).to(config.device)
+    head = DiscriminatorHead(width, config.head_channels)
     student_unet = copy.deepcopy(teacher.unet)
     if start_from is not None:
-        student_unet = FVGenPipeline.from_pretrained(start_from / "student").unet.to(config.device)
-        head = DiscriminatorHead.from_pretrained(start_from / "head").to(config.device)
+        student_unet = load_pipeline(start_from / "student", FVGenPipeline).unet
+        expected, head = head.config, load_head(start_from / "head")
+        for key in ("in_channels", "channels"):
+            if head.config[key] != expected[key]:
+                raise UserError(
+                    f"the head in init={start_from} has {key}={head.config[key]}, this stage needs {expected[key]}; "
+                    "set teacher and head_channels as they were there"
+                )
 
     def engine(module: torch.nn.Module, lr: float) -> PlainEngine:
-        module.requires_grad_(True)
+        module.requires_grad_(True).to(config.device)
         return PlainEngine(module, lr, (config.beta1, config.beta2), config.weight_decay, config.clip_norm)
 
     student = Denoiser(student_unet, schedule).eval()
     matching = config.stage == "dmd"
     fake_score = Denoiser(copy.deepcopy(teacher.unet), schedule).eval() if matching else None
     at_equality = divergences.weight(config.divergence, torch.zeros(1)).item()
+    normalizer = RatioNormalizer(at_equality, config.ratio_bins, config.ratio_decay).to(config.device)
     players = Players(
         teacher=teacher,
         student=student,
         head=head,
         fake_score=fake_score,
-        normalizer=RatioNormalizer(at_equality, config.ratio_bins, config.ratio_decay) if matching else None,
+        normalizer=normalizer if matching else None,
         student_engine=engine(student, config.student_lr),
         head_engine=engine(head, config.head_lr),
         fake_score_engine=engine(fake_score, config.fake_score_lr) if matching else None,
@@ -206,8 +215,10 @@ def build_players(
 
 
 def stage_data(config: StageConfig, base: ViewCrafterPipeline) -> ClipFolder:
-    """The clips to train on. Raises UserError for a folder that holds none."""
-    return builtin_clips("train", config.clips) if config.data == "builtin" else ClipFolder(config.data)
+    """The clips to train on. Raises UserError for a folder that holds none, or clips that ``base`` cannot take."""
+    clips = builtin_clips("train", config.clips) if config.data == "builtin" else ClipFolder(config.data)
+    base.check_size(clips.height, clips.width)
+    return clips
 
 
 def iteration_generator(seed: int, stage: str, iteration: int) -> torch.Generator:
@@ -219,6 +230,14 @@ def iteration_generator(seed: int, stage: str, iteration: int) -> torch.Generato
 def read_metrics(stage_folder: str | Path) -> list[dict[str, float]]:
     """The rows of a stage's metrics.jsonl."""
     return [json.loads(line) for line in (Path(stage_folder) / "metrics.jsonl").read_text().splitlines()]
+
+
+def _are_rows(lines: Sequence[str], count: int) -> bool:
+    """Whether these are the whole rows of iterations 1 to ``count``."""
+    try:
+        return [json.loads(line)["iteration"] for line in lines] == list(range(1, count + 1))
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def _finished_stage(folder: str) -> Path:
@@ -233,7 +252,7 @@ def _to_floats(metrics: Metrics, iteration: int) -> dict[str, float]:
     """All metrics in one transfer from the device."""
     values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
     row = dict(zip(metrics, values, strict=True))
-    bad = [key for key, value in row.items() if "loss" in key and value - value != 0]
+    bad = [key for key, value in row.items() if not math.isfinite(value)]
     if bad:
         raise UserError(
             f"training diverged: {', '.join(bad)} is not finite at iteration {iteration}; lower the learning rates"

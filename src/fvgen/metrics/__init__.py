@@ -77,9 +77,7 @@ def _mean(values: Tensor) -> float:
     return values.double().mean().item()
 
 
-_GROUPS: dict[
-    tuple[str, ...], Callable[[Tensor, Tensor], tuple]
-] = {  # one run of a network fills several names
+_GROUPS: dict[tuple[str, ...], Callable[[Tensor, Tensor], tuple]] = {  # one run of a network fills several names
     ("psnr",): lambda predicted, truth: (_mean(psnr(predicted, truth)),),
     ("ssim",): lambda predicted, truth: (_mean(ssim(predicted, truth)),),
     ("lpips", "lpips_net"): _lpips,

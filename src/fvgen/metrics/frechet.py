@@ -14,9 +14,7 @@ from torch.nn.functional import normalize
 from fvgen.metrics.image import BATCH, NETWORK_MINIMUM, require_size
 from fvgen.metrics.weights import INCEPTION, SQUEEZENET, Unavailable, building, load_weights, locate, unusable
 
-KID_SUBSET = (
-    1000  # images per subset and subsets, as in the KID paper; fewer images make one subset of all of them
-)
+KID_SUBSET = 1000  # images per subset and subsets, as in the KID paper; fewer images make one subset of all of them
 KID_SUBSETS = 100
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -55,9 +53,7 @@ def inception_features(images: Tensor) -> Tensor:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     path = locate(INCEPTION)
-    load_weights(
-        path
-    )  # refuses a damaged or unsafe file first, because the next line unpickles whatever it finds
+    load_weights(path)  # refuses a damaged or unsafe file first, because the next line unpickles whatever it finds
     with building():
         network = NoTrainInceptionV3("inception-v3-compat", ["2048"], str(path)).to(images.device)
     return torch.cat([network((part * 255).round().byte()).cpu() for part in images.split(BATCH)])

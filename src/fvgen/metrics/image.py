@@ -48,9 +48,7 @@ def ssim(predicted: Tensor, truth: Tensor) -> Tensor:
     options = {"sigma": 1.5, "kernel_size": SSIM_WINDOW, "data_range": 1.0, "reduction": "none"}
     parts = zip(predicted.double().split(BATCH), truth.double().split(BATCH), strict=True)
     values = [structural_similarity_index_measure(p, t, **options) for p, t in parts]
-    return torch.cat(
-        [value.reshape(-1) for value in values]
-    ).float()  # torchmetrics drops the axis of a single image
+    return torch.cat([value.reshape(-1) for value in values]).float()  # torchmetrics drops the axis of a single image
 
 
 @torch.no_grad()
@@ -92,9 +90,7 @@ def check_images(predicted: Tensor, truth: Tensor) -> None:
         truth.shape,
     )
     for images in (predicted, truth):
-        assert 0 <= images.min() and images.max() <= 1, (
-            "images must lie in [0, 1]: clamp what a decoder returns"
-        )
+        assert images.min() >= 0 and images.max() <= 1, "images must lie in [0, 1]: clamp what a decoder returns"
 
 
 def require_size(images: Tensor, minimum: int, what: str) -> None:

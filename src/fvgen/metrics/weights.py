@@ -80,9 +80,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
 def unusable(path: Path, error: Exception) -> UserError:
     """The sentence for a weights file that exists but cannot be used."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".:")
-    return UserError(
-        f"weights file {path} cannot be used ({reason}); replace it with an intact one or remove it"
-    )
+    return UserError(f"weights file {path} cannot be used ({reason}); replace it with an intact one or remove it")
 
 
 @contextmanager

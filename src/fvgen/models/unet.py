@@ -250,7 +250,7 @@ class ViewCrafterUNet(ModelMixin, ConfigMixin):
 
 def _check_widths(model_channels: int, channel_mult: tuple[int, ...], head_channels: int, groups: int) -> None:
     if channel_mult[0] != 1:
-        raise UserError(f"The UNet's channel_mult {tuple(channel_mult)} starts at {channel_mult[0]}: it must start at 1.")
+        raise UserError(f"The UNet's channel_mult {tuple(channel_mult)} is impossible: it must start at 1.")
     if model_channels % groups:
         raise UserError(
             f"The UNet's model_channels {model_channels} is no multiple of norm_num_groups {groups}: change either."

@@ -26,9 +26,7 @@ def score_difference(x0_real: Tensor, x0_fake: Tensor, alpha_bar: Tensor) -> Ten
 
 
 @torch.no_grad()
-def dmd_gradient(
-    x0_student: Tensor, x0_real: Tensor, x0_fake: Tensor, weight: Tensor | None = None
-) -> Tensor:
+def dmd_gradient(x0_student: Tensor, x0_real: Tensor, x0_fake: Tensor, weight: Tensor | None = None) -> Tensor:
     """Descent direction on x0_student: weight * (x0_fake - x0_real) / mean|x0_student - x0_real|, [B, ...].
 
     FVGen Eq. (8) in clean estimates (see `score_difference`), with DMD2's normalisation (Yin et al. 2024b),

@@ -39,9 +39,7 @@ KINDS: dict[str, AdversarialKind] = {
 }
 
 
-def generator_loss(
-    fake_logits: Tensor, real_logits: Tensor | None = None, kind: str = "non_saturating"
-) -> Tensor:
+def generator_loss(fake_logits: Tensor, real_logits: Tensor | None = None, kind: str = "non_saturating") -> Tensor:
     """How little the discriminator takes the student's samples for real: fake_logits [B, ...] -> [B], >= 0.
 
     real_logits [B, ...] are needed by kind="relativistic" and refused otherwise (they could have no effect).
@@ -49,9 +47,7 @@ def generator_loss(
     """
     losses = row(KINDS, kind, "kind of adversarial loss")
     if losses.paired != (real_logits is not None):
-        raise ValueError(
-            f"The generator loss of kind '{kind}' {'needs' if losses.paired else 'takes no'} real_logits."
-        )
+        raise ValueError(f"The generator loss of kind '{kind}' {'needs' if losses.paired else 'takes no'} real_logits.")
     real = None if real_logits is None else full_precision(real_logits)
     return sample_mean(losses.generator(full_precision(fake_logits), real))
 

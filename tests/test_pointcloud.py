@@ -1,0 +1,272 @@
+"""The point renderer against its closed form, against invariances, and against PyTorch3D's recorded renders."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fvgen.geometry.cameras import Cameras, look_at, pinhole
+from fvgen.geometry.pointcloud import render_points, unproject
+
+HEIGHT, WIDTH = 12, 16
+RADIUS = 0.4  # 2.4 pixels: the short side of 12 pixels spans 2
+
+
+def camera(views: int = 1) -> Cameras:
+    """At the origin along z with focal length 1 pixel: the point (x z, y z, z) falls on pixel coordinates (x, y)."""
+    return Cameras(torch.eye(4).repeat(views, 1, 1), torch.eye(3).repeat(views, 1, 1), HEIGHT, WIDTH)
+
+
+def at(x: float, y: float, depth: float = 1.0) -> Tensor:
+    return torch.tensor([[x * depth, y * depth, depth]])
+
+
+def falloff(x: float, y: float, radius: float) -> Tensor:
+    """[H, W]: 1 - d^2 / r^2 with the distance d from (x, y) to each pixel's centre; negative outside the disk."""
+    rows, columns = torch.meshgrid(torch.arange(HEIGHT) + 0.5, torch.arange(WIDTH) + 0.5, indexing="ij")
+    return 1 - ((columns - x) ** 2 + (rows - y) ** 2) / radius**2
+
+
+def opacity(x: float, y: float) -> Tensor:
+    """[H, W]: what a point at (x, y) hides of what is behind it."""
+    return falloff(x, y, RADIUS * HEIGHT / 2).clamp(min=0)
+
+
+def cloud(count: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Points all over the image and beyond its border, at distinct depths, with random colours."""
+    generator = torch.Generator().manual_seed(seed)
+    pixel = torch.rand(count, 2, generator=generator) * torch.tensor([WIDTH + 6.0, HEIGHT + 6.0]) - 3
+    depth = 1 + torch.randperm(count, generator=generator) / count
+    points = torch.cat([pixel * depth[:, None], depth[:, None]], dim=-1)
+    return points, torch.rand(count, 3, generator=generator)
+
+
+# --- Unprojection ---
+
+
+def test_unproject_of_a_plane():
+    """A camera 3 above the floor and looking straight down sees the floor at depth 3, that is at z = 0."""
+    pose = look_at(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([0.0, 1.0, 0.0]))
+    cameras = Cameras(pose, pinhole(1, HEIGHT, WIDTH, 90), HEIGHT, WIDTH)
+    points, _ = unproject(torch.full((1, HEIGHT, WIDTH), 3.0), torch.zeros(1, 3, HEIGHT, WIDTH), cameras)
+    torch.testing.assert_close(points[:, 2], torch.zeros(HEIGHT * WIDTH), rtol=0, atol=1e-6)
+    # 90 degrees at distance 3 span 6 units; the outermost pixel centres are half a pixel inside.
+    torch.testing.assert_close(points[:, 0].max() - points[:, 0].min(), torch.tensor(6 * (1 - 1 / WIDTH)))
+
+
+def test_unproject_leaves_out_unknown_depth_and_keeps_colours_with_their_points():
+    depth = torch.ones(2, HEIGHT, WIDTH)
+    depth[0, 0, 0], depth[0, 0, 1], depth[1, 2, 3], depth[1, 4, 5] = 0, -1, torch.nan, torch.inf
+    images = torch.rand(2, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(0))
+    points, colors = unproject(depth, images, camera(2))
+    assert points.shape == colors.shape == (2 * HEIGHT * WIDTH - 4, 3)
+    column, row = (points[:, :2] - 0.5).round().long().unbind(1)
+    first = HEIGHT * WIDTH - 2
+    assert torch.equal(colors[:first], images[0, :, row[:first], column[:first]].T)
+    assert torch.equal(colors[first:], images[1, :, row[first:], column[first:]].T)
+
+
+def test_a_view_rendered_from_its_own_depth_is_itself():
+    """Points fall on pixel centres: with a radius below one pixel each covers its own pixel, fully."""
+    generator = torch.Generator().manual_seed(2)
+    images, depth = torch.rand(2, 3, 9, 9, generator=generator), 1 + torch.rand(2, 9, 9, generator=generator)
+    position = torch.tensor([[2.0, 0.5, 1.0], [-1.0, 2.0, 0.3]])
+    poses = look_at(position, torch.zeros(2, 3), torch.tensor([0.0, 0.0, 1.0]))
+    cameras = Cameras(poses, pinhole(2, 9, 9, 60), 9, 9)
+    for view in ([0], [1]):
+        image, visible, found = render_points(*unproject(depth[view], images[view], cameras[view]), cameras[view], 0.2)
+        torch.testing.assert_close(image, images[view].permute(0, 2, 3, 1), rtol=0, atol=1e-4)
+        torch.testing.assert_close(visible, torch.ones_like(visible), rtol=0, atol=1e-4)
+        torch.testing.assert_close(found, depth[view], rtol=0, atol=1e-5)
+
+
+# --- Rendering: the closed form ---
+
+
+@settings(max_examples=25, deadline=None)
+@given(x=st.floats(-4, WIDTH + 4), y=st.floats(-4, HEIGHT + 4), radius=st.floats(0.02, 1.5))
+def test_one_point_is_a_disk(x, y, radius):
+    image, visible, depth = render_points(at(x, y, 2), torch.tensor([[0.5, 1.0, 0.25]]), camera(), radius)
+    inside = falloff(x, y, radius * HEIGHT / 2)
+    expected = inside.clamp(min=0)
+    torch.testing.assert_close(visible[0], expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(image[0], expected[..., None] * torch.tensor([0.5, 1.0, 0.25]), rtol=0, atol=1e-4)
+    assert depth[0][inside > 1e-3].eq(2).all() and depth[0][inside < -1e-3].eq(0).all()  # the very rim may round
+
+
+def test_the_rim_is_outside():
+    """A pixel centre at exactly the radius is not covered: three of a plus shape's five pixels in a row."""
+    _, visible, _ = render_points(at(5.5, 5.5), torch.ones(1, 3), camera(), radius=1 / 3)  # two pixels
+    assert visible[0, 5].nonzero()[:, 0].tolist() == [4, 5, 6]
+    assert visible[0, 5, 5] == 1 and visible[0, 5, 4] == pytest.approx(0.75, abs=1e-6)
+
+
+def test_the_nearer_point_is_laid_over_the_farther_one():
+    near, far = opacity(7.2, 6.0), opacity(8.6, 6.9)
+    points, colors = torch.cat([at(8.6, 6.9, 3), at(7.2, 6.0, 2)]), torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]])
+    image, visible, depth = render_points(points, colors, camera(), RADIUS)
+    torch.testing.assert_close(image[0, ..., 0], near, rtol=0, atol=1e-5)
+    torch.testing.assert_close(image[0, ..., 1], far * (1 - near), rtol=0, atol=1e-5)
+    torch.testing.assert_close(visible[0], 1 - (1 - near) * (1 - far), rtol=0, atol=1e-5)
+    assert torch.equal(depth[0], torch.where(near > 0, 2.0, torch.where(far > 0, 3.0, 0.0)))
+
+
+def test_only_the_nearest_k_points_count():
+    points = torch.cat([at(7.5, 5.9, depth) for depth in (4, 1, 3, 2)])
+    colors = torch.eye(4)
+    alpha = opacity(7.5, 5.9)
+    for kept in (1, 2, 3, 4, 9):
+        image, visible, _ = render_points(points, colors, camera(), RADIUS, kept)
+        order = (1, 3, 2, 0)[:kept]  # nearest first
+        for rank, index in enumerate(order):
+            torch.testing.assert_close(image[0, ..., index], alpha * (1 - alpha) ** rank, rtol=0, atol=1e-5)
+        assert image[0][..., [i for i in range(4) if i not in order]].eq(0).all()
+        torch.testing.assert_close(visible[0], 1 - (1 - alpha) ** min(kept, 4), rtol=0, atol=1e-5)
+
+
+def test_points_that_are_not_in_front_are_not_drawn():
+    points = torch.cat(
+        [at(8, 6, -1), torch.zeros(1, 3), torch.full((1, 3), torch.nan), torch.tensor([[9.0, 9.0, 0.0]])]
+    )
+    image, visible, depth = render_points(points, torch.ones(4, 3), camera(), RADIUS)
+    assert not image.any() and not visible.any() and not depth.any()
+
+
+def test_a_point_just_before_the_lens_is_harmless():
+    """Its pixel coordinates are beyond any integer; it must neither crash nor wrap around into the image."""
+    points = torch.tensor([[1.0, 1.0, 1e-30], [-1.0, 5.0, 1e-12], [1e30, -1e30, 1.0]])
+    assert not render_points(points, torch.ones(3, 3), camera(), RADIUS)[1].any()
+
+
+def test_the_empty_cloud_is_black():
+    image, visible, depth = render_points(torch.empty(0, 3), torch.empty(0, 3), camera(2), RADIUS)
+    assert image.shape == (2, HEIGHT, WIDTH, 3) and visible.shape == depth.shape == (2, HEIGHT, WIDTH)
+    assert not image.any() and not visible.any() and not depth.any()
+
+
+# --- Rendering: invariances ---
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_the_order_of_points_does_not_matter(seed):
+    points, colors = cloud(150, seed)
+    shuffled = torch.randperm(150, generator=torch.Generator().manual_seed(seed))
+    expected = render_points(points, colors, camera(), RADIUS, 3)
+    for a, b in zip(expected, render_points(points[shuffled], colors[shuffled], camera(), RADIUS, 3), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31), channels=st.integers(1, 5))
+def test_what_is_seen_does_not_depend_on_the_colours(seed, channels):
+    """White points over black give the visibility itself, in every channel, between 0 and 1."""
+    points, _ = cloud(150, seed)
+    image, visible, _ = render_points(points, torch.ones(150, channels), camera(), RADIUS)
+    torch.testing.assert_close(image, visible[..., None].expand_as(image), rtol=0, atol=1e-5)
+    assert visible.min() >= 0 and visible.max() <= 1
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**31))
+def test_moving_world_and_camera_together_changes_nothing(seed):
+    points, colors = cloud(100, seed)
+    generator = torch.Generator().manual_seed(seed)
+    pose = torch.eye(4, dtype=torch.float64)
+    rotation = torch.linalg.qr(torch.randn(3, 3, generator=generator, dtype=torch.float64)).Q
+    pose[:3, :3] = rotation * torch.linalg.det(rotation)
+    pose[:3, 3] = torch.randn(3, generator=generator, dtype=torch.float64)
+    moved = points.double() @ pose[:3, :3].T + pose[:3, 3]
+    fixed = Cameras(torch.eye(4).double()[None], torch.eye(3).double()[None], HEIGHT, WIDTH)
+    a = render_points(points.double(), colors, fixed, RADIUS)
+    b = render_points(moved, colors, Cameras(pose[None], fixed.intrinsics, HEIGHT, WIDTH), RADIUS)
+    for left, right in zip(a, b, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=1e-6)
+
+
+def test_the_gradient_of_a_colour_is_its_weight_in_the_image():
+    points = torch.cat([at(8.6, 6.9, 3), at(7.2, 6.0, 2)])
+    colors = torch.zeros(2, 1, requires_grad=True)
+    image, _, _ = render_points(points, colors, camera(), RADIUS)
+    upstream = torch.rand(image.shape, generator=torch.Generator().manual_seed(0))
+    (image * upstream).sum().backward()
+    near, far = opacity(7.2, 6.0), opacity(8.6, 6.9)
+    expected = torch.stack([(far * (1 - near) * upstream[0, ..., 0]).sum(), (near * upstream[0, ..., 0]).sum()])
+    torch.testing.assert_close(colors.grad[:, 0], expected)
+
+
+class LargestResult(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operation made, the final stacking of views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and func is not torch.ops.aten.stack.default:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
+def test_working_memory_does_not_grow_with_the_number_of_views():
+    points, colors = cloud(150)
+    sizes = []
+    for views in (1, 6):
+        with LargestResult() as largest:
+            image, _, _ = render_points(points, colors, camera(views), RADIUS)
+        sizes.append(largest.elements)
+        assert torch.equal(image, image[:1].expand_as(image))  # the same camera sees the same
+    assert sizes[0] == sizes[1] > 150
+
+
+# --- Recordings of PyTorch3D ---
+
+SCENES = [
+    "random_r0.01",
+    "random_r0.08",
+    "broadcast_focal",
+    "two_layers_k1",
+    "two_layers_k3",
+    "two_layers_k10",
+    "two_layers_r0.05_k20",
+    "behind_outside",
+    "border_r_half_px",
+    "border_r_1px",
+    "border_r_2px",
+    "overlap_ties_k4",
+    "overlap_ties_k10",
+    "tall_offcentre_fxfy",
+    "odd_size_c5",
+    "single_point",
+    "nothing_visible",
+]
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_pytorch3d_renders_the_same(shared, name):
+    """Same axes, same pixel centres, same radius: image, visibility and nearest depth agree in every pixel.
+
+    Both project in float32, each with its own rounding (1e-6 of a coordinate, so 1e-4 of an opacity on the rim), and
+    where the cut of the nearest K falls between two points that close, either may be left out: `stable` marks these.
+    """
+    with np.load(shared / "reference" / "pytorch3d" / f"{name}.npz") as file:
+        recorded = {key: torch.from_numpy(np.atleast_1d(file[key])) for key in file.files}
+    height, width = recorded["image_size"].tolist()
+    intrinsics = torch.eye(3).repeat(len(recorded["c2w"]), 1, 1)
+    intrinsics[:, 0, 0], intrinsics[:, 1, 1] = recorded["focal"][:, 0], recorded["focal"][:, -1]
+    intrinsics[:, :2, 2] = recorded["principal_point"]
+    cameras = Cameras(recorded["c2w"], intrinsics, height, width)
+    radius, kept = recorded["radius"].item(), recorded["points_per_pixel"].item()
+    image, visible, depth = render_points(recorded["points"], recorded["features"], cameras, radius, kept)
+
+    torch.testing.assert_close(image, recorded["image_alpha"], rtol=0, atol=2e-4)
+    torch.testing.assert_close(visible, recorded["mask_alpha"], rtol=0, atol=2e-4)
+    stable = recorded["stable"]
+    nearest = recorded["zbuf"][..., 0].clamp(min=0)  # theirs is -1 where there is no point
+    torch.testing.assert_close(depth[stable], nearest[stable], rtol=0, atol=1e-5)
