@@ -1,6 +1,6 @@
 """Which divergence keeps the teacher's modes? Every row of the table, on two small mixtures of Gaussians.
 
-    python benchmarks/mode_coverage.py [--seeds 8] [--iterations 1000] [--out benchmarks/results]
+    python benchmarks/mode_coverage.py [--settings scratch oracle] [--rows reverse_kl forward_kl] [--seeds 8] [--draw 0]
 
 Why: FVGen says that softening reverse KL prevents mode dropping. Its weight 1/(r+1) falls where r = p/q is
 large, that is, where the student misses mass; so the claim has to be measured. Video hides a dropped mode;
@@ -28,15 +28,17 @@ of a setting advance together, as one batch of networks. Measured on 20,000 samp
   mixed with 0.1 % of uniform density, so that an empty mode costs much but not infinity (0.001 for the target
   itself)
 
-Writes mode_coverage.json (every run), .png, and the tables of .md (the text above its marker is left alone).
-The last output line is JSON.
+Writes OUT/NAME.json (every run), .png, and the tables of .md (the text above its marker is left alone). The last
+output line is JSON. About seven minutes of one core with the defaults.
 """
 
 import argparse
 import json
 import math
 import os
+import shlex
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -58,7 +60,6 @@ from fvgen.objectives import (
     weight,
 )
 
-ROWS = list(DIVERGENCES)
 MODES, STD = 8, 0.1
 TARGETS = {"equal weights": [1 / MODES] * MODES, "unequal weights": [0.21, 0.04] * (MODES // 2)}
 ANGLE = torch.arange(MODES) * (2 * math.pi / MODES)
@@ -67,6 +68,7 @@ BATCH, REFERENCE, CRITIC_WIDTH = 64, 256, 48
 RATE, CLIP = 5e-3, 10.0  # Adam, cosine decay; CLIP is DMD2's
 TIMESTEPS, BINS = 1000, 10
 METRICS = {"modes": "modes covered (of 8)", "precision": "precision", "kl": "KL(p||q) [nats]"}
+Values = dict[str, Tensor]  # metric -> [targets, rows, seeds]
 MARKER = "<!-- below this line: written by benchmarks/mode_coverage.py -->"
 
 
@@ -135,9 +137,9 @@ class Trial:
     """The runs of one setting, one axis R over targets, rows and seeds in this order; draws are the same for
     all rows."""
 
-    def __init__(self, seeds: int, rows: list[str]) -> None:
+    def __init__(self, seeds: int, rows: list[str], draw: int) -> None:
         self.rows, self.seeds, self.shape = rows, seeds, (len(TARGETS), len(rows), seeds)
-        self.generator = torch.Generator().manual_seed(0)
+        self.generator = torch.Generator().manual_seed(draw)
         self.shares = torch.tensor(list(TARGETS.values())).repeat_interleave(seeds, dim=0)
         distinct = torch.arange(len(self.shares)).reshape(len(TARGETS), 1, seeds)
         self.spread = distinct.expand(self.shape).flatten()  # [R]: number of each run's (target, seed)
@@ -249,19 +251,19 @@ def train(trial: Trial, student: Networks, setting: Setting, stage: int, iterati
     return student
 
 
-def run(setting: Setting, seeds: int, iterations: int) -> dict[str, Tensor]:
-    """All rows, targets and seeds of one setting: metric -> [targets, rows, seeds]."""
-    trial = Trial(seeds, ROWS)
+def run(setting: Setting, rows: list[str], seeds: int, draw: int, iterations: int) -> Values:
+    """All rows, targets and seeds of one setting."""
+    trial = Trial(seeds, rows, draw)
     hidden = [setting.width] * 3
     student = trial.networks(2, *hidden, 2)
     if setting.gan_init:
-        alone = Trial(seeds, ROWS[:1])  # stage 1 knows no divergence: one run per target and seed
+        alone = Trial(seeds, rows[:1], draw)  # stage 1 knows no divergence: one run per target and seed
         student = train(alone, alone.networks(2, *hidden, 2), setting, 1, iterations).copies(trial.spread)
     return measure(trial, train(trial, student, setting, 2, iterations))
 
 
 @torch.no_grad()
-def measure(trial: Trial, student: Networks) -> dict[str, Tensor]:
+def measure(trial: Trial, student: Networks) -> Values:
     z = torch.randn(1, 20_000, 2, generator=torch.Generator().manual_seed(12345))
     found = []
     for k, shares in enumerate(trial.shares[trial.spread]):
@@ -294,42 +296,53 @@ def forward_kl(x: Tensor, shares: Tensor, cells: int = 160, half: float = 3.0, k
 
 def table(title: str, first: str, cells: dict[str, list[str]]) -> str:
     """Markdown: a column `first` with the keys of cells, then a column per metric."""
-    lines = [f"\n**{title}**\n", f"| {first} | {' | '.join(METRICS.values())} |", "|---|---|---|---|"]
+    head = " | ".join(label.replace("|", "\\|") for label in METRICS.values())
+    lines = [f"\n**{title}**\n", f"| {first} | {head} |", "|---|---|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {' | '.join(texts)} |" for name, texts in cells.items())]) + "\n"
 
 
-def tables(results: dict[str, dict[str, Tensor]]) -> str:
+def tables(results: dict[str, Values], rows: list[str]) -> str:
     """The paired answers first, then mean and standard deviation over seeds of every row, setting and target."""
 
-    def against_reverse_kl(some: dict[str, dict[str, Tensor]], name: str) -> list[str]:
-        return [interval(difference(some, name, metric)) for metric in METRICS]
+    def against_reverse_kl(some: list[Tensor], name: str) -> str:
+        """some: values of one metric, each [rows, seeds] or [targets, rows, seeds]."""
+        row, base = rows.index(name), rows.index("reverse_kl")
+        return interval(torch.cat([(v.select(-2, row) - v.select(-2, base)).flatten() for v in some]))
 
-    softened = {s: against_reverse_kl({s: values}, "softened_reverse_kl") for s, values in results.items()}
-    text = table("Softened minus reverse KL over all targets and seeds: mean [95 % interval]", "setting", softened)
-    rows = {name: against_reverse_kl(results, name) for name in ROWS[1:]}
-    text += table("Row minus reverse KL over all settings, targets and seeds: mean [95 % interval]", "row", rows)
+    text = ""
+    if {"reverse_kl", "softened_reverse_kl"} <= set(rows):
+        softened = {
+            f"{setting}, {target}": [against_reverse_kl([v[metric][k]], "softened_reverse_kl") for metric in METRICS]
+            for setting, v in results.items()
+            for k, target in enumerate(TARGETS)
+        }
+        text += table("Softened minus reverse KL: mean [95 % interval] over seeds", "setting", softened)
+    if "reverse_kl" in rows:
+        pooled = {
+            name: [against_reverse_kl([v[metric] for v in results.values()], name) for metric in METRICS]
+            for name in rows
+            if name != "reverse_kl"
+        }
+        text += table("Row minus reverse KL: mean [95 % interval] over settings, targets and seeds", "row", pooled)
     for setting, values in results.items():
         for k, target in enumerate(TARGETS):
             cells = {
                 name: [f"{v[k, j].mean():.2f} ± {v[k, j].std():.2f}" for v in values.values()]
-                for j, name in enumerate(ROWS)
+                for j, name in enumerate(rows)
             }
             text += table(f"{setting}, {target}: mean ± standard deviation over seeds", "row", cells)
     return text
 
 
-def difference(results: dict[str, dict[str, Tensor]], name: str, metric: str) -> Tensor:
-    """Row minus reverse KL, one number per pair of runs."""
-    k, base = ROWS.index(name), ROWS.index("reverse_kl")
-    return torch.cat([(v[metric][:, k] - v[metric][:, base]).flatten() for v in results.values()])
-
-
 def interval(pairs: Tensor) -> str:
-    half = 1.96 * pairs.std() / math.sqrt(len(pairs))
+    """Mean and Student's 95 % interval of paired differences [n]."""
+    from scipy.stats import t as student_t
+
+    half = student_t.ppf(0.975, len(pairs) - 1) * pairs.std() / math.sqrt(len(pairs))
     return f"{pairs.mean():+.2f} [{pairs.mean() - half:+.2f}, {pairs.mean() + half:+.2f}]"
 
 
-def draw(results: dict[str, dict[str, Tensor]], path: Path) -> None:
+def draw(results: dict[str, Values], rows: list[str], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 6.5), layout="constrained")
@@ -338,10 +351,10 @@ def draw(results: dict[str, dict[str, Tensor]], path: Path) -> None:
         for line, target in enumerate(TARGETS):
             ax = axes[line, column]
             for k, (setting, values) in enumerate(results.items()):
-                v, at = values[metric][line], torch.arange(len(ROWS)) + 0.15 * (k - (len(results) - 1) / 2)
+                v, at = values[metric][line], torch.arange(len(rows)) + 0.15 * (k - (len(results) - 1) / 2)
                 ax.errorbar(at, v.mean(1), v.std(1), fmt="o", ms=4, capsize=2, lw=1, label=setting)
             ax.set_title(f"{label}, {target}", fontsize=10)
-            ax.set_xticks(range(len(ROWS)), [name.replace("_", "\n") for name in ROWS], fontsize=7)
+            ax.set_xticks(range(len(rows)), [name.replace("_", "\n") for name in rows], fontsize=7)
             ax.grid(axis="y", alpha=0.3)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(results))
     figure.savefig(path, dpi=110)
@@ -349,38 +362,46 @@ def draw(results: dict[str, dict[str, Tensor]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Mode coverage of every divergence on two mixtures of Gaussians.")
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--rows", nargs="+", choices=DIVERGENCES, default=list(DIVERGENCES))
     parser.add_argument("--seeds", type=int, default=8)
+    parser.add_argument("--draw", type=int, default=0, help="another number, other seeds")
     parser.add_argument("--iterations", type=int, default=1000, help="of each stage")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--name", default="mode_coverage", help="of the files written")
     args = parser.parse_args()
     torch.set_num_threads(1)
     results, wall, cpu = {}, time.perf_counter(), time.process_time()
-    for name, setting in SETTINGS.items():
-        results[name] = run(setting, args.seeds, args.iterations)
+    for name in args.settings:
+        results[name] = run(SETTINGS[name], args.rows, args.seeds, args.draw, args.iterations)
         print(f"{name}: done after {time.perf_counter() - wall:.0f} s", flush=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     about = {
-        "command": f"python benchmarks/mode_coverage.py --seeds {args.seeds} --iterations {args.iterations}",
-        "commit": commit.stdout.strip() if commit.returncode == 0 else "before the first commit",
+        "command": shlex.join(["python", "benchmarks/mode_coverage.py", *sys.argv[1:]]),
+        "commit": commit.stdout.strip() if commit.returncode == 0 else "unknown",
         "hardware": f"{os.cpu_count()}-core CPU, one thread",
         "torch": torch.__version__,
         "seconds": round(time.perf_counter() - wall),
         "cpu_seconds": round(time.process_time() - cpu),
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / "mode_coverage"
+    write(results, args.rows, about, args.out / args.name)
+    means = {
+        setting: {m: dict(zip(args.rows, v.mean((0, 2)).tolist(), strict=True)) for m, v in values.items()}
+        for setting, values in results.items()
+    }
+    print(json.dumps({**about, "mean_over_targets_and_seeds": means}))
+
+
+def write(results: dict[str, Values], rows: list[str], about: dict[str, str | int], stem: Path) -> None:
+    stem.parent.mkdir(parents=True, exist_ok=True)
     raw = {s: {m: v.double().mul(1e4).round().div(1e4).tolist() for m, v in d.items()} for s, d in results.items()}
-    axes = {"axes": ["target", "row", "seed"], "targets": list(TARGETS), "rows": ROWS}
+    axes = {"axes": ["target", "row", "seed"], "targets": list(TARGETS), "rows": rows}
     stem.with_suffix(".json").write_text(json.dumps({**about, **axes, "results": raw}) + "\n")
-    draw(results, stem.with_suffix(".png"))
+    draw(results, rows, stem.with_suffix(".png"))
     note = stem.with_suffix(".md")
     above = note.read_text().split(MARKER)[0] if note.exists() else "# Mode coverage\n\n"
     facts = "\n".join(f"- {key}: {value}" for key, value in about.items())
-    note.write_text(f"{above}{MARKER}\n\n{facts}\n{tables(results)}")
-    means = {
-        s: {m: dict(zip(ROWS, v.mean((0, 2)).tolist(), strict=True)) for m, v in d.items()} for s, d in results.items()
-    }
-    print(json.dumps({**about, "mean_over_targets_and_seeds": means}))
+    note.write_text(f"{above}{MARKER}\n\n{facts}\n{tables(results, rows)}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,16 @@
 """Fixtures that several test files share."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:  # importing diffusers takes seconds, and most test files need none of it
+    from fvgen.distill import StageConfig
+    from fvgen.pipeline import ViewCrafterPipeline
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -20,3 +28,67 @@ def shared() -> Path:
 def recorded() -> Path:
     """Small recordings that ship with the tests."""
     return Path(__file__).parent / "recorded"
+
+
+@pytest.fixture(scope="session")
+def shipped() -> Path:
+    """The tiny teacher that ships with the package."""
+    from fvgen.presets import SHIPPED
+
+    folder = SHIPPED / "tiny"
+    if not (folder / "model_index.json").is_file():
+        pytest.skip("the tiny teacher is not in src/fvgen/weights yet")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher() -> ViewCrafterPipeline:
+    """A small teacher of random weights. Shared: never change it."""
+    from small_models import small_teacher
+
+    return small_teacher()
+
+
+@pytest.fixture(scope="session")
+def teacher_folder(teacher: ViewCrafterPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same on disk."""
+    from fvgen.presets import save_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "teacher"
+    save_pipeline(teacher, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five prepared clips of the small teacher's size."""
+    from small_models import small_clips
+
+    from fvgen.data.clips import save_clips
+
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    save_clips(folder, small_clips(5), {"kind": "test"})
+    return folder
+
+
+@pytest.fixture
+def stage(teacher_folder: Path, clip_folder: Path, tmp_path: Path) -> Callable[..., StageConfig]:
+    """Settings of a stage of a few small iterations, written below the test's own folder."""
+    from fvgen.distill import stage_config
+
+    def make(name: str = "gan", **changes: Any) -> StageConfig:
+        settings = {
+            "out": str(tmp_path / name),
+            "teacher": str(teacher_folder),
+            "data": str(clip_folder),
+            "iterations": 3,
+            "batch_size": 2,
+            "critic_updates": 1,
+            "head_channels": 8,
+            "student_lr": 1e-3,
+            "head_lr": 1e-3,
+            "fake_score_lr": 1e-3,
+        }
+        return stage_config(name, settings | changes)
+
+    return make

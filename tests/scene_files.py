@@ -23,9 +23,7 @@ def world() -> tuple[Cameras, torch.Tensor, torch.Tensor]:
     angle = torch.linspace(-0.4, 0.4, VIEWS, dtype=torch.float64)
     position = torch.stack([4 * angle.sin(), 0.3 * angle, -4 * angle.cos()], dim=-1)
     poses = look_at(position, torch.zeros_like(position), position.new_tensor([0.0, -1.0, 0.0]))
-    intrinsics = torch.tensor(
-        [[FOCAL[0], 0, CENTER[0]], [0, FOCAL[1], CENTER[1]], [0, 0, 1]], dtype=torch.float64
-    )
+    intrinsics = torch.tensor([[FOCAL[0], 0, CENTER[0]], [0, FOCAL[1], CENTER[1]], [0, 0, 1]], dtype=torch.float64)
     points = torch.randn(30, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) * 0.5
     found = torch.rand(30, VIEWS, generator=torch.Generator().manual_seed(1)) < 0.6
     return Cameras(poses, intrinsics.expand(VIEWS, 3, 3).clone(), HEIGHT, WIDTH), points, found
@@ -41,9 +39,7 @@ def write_images(folder: Path, names: list[str] = NAMES) -> None:
 def write_depth(folder: Path) -> None:
     (folder / "depth").mkdir()
     for i in range(VIEWS):
-        Image.fromarray(np.full((HEIGHT, WIDTH), 4000 + i, dtype=np.uint16)).save(
-            folder / "depth" / f"{i:02d}.png"
-        )
+        Image.fromarray(np.full((HEIGHT, WIDTH), 4000 + i, dtype=np.uint16)).save(folder / "depth" / f"{i:02d}.png")
 
 
 def document(depth: bool = False) -> dict:
@@ -94,12 +90,7 @@ def write_colmap(folder: Path, binary: bool = True, order: tuple[int, ...] = (2,
         (model / "cameras.bin").write_bytes(struct.pack("<QIiQQ4d", 1, 7, 1, WIDTH, HEIGHT, *params))
         data = struct.pack("<Q", VIEWS)
         for number, values, name in shots:
-            data += (
-                struct.pack("<I7dI", number, *values, 7)
-                + name.encode()
-                + b"\0"
-                + struct.pack("<Q", len(points))
-            )
+            data += struct.pack("<I7dI", number, *values, 7) + name.encode() + b"\0" + struct.pack("<Q", len(points))
             for n, (x, y) in enumerate(pixels[number - 10].tolist()):
                 data += struct.pack("<ddq", x, y, n + 1 if found[n, number - 10] else -1)
         (model / "images.bin").write_bytes(data)
@@ -109,15 +100,12 @@ def write_colmap(folder: Path, binary: bool = True, order: tuple[int, ...] = (2,
             data += b"".join(struct.pack("<II", *seen) for seen in track)
         (model / "points3D.bin").write_bytes(data)
         return folder
-    (model / "cameras.txt").write_text(
-        f"# cameras\n7 PINHOLE {WIDTH} {HEIGHT} {' '.join(map(str, params))}\n"
-    )
+    (model / "cameras.txt").write_text(f"# cameras\n7 PINHOLE {WIDTH} {HEIGHT} {' '.join(map(str, params))}\n")
     lines = ["# images"]
     for number, values, name in shots:
         lines.append(f"{number} {' '.join(map(repr, values))} 7 {name}")
         seen = [
-            f"{x} {y} {n + 1 if found[n, number - 10] else -1}"
-            for n, (x, y) in enumerate(pixels[number - 10].tolist())
+            f"{x} {y} {n + 1 if found[n, number - 10] else -1}" for n, (x, y) in enumerate(pixels[number - 10].tolist())
         ]
         lines.append("" if number == 12 else " ".join(seen))  # an image without keypoints has an empty line
     (model / "images.txt").write_text("\n".join(lines) + "\n")

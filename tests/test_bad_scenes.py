@@ -117,9 +117,7 @@ def test_mirrored_pose(tmp_path):
     expect(write_nerfstudio(tmp_path, contents), "mirrored", "frame 1")
 
 
-@pytest.mark.parametrize(
-    "text", ["", "{", "[" * 100_000, '{"frames": ', "\x00", '{"a": 1e5', "null", "[1]", '"x"']
-)
+@pytest.mark.parametrize("text", ["", "{", "[" * 100_000, '{"frames": ', "\x00", '{"a": 1e5', "null", "[1]", '"x"'])
 def test_malformed_json(tmp_path, text):
     write_images(tmp_path)
     (tmp_path / "transforms.json").write_text(text)
@@ -273,9 +271,7 @@ def survives(folder: Path) -> bool:
         check_sentence(error)
         return False
     assert all(image.shape == (scene.cameras.height, scene.cameras.width, 3) for image in images)
-    assert (
-        torch.isfinite(scene.cameras.world_from_cam).all() and torch.isfinite(scene.cameras.intrinsics).all()
-    )
+    assert torch.isfinite(scene.cameras.world_from_cam).all() and torch.isfinite(scene.cameras.intrinsics).all()
     assert (scene.cameras.intrinsics[:, [0, 1], [0, 1]] > 0).all()
     if scene.points is not None:
         assert torch.isfinite(scene.points).all()

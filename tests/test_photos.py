@@ -133,9 +133,7 @@ def test_resized_image_and_camera_stay_in_step(size):
         image = fit_image((np.repeat(blob[..., None], 3, axis=-1) * 255).round().astype(np.uint8), *size)
         assert image.shape == (3, *size) and image.dtype == torch.float32
         weight = image[0] * (image[0] > 0.02)
-        rows, columns = torch.meshgrid(
-            torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij"
-        )
+        rows, columns = torch.meshgrid(torch.arange(size[0]) + 0.5, torch.arange(size[1]) + 0.5, indexing="ij")
         center = torch.stack([(weight * columns).sum(), (weight * rows).sum()]) / weight.sum()
         expected = project(point[None], fitted)[0][0, 0]
         torch.testing.assert_close(center, expected, atol=0.05 * max(1, size[0] / HEIGHT), rtol=0)
@@ -158,7 +156,7 @@ def test_range_is_kept():
 
 
 def write_world(folder: Path, views: int = 6, depth: bool = False) -> Scene:
-    """Photographs of a coloured wall at z = 3 from cameras in a line; each point is found in two views of three.
+    """Photographs of a coloured wall at z = 3 from cameras in a line; points are found in two views of three.
 
     The wall's colour is an affine function of the place, so that it is known at any pixel.
     """
@@ -192,9 +190,7 @@ def write_world(folder: Path, views: int = 6, depth: bool = False) -> Scene:
 
 def wall_color(place: Tensor) -> Tensor:
     """[..., 3] in the world to RGB in [0, 1]."""
-    return torch.stack(
-        [0.5 + 0.1 * place[..., 0], 0.5 + 0.2 * place[..., 1], 0.6 - 0.1 * place[..., 0]], dim=-1
-    )
+    return torch.stack([0.5 + 0.1 * place[..., 0], 0.5 + 0.2 * place[..., 1], 0.6 - 0.1 * place[..., 0]], dim=-1)
 
 
 def known_images(scene: Scene, known: list[int], size: tuple[int, int]) -> Tensor:
@@ -259,8 +255,7 @@ def test_clips(tmp_path):
             assert (look_up - wall_color(clip.points[inside])).abs().max() < 0.012
     again = scene_clips(scene, 3, 4, 20, 30, seed=0)
     assert all(
-        torch.equal(a.truth, b.truth) and torch.equal(a.points, b.points)
-        for a, b in zip(clips, again, strict=True)
+        torch.equal(a.truth, b.truth) and torch.equal(a.points, b.points) for a, b in zip(clips, again, strict=True)
     )
 
 
@@ -268,7 +263,7 @@ def test_scenes_without_geometry(tmp_path):
     scene = write_world(tmp_path)
     images = known_images(scene, [0, 1], (20, 30))
     bare = Scene(scene.name, scene.image_paths, scene.cameras)
-    with pytest.raises(UserError, match="wall has neither depth maps nor points, .*; add depth_file_path"):
+    with pytest.raises(UserError, match=r"wall has neither depth maps nor points, .*; add depth_file_path"):
         scene_cloud(bare, [0, 1], images)
     assert len(choose_views(bare, 3, 2, stream())) == 2  # the cameras' own extent sets the scale
     trackless = replace(scene, observations=torch.zeros(0, 2, dtype=torch.int64))
@@ -278,8 +273,8 @@ def test_scenes_without_geometry(tmp_path):
 
 # --- The seven real scenes ---
 
-# Bounds of the largest step (radians of turn and parallax): above that of four clips of eight frames, below that
-# of neighbours in file order.
+# Bounds of the largest step (radians of turn and parallax): above that of four clips of eight frames, below
+# that of neighbours in file order.
 REAL = {
     "fox": (0.5, 1.7),
     "hololens_office": (0.5, 0.4),
@@ -296,11 +291,7 @@ def test_real_scenes(shared, name):
     scene = read_scene(shared / "data" / "scenes" / name)
     clips = scene_clips(scene, 4, 8, 48, 64, seed=0)
     assert len({clip.name for clip in clips}) == 4
-    depth = (
-        project(scene.points, scene.cameras)[1][scene.observations[:, 1], scene.observations[:, 0]]
-        .median()
-        .item()
-    )
+    depth = project(scene.points, scene.cameras)[1][scene.observations[:, 1], scene.observations[:, 0]].median().item()
     largest, in_file_order = REAL[name]
     assert pose_distance(scene.cameras, depth).diagonal(1).max() > in_file_order
     for clip in clips:

@@ -100,8 +100,9 @@ def test_one_point_is_a_disk(x, y, radius):
 
 
 def test_the_rim_is_outside():
-    """A pixel centre at exactly the radius is not covered: three of a plus shape's five pixels in a row."""
-    _, visible, _ = render_points(at(5.5, 5.5), torch.ones(1, 3), camera(), radius=1 / 3)  # two pixels
+    """A pixel centre at exactly the radius is not covered: it has neither opacity nor depth."""
+    _, visible, depth = render_points(at(5.5, 5.5), torch.ones(1, 3), camera(), radius=1 / 3)  # two pixels
+    assert torch.equal(depth > 0, visible > 0)
     assert visible[0, 5].nonzero()[:, 0].tolist() == [4, 5, 6]
     assert visible[0, 5, 5] == 1 and visible[0, 5, 4] == pytest.approx(0.75, abs=1e-6)
 

@@ -33,9 +33,7 @@ def check_cameras(scene: Scene) -> None:
     assert [path.name for path in scene.image_paths] == NAMES
     assert (scene.cameras.height, scene.cameras.width) == (HEIGHT, WIDTH)
     assert scene.cameras.world_from_cam.dtype == scene.cameras.intrinsics.dtype == torch.float32
-    torch.testing.assert_close(
-        scene.cameras.world_from_cam.double(), cameras.world_from_cam, atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(scene.cameras.world_from_cam.double(), cameras.world_from_cam, atol=1e-6, rtol=0)
     torch.testing.assert_close(scene.cameras.intrinsics.double(), cameras.intrinsics, atol=1e-6, rtol=0)
 
 
@@ -171,9 +169,7 @@ def compare_with_pycolmap(pycolmap, folder: Path, scene: Scene) -> None:
     for point, view in scene.observations.tolist():
         ours[tuple(scene.points[point].tolist())].add(view)
     theirs = {
-        tuple(np.float32(point.xyz).tolist()): {
-            views[model.images[e.image_id].name] for e in point.track.elements
-        }
+        tuple(np.float32(point.xyz).tolist()): {views[model.images[e.image_id].name] for e in point.track.elements}
         for point in model.points3D.values()
     }
     assert ours == theirs
@@ -185,10 +181,8 @@ def compare_with_pycolmap(pycolmap, folder: Path, scene: Scene) -> None:
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA", "I;16"])
 def test_every_kind_of_pixel_becomes_rgb(tmp_path, mode):
     ramp = np.tile(np.linspace(0, 255, 16).astype(np.uint8), (8, 1))
-    if mode == "I;16":
-        image = Image.fromarray(ramp.astype(np.uint16) * 257)
-    else:
-        image = Image.fromarray(ramp).convert(mode)
+    deep = Image.fromarray(ramp.astype(np.uint16) * 257)
+    image = deep if mode == "I;16" else Image.fromarray(ramp).convert(mode)
     file = tmp_path / ("a.tif" if mode in ("CMYK", "YCbCr") else "a.png")
     image.save(file)
     read = load_image(file)
@@ -248,7 +242,7 @@ def test_real_scenes(shared, name):
     torch.testing.assert_close(same.intrinsics, scene.cameras.intrinsics, atol=1e-3, rtol=1e-5)
     assert (scene.depth_paths is not None) == (name == "hololens_office")
     point, view = scene.observations.unbind(1)
-    pixels, depth = project(scene.points, scene.cameras)
+    _, depth = project(scene.points, scene.cameras)
     assert (depth[view, point] > 0).all()
 
 

@@ -165,7 +165,7 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
         return [parameter.grad.clone() for parameter in unet.parameters()]
 
     calls = []
-    handle = unet.middle_block.register_forward_hook(lambda *_: calls.append(1))
+    handle = unet.middle_block.register_forward_pre_hook(lambda *_: calls.append(1))
     plain = gradients()
     assert len(calls) == 1
     unet.enable_gradient_checkpointing()

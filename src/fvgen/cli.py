@@ -31,7 +31,7 @@ def _root(context: typer.Context) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the student and the report; run again to resume.")],
     data: Annotated[Path | None, typer.Option(help="Folder of real scenes; the built-in ones if not given.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of training and sampling.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of training and sampling.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
     """Distil a student from the tiny teacher and compare them on held-out scenes."""
@@ -53,7 +53,7 @@ def guarded(call: Callable[[], object]) -> None:
     try:
         call()
     except UserError as error:
-        print(f"fvgen: {error}", file=sys.stderr)
+        print(f"fvgen: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("fvgen: interrupted; the same command again resumes", file=sys.stderr)

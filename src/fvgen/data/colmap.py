@@ -203,9 +203,7 @@ def _records(model: Path, stem: str, optional: bool = False) -> list:
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
         except (struct.error, ValueError) as error:
-            raise UserError(
-                f"{file} is cut short or damaged ({error}); copy it again or run COLMAP again"
-            ) from error
+            raise UserError(f"{file} is cut short or damaged ({error}); copy it again or run COLMAP again") from error
     if optional:
         return []
     raise UserError(f"{model} has no {stem}.bin or {stem}.txt; copy the whole model or run COLMAP again")

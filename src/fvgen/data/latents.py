@@ -7,7 +7,6 @@ the same clips never reads stale latents.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch

@@ -66,8 +66,8 @@ def choose_views(scene: Scene, frames: int, count: int, generator: torch.Generat
     Every pair of views is tried as the ends of a path; `_paths` fills in those between. A path's score is its
     largest step over the step of an even, straight one, (F-1) max d / span, times length / LONGEST if it is
     longer than that: jumps, detours and clips whose middle neither end sees all cost. Paths with a step over
-    JUMP are out. Of those within AS_GOOD of the best, ``count`` are drawn, each in a random direction; if they
-    are too few, the next best follow. Raises UserError when the scene cannot give that many.
+    JUMP are out. Of those within AS_GOOD of the best, ``count`` are drawn, each in a random direction, and if
+    they are too few, the next best follow. Raises UserError when the scene cannot give that many.
     """
     assert frames >= 2 and count >= 1, (frames, count)
     views = len(scene)

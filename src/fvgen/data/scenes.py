@@ -39,6 +39,10 @@ FARTHEST = 1e6
 # Plausible focal lengths in image sizes: others are usually fractions or millimetres by mistake.
 FOCALS = (0.05, 100.0)
 EXIF_ORIENTATION = 0x0112
+# What a file holds may be of any length; an error message is one sentence.
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxother = 100
+short = SHORT.repr
 
 
 class Cloud(NamedTuple):
@@ -80,11 +84,6 @@ class Scene:
         return seen
 
 
-SHORT = Repr()
-SHORT.maxstring = SHORT.maxother = 100
-short = SHORT.repr  # what a file holds may be of any length; messages are one sentence
-
-
 class Frame(NamedTuple):
     """One view as its format tells it; ``where`` opens error messages about it."""
 
@@ -109,9 +108,7 @@ def find_scenes(folder: str | Path) -> list[Path]:
     try:
         entries = sorted(folder.iterdir())
     except OSError as error:
-        raise UserError(
-            f"data folder {folder} cannot be read ({error.strerror}); check its permissions"
-        ) from error
+        raise UserError(f"data folder {folder} cannot be read ({error.strerror}); check its permissions") from error
     scenes = [entry for entry in entries if entry.is_dir() and _looks_like_scene(entry)]
     if not scenes:
         state = "holds no scene" if entries else "is empty"
@@ -152,9 +149,7 @@ def read_nerfstudio(folder: Path) -> Scene:
     listed = document.get("frames") if isinstance(document, dict) else None
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{file} has no list of frames, so the scene has no poses; export the poses again")
-    frames = [
-        _nerfstudio_frame(folder, f"{file} frame {i}", document, frame) for i, frame in enumerate(listed)
-    ]
+    frames = [_nerfstudio_frame(folder, f"{file} frame {i}", document, frame) for i, frame in enumerate(listed)]
     unit = _number(document, "depth_unit_scale_factor", str(file), positive=True) or 0.001
     views, depths = _checked(folder, frames), _depths(frames)
     return Scene(*views, *_cloud_of_same_world(folder, frames), depth_paths=depths, depth_unit=unit)
@@ -169,9 +164,7 @@ def _nerfstudio_frame(folder: Path, where: str, document: dict, frame: object) -
     if model not in PERSPECTIVE or values.get("is_fisheye"):
         raise UserError(f"{where}: the camera model {short(model)} is not perspective; {UNDISTORT}")
     if bent := [key for key in DISTORTION if _number(values, key, where)]:
-        raise UserError(
-            f"{where}: lens distortion {bent[0]} is not zero, only pinhole cameras are read; {UNDISTORT}"
-        )
+        raise UserError(f"{where}: lens distortion {bent[0]} is not zero, only pinhole cameras are read; {UNDISTORT}")
 
     image = next((path for suffix in SUFFIXES if os.path.isfile(path := folder / (name + suffix))), None)
     if image is None:
@@ -190,13 +183,9 @@ def _nerfstudio_frame(folder: Path, where: str, document: dict, frame: object) -
 
     depth = frame.get("depth_file_path")
     if depth is not None and not isinstance(depth, str):
-        raise UserError(
-            f"{where}: depth_file_path is {short(depth)}; give the path of a 16-bit image or remove it"
-        )
+        raise UserError(f"{where}: depth_file_path is {short(depth)}; give the path of a 16-bit image or remove it")
     pose = from_opengl(_matrix(frame.get("transform_matrix"), where))
-    return Frame(
-        where, image, size, (focal_x, focal_y or focal_x), center, pose, folder / depth if depth else None
-    )
+    return Frame(where, image, size, (focal_x, focal_y or focal_x), center, pose, folder / depth if depth else None)
 
 
 def _number(values: dict, key: str, where: str, positive: bool = False) -> float | None:
@@ -206,9 +195,7 @@ def _number(values: dict, key: str, where: str, positive: bool = False) -> float
         return None
     if not _is_number(value) or (positive and value <= 0):
         kind = "positive" if positive else "finite"
-        raise UserError(
-            f"{where}: {key} is {short(value)}, not a {kind} number; correct it or export the poses again"
-        )
+        raise UserError(f"{where}: {key} is {short(value)}, not a {kind} number; correct it or export the poses again")
     return float(value)
 
 
@@ -249,13 +236,9 @@ def _depths(frames: list[Frame]) -> tuple[Path, ...] | None:
         return None
     for frame in frames:
         if frame.depth is None:
-            raise UserError(
-                f"{frame.where} has no depth_file_path but others have; add it, or remove it everywhere"
-            )
+            raise UserError(f"{frame.where} has no depth_file_path but others have; add it, or remove it everywhere")
         if _image_size(frame.depth) != frame.size:
-            raise UserError(
-                f"depth map {frame.depth} has another size than its image; resize it (nearest) to match"
-            )
+            raise UserError(f"depth map {frame.depth} has another size than its image; resize it (nearest) to match")
     return tuple(frame.depth for frame in frames)
 
 
@@ -266,9 +249,7 @@ def read_colmap(folder: Path) -> Scene:
     """
     model = colmap.model_folder(folder)
     if model is None:
-        raise UserError(
-            f"{folder} has no camera poses: sparse/0/cameras.bin (or .txt) is missing; run COLMAP on it"
-        )
+        raise UserError(f"{folder} has no camera poses: sparse/0/cameras.bin (or .txt) is missing; run COLMAP on it")
     cameras = {camera.number: camera for camera in colmap.read_cameras(model)}
     shots = colmap.read_shots(model)
     if not shots:
@@ -298,9 +279,7 @@ def _checked(folder: Path, frames: list[Frame]) -> tuple[str, tuple[Path, ...], 
     for frame in frames:
         path = os.path.normpath(frame.image)
         if path in seen:
-            raise UserError(
-                f"{frame.where} names the same image as {seen[path]}; remove one of the two frames"
-            )
+            raise UserError(f"{frame.where} names the same image as {seen[path]}; remove one of the two frames")
         seen[path] = frame.where
         _check_frame(frame)
         if frame.size != frames[0].size:
@@ -308,9 +287,7 @@ def _checked(folder: Path, frames: list[Frame]) -> tuple[str, tuple[Path, ...], 
                 f"image {frame.image} is {_by(frame.size)}, {frames[0].image.name} is {_by(frames[0].size)}; "
                 "all images of a scene must have one size, so crop or resize them and their cameras"
             )
-    intrinsics = torch.tensor(
-        [[[f.focal[0], 0, f.center[0]], [0, f.focal[1], f.center[1]], [0, 0, 1]] for f in frames]
-    )
+    intrinsics = torch.tensor([[[f.focal[0], 0, f.center[0]], [0, f.focal[1], f.center[1]], [0, 0, 1]] for f in frames])
     poses = torch.stack([frame.pose for frame in frames]).float()
     width, height = map(int, frames[0].size)
     name = folder.resolve().name or "scene"
@@ -368,9 +345,7 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(
-            f"{path} cannot be read ({error.strerror}); check that it is a file you may read"
-        ) from error
+        raise UserError(f"{path} cannot be read ({error.strerror}); check that it is a file you may read") from error
 
 
 # --- Images ---
@@ -397,9 +372,7 @@ def load_depth(path: str | Path, unit: float) -> Tensor:
     """float32 [H, W], camera z in scene units, from 16-bit grey in steps of ``unit``; 0 is unknown."""
     image = _decode(Path(path))
     if not image.mode.startswith("I"):
-        raise UserError(
-            f"depth map {path} has pixels of kind {image.mode}, not 16-bit grey; export it as 16-bit PNG"
-        )
+        raise UserError(f"depth map {path} has pixels of kind {image.mode}, not 16-bit grey; export it as 16-bit PNG")
     return torch.from_numpy(np.asarray(image).astype(np.float32)) * unit
 
 

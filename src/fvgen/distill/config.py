@@ -16,6 +16,7 @@ from fvgen.objectives.gan import KINDS
 
 Stage = Literal["gan", "dmd"]
 SECTIONS = ("gan", "dmd")
+NO_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: other than UTF-8, or a date that does not exist
 
 
 class StageConfig(BaseModel):
@@ -31,7 +32,7 @@ class StageConfig(BaseModel):
     init: str = Field(
         "", description="folder of an earlier stage whose student and head to start from; '' for the teacher"
     )
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**32 - 1)
     device: str = Field("cpu", description="where to train, as torch names it: cpu, cuda, cuda:1")
 
     iterations: int = Field(200, ge=1)
@@ -156,7 +157,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     """A YAML mapping; raises UserError for a file that is missing or something else."""
     try:
         settings = yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, *NO_YAML) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"config file {file} cannot be read ({reason}); give a YAML file of settings") from None
     if not isinstance(settings, dict):
@@ -181,8 +182,9 @@ def _value(key: str, text: str) -> Any:
         return text
     try:
         return _number(key, yaml.safe_load(text))
-    except yaml.YAMLError:
-        raise UserError(f"the value of {key}={text} cannot be read; quote it or write a plain number or word") from None
+    except NO_YAML:
+        word = reprlib.repr(f"{key}={text}")
+        raise UserError(f"the value in {word} cannot be read; quote it or write a plain number or word") from None
 
 
 def _section(settings: dict[str, Any], stage: Stage, where: str) -> dict[str, Any]:

@@ -193,12 +193,12 @@ def build_players(config: StageConfig, base: ViewCrafterPipeline, start_from: Pa
                 )
 
     def engine(module: torch.nn.Module, lr: float) -> PlainEngine:
-        module.requires_grad_(True).to(config.device)
+        module.requires_grad_(True).eval().to(config.device)
         return PlainEngine(module, lr, (config.beta1, config.beta2), config.weight_decay, config.clip_norm)
 
-    student = Denoiser(student_unet, schedule).eval()
+    student = Denoiser(student_unet, schedule)
     matching = config.stage == "dmd"
-    fake_score = Denoiser(copy.deepcopy(teacher.unet), schedule).eval() if matching else None
+    fake_score = Denoiser(copy.deepcopy(teacher.unet), schedule) if matching else None
     at_equality = divergences.weight(config.divergence, torch.zeros(1)).item()
     normalizer = RatioNormalizer(at_equality, config.ratio_bins, config.ratio_decay).to(config.device)
     players = Players(

@@ -1,0 +1,130 @@
+"""Scoring: who is compared with whom, on what, and with which noise."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import pytest
+import torch
+from small_models import STEPS, small_clips, student_of
+
+from fvgen.data.clips import Clip
+from fvgen.evaluate import (
+    Contestant,
+    better,
+    evaluate,
+    few_step_teacher,
+    score,
+    score_renders,
+    score_videos,
+    student_contestant,
+    teacher_contestant,
+)
+
+
+@pytest.fixture(scope="module")
+def clips() -> list[Clip]:
+    return small_clips(2)
+
+
+def test_known_frames_are_not_scored(clips):
+    noise = torch.rand(clips[0].truth.shape, generator=torch.Generator().manual_seed(0))
+    known = clips[0].known[:, None, None, None]
+    right = [torch.where(known, noise, clip.truth) for clip in clips]
+    wrong = [torch.where(known, clip.truth, noise) for clip in clips]
+    assert score_videos(right, clips)["psnr"] == 100 and score_videos(right, clips)["n"] == 4
+    assert score_videos(wrong, clips)["psnr"] < 15
+
+
+def test_a_render_is_scored_without_evaluations(clips):
+    row = score_renders(clips)
+    assert (row["steps"], row["nfe"], row["seconds_per_clip"]) == (0, 0, None)
+    assert 3 < row["psnr"] < 30 and row["n"] == 4
+    full = [dataclasses.replace(clip, render=clip.truth) for clip in clips]
+    assert score_renders(full)["psnr"] == 100
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "expected"),
+    [
+        ({"lpips": 0.1, "psnr": 10.0}, {"lpips": 0.2, "psnr": 20.0}, True),
+        ({"lpips": 0.2, "psnr": 20.0}, {"lpips": 0.1, "psnr": 10.0}, False),
+        ({"lpips": None, "psnr": 20.0}, {"lpips": None, "psnr": 10.0}, True),
+        ({"lpips": None, "psnr": 10.0}, {"lpips": 0.1, "psnr": 20.0}, False),
+        ({"lpips": None, "psnr": None}, {"lpips": None, "psnr": 5.0}, False),
+        ({"lpips": None, "psnr": 5.0}, {"lpips": None, "psnr": None}, True),
+        ({"lpips": 0.1, "psnr": 10.0}, {"lpips": 0.1, "psnr": 10.0}, False),
+    ],
+)
+def test_better_goes_by_lpips_then_by_psnr(a, b, expected):
+    assert better(a, b) is expected
+
+
+def test_evaluations_are_counted_as_they_happen(teacher, clips):
+    student = student_of(teacher, steps=2)
+    contestants = {
+        "teacher": teacher_contestant(teacher),
+        "guided": few_step_teacher(teacher, 4, None),
+        "plain": few_step_teacher(teacher, 4, 1.0),
+        "student": student_contestant(student),
+    }
+    assert {name: (c.steps, c.nfe) for name, c in contestants.items()} == {
+        "teacher": (STEPS, 2 * STEPS),
+        "guided": (4, 8),
+        "plain": (4, 4),
+        "student": (2, 2),
+    }
+    condition = teacher.condition(clips[0].render[None], torch.Generator().manual_seed(0))
+    for name, contestant in contestants.items():
+        sizes = []
+        hook = teacher.unet.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(args[0].shape[0]))
+        contestant.sample(condition, torch.Generator().manual_seed(0))
+        hook.remove()
+        assert sum(sizes) == contestant.nfe, name
+
+
+def test_the_few_step_teacher_without_guidance_samples_as_a_student_does(teacher, clips):
+    plain, student = few_step_teacher(teacher, 4, 1.0), student_contestant(student_of(teacher))
+    results = evaluate({"plain": plain, "student": student}, clips, teacher, seed=3)
+    for ours, theirs in zip(results["plain"].videos, results["student"].videos, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert ours.shape == clips[0].truth.shape
+
+
+def test_every_contestant_gets_the_same_condition_and_noise(teacher, clips):
+    seen: dict[str, list] = {"a": [], "b": []}
+
+    def sample(name, condition, generator):
+        noise = torch.randn(condition.render_latents.shape, generator=generator)
+        seen[name].append((condition, noise))
+        return noise
+
+    results = evaluate({name: Contestant(partial(sample, name), 1, 1) for name in seen}, clips, teacher, seed=0)
+    for (condition_a, noise_a), (condition_b, noise_b) in zip(seen["a"], seen["b"], strict=True):
+        assert condition_a is condition_b and torch.equal(noise_a, noise_b)
+    assert not torch.equal(seen["a"][0][1], seen["a"][1][1])  # another clip, another noise
+    first = seen["a"][0][1]
+    seen["a"].clear()
+    evaluate({"a": Contestant(partial(sample, "a"), 1, 1)}, clips[:1], teacher, seed=1)
+    assert not torch.equal(seen["a"][0][1], first)
+
+    row = score(results["a"], clips)
+    assert (row["steps"], row["nfe"], row["n"]) == (1, 1, 4)
+    assert row["seconds_per_clip"] > 0 and len(results["a"].seconds) == 2
+    assert row.keys() >= {"psnr", "ssim", "lpips", "fid", "why_null"}
+    assert row["lpips"] is None and "smaller than" in row["why_null"]["lpips"]  # clips of 16x24 pixels
+
+
+def test_a_perfect_contestant_is_as_good_as_the_vae(teacher, clips):
+    """What is decoded is what is scored."""
+
+    def sample(condition, generator):
+        latents = teacher.encode_frames(clips[0].truth[None], torch.Generator().manual_seed(0))
+        decoded.append(teacher.decode_latents(latents)[0])
+        return latents
+
+    decoded = []
+    results = evaluate({"perfect": Contestant(sample, 1, 1)}, clips[:1], teacher, seed=0)
+    assert torch.equal(results["perfect"].videos[0], decoded[0])
+    assert score(results["perfect"], clips[:1])["psnr"] == score_videos(decoded, clips[:1])["psnr"]
