@@ -189,7 +189,9 @@ def test_a_pipeline_survives_the_disk(teacher, render, tmp_path, kind):
     for again in (kind.from_pretrained(tmp_path / "model"), load_pipeline(tmp_path / "model", kind)):
         assert settings(again) == settings(pipeline)
         assert not any(part.training for part in again.components.values() if isinstance(part, torch.nn.Module))
-        assert (again(render, rng()) - pipeline(render, rng())).abs().max() == 0
+        for unet in (pipeline.unet, again.unet):
+            unet.requires_grad_(False)  # for weights that need gradients torch has linear layers with other rounding
+        assert torch.equal(again(render, rng()), pipeline(render, rng()))
 
 
 def test_half_precision_on_disk_becomes_full_precision(tmp_path):

@@ -1,0 +1,393 @@
+"""A whole stage: the same seed gives the same files, and so does a run that was killed again and again."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from itertools import count
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+import yaml
+
+from fvgen.data.clips import save_clips
+from fvgen.distill import RunConfig, StageConfig, Trainer, read_metrics, run
+from fvgen.errors import UserError
+from fvgen.models.discriminator import DiscriminatorHead
+from fvgen.pipeline import FVGenPipeline
+from fvgen.presets import load_pipeline
+from small_models import LATENTS, random_latents, small_clips
+
+
+def same_files(first: Path, second: Path) -> bool:
+    """Whether metrics, student and head of two runs are equal byte by byte."""
+    names = ["metrics.jsonl", *(str(p.relative_to(first)) for part in ("student", "head") for p in files_of(first / part))]
+    assert len(names) > 10
+    return all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def refused(config: StageConfig) -> str:
+    """The sentence with which a run is refused."""
+    with pytest.raises(UserError) as error:
+        run(config)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(scope="module")
+def finished(teacher_folder, clip_folder, tmp_path_factory) -> Callable[..., tuple[StageConfig, Path]]:
+    """A finished stage "gan" of three iterations, to be copied before it is changed."""
+    from fvgen.distill import stage_config
+
+    out = tmp_path_factory.mktemp("finished") / "gan"
+    settings = {"iterations": 3, "batch_size": 2, "head_channels": 8, "critic_updates": 1, "checkpoint_every": 1}
+    folders = {"out": str(out), "teacher": str(teacher_folder), "data": str(clip_folder)}
+    config = stage_config("gan", settings | folders)
+    run(config)
+
+    def copy_to(folder: Path, **changes) -> tuple[StageConfig, Path]:
+        shutil.copytree(out, folder / "gan")
+        return config.model_copy(update={"out": str(folder / "gan")} | changes), folder / "gan"
+
+    return copy_to
+
+
+# --- What a run leaves ---
+
+
+@pytest.mark.parametrize("name", ["gan", "dmd"])
+def test_the_same_seed_gives_the_same_bytes(stage, tmp_path, name):
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (0, 0, 1), strict=True):
+        assert run(stage(name, out=str(folder), seed=seed)) == folder / "student"
+    assert same_files(folders[0], folders[1])
+    assert not same_files(folders[0], folders[2])
+
+    rows = read_metrics(folders[0])
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    losses = {"loss_head", "loss_student_gan", "loss_student"}
+    losses |= {"loss_fake_score", "loss_student_dmd"} if name == "dmd" else set()
+    for row in rows:
+        assert {key for key in row if "loss" in key} == losses
+        assert all(math.isfinite(value) for value in row.values())
+    summary = json.loads((folders[0] / "summary.json").read_text())
+    assert (summary["stage"], summary["iterations"]) == (name, 3) and summary["seconds"] > 0
+    assert not list(folders[0].rglob("*.partial*"))
+
+
+def test_the_student_is_the_average_and_the_head_goes_with_it(stage):
+    trainer = Trainer(stage(ema_decay=0.5))
+    folder = trainer.train()
+    student = load_pipeline(folder, FVGenPipeline)
+    averaged, last, first = trainer.ema.module.unet, trainer.players.student.unet, trainer.base.unet
+    name = "middle_block.0.conv1.weight"
+    saved = student.unet.get_parameter(name)
+    assert torch.equal(saved, averaged.get_parameter(name))
+    assert not torch.equal(saved, last.get_parameter(name)) and not torch.equal(saved, first.get_parameter(name))
+    for part in ("vae", "image_encoder", "image_projector", "prompts"):
+        theirs = getattr(trainer.base, part).state_dict()
+        assert all(torch.equal(value, theirs[key]) for key, value in getattr(student, part).state_dict().items())
+    assert student.config.steps == 4 and student.config.base_scale == trainer.base.config.base_scale
+    assert not (student.unet.conv_out.weight.isnan()).any()
+    head = DiscriminatorHead.from_pretrained(folder.parent / "head")
+    assert all(torch.equal(value, head.state_dict()[key]) for key, value in trainer.players.head.state_dict().items())
+    assert not (folder / "latents").exists() and random_latents(1).shape[1:] == LATENTS
+
+
+def test_both_stages_follow_each_other(stage, tmp_path):
+    gan = stage("gan", iterations=2)
+    dmd = stage("dmd", iterations=2, init=gan.out)
+    student = run(RunConfig(gan=gan, dmd=dmd))
+    assert student == Path(dmd.out) / "student" and len(read_metrics(gan.out)) == len(read_metrics(dmd.out)) == 2
+    untouched = {path: path.stat().st_mtime_ns for path in files_of(Path(gan.out)) if path.name != "config.yaml"}
+    assert run(RunConfig(gan=gan, dmd=dmd)) == student  # done: nothing is trained or written again
+    assert untouched == {path: path.stat().st_mtime_ns for path in untouched}
+
+
+def test_stage_two_starts_where_stage_one_ended(stage, finished, tmp_path):
+    _, first = finished(tmp_path)
+    trainer = Trainer(stage("dmd", init=str(first)))
+    student = load_pipeline(first / "student", FVGenPipeline)
+    assert all(torch.equal(v, trainer.players.student.unet.state_dict()[k]) for k, v in student.unet.state_dict().items())
+    head = DiscriminatorHead.from_pretrained(first / "head")
+    assert all(torch.equal(v, trainer.players.head.state_dict()[k]) for k, v in head.state_dict().items())
+    fake = trainer.players.fake_score.unet.state_dict()  # ... and the fake score with the teacher
+    assert all(torch.equal(v, fake[k]) for k, v in trainer.base.unet.state_dict().items())
+    assert all(parameter.requires_grad for parameter in trainer.players.student.parameters())
+
+
+def test_critics_alone_at_first(stage):
+    trainer = Trainer(stage(head_warmup=2))
+    before = {key: value.clone() for key, value in trainer.players.student.state_dict().items()}
+    rows = [trainer.iterate(iteration) for iteration in (1, 2)]
+    assert all("loss_head" in row and "loss_student" not in row for row in rows)
+    assert all(torch.equal(value, before[key]) for key, value in trainer.players.student.state_dict().items())
+    assert "loss_student" in trainer.iterate(3)
+
+
+def test_critics_learn_several_times_per_iteration(stage):
+    trainer = Trainer(stage("dmd", critic_updates=3, iterations=1))
+    trainer.train()
+    players = trainer.players
+    engines = (players.head_engine, players.fake_score_engine, players.student_engine)
+    updates = [next(iter(engine.optimizer.state.values()))["step"].item() for engine in engines]
+    assert updates == [3, 3, 1]
+
+
+# --- Interruptions ---
+
+
+def test_more_iterations_are_what_one_long_run_gives(stage, tmp_path):
+    long, short = str(tmp_path / "long"), str(tmp_path / "short")
+    run(stage(out=long, iterations=5))
+    run(stage(out=short, iterations=2))
+    run(stage(out=short, iterations=5, checkpoint_every=1))
+    assert same_files(Path(long), Path(short))
+
+
+def test_fewer_iterations_than_are_done_change_nothing(finished, tmp_path):
+    config, out = finished(tmp_path, iterations=2)
+    metrics = (out / "metrics.jsonl").read_bytes()
+    assert run(config) == out / "student"
+    (out / "summary.json").unlink()  # as if the export had been interrupted
+    run(config)
+    assert json.loads((out / "summary.json").read_text())["iterations"] == 3
+    assert (out / "metrics.jsonl").read_bytes() == metrics
+
+
+def test_rows_behind_the_checkpoint_are_dropped(stage, tmp_path):
+    config, whole = stage(iterations=4, checkpoint_every=2), stage(iterations=4, out=str(tmp_path / "whole"))
+    run(whole)
+    trainer = Trainer(config)
+    trainer.config = config.model_copy(update={"iterations": 2})
+    trainer.train()
+    (Path(config.out) / "summary.json").unlink()
+    with (Path(config.out) / "metrics.jsonl").open("a") as log:
+        log.write('{"iteration": 3, "loss_head": 0.5}\n{"iteration": 4, "lo')
+    run(config)
+    assert same_files(Path(whole.out), Path(config.out))
+
+
+class Victim:
+    """A stage in a process of its own, to be killed."""
+
+    def __init__(self, config: StageConfig, folder: Path) -> None:
+        settings = folder / "settings.yaml"
+        settings.write_text(yaml.safe_dump({k: v for k, v in config.model_dump().items() if k != "stage"}))
+        script = {"gan": "recipes/stage1_gan.py", "dmd": "recipes/stage2_dmd.py"}[config.stage]
+        self.command = processes.Command([script, "--config", settings], folder)
+
+    def kill_when(self, moment: Callable[[], bool]) -> bool:
+        """SIGKILL as soon as ``moment`` has come; False if the process ended before."""
+        while self.command.running():
+            if moment():
+                self.command.kill()
+                return self.command.process.exitcode == -signal.SIGKILL
+            time.sleep(0.0005)
+        return False
+
+
+def moments(out: Path, generator: random.Random) -> Iterator[Callable[[], bool]]:
+    """Moments in the life of a run: a number of rows and a little later, and while each kind of file is written."""
+    for kill in count():
+        if kill % 2:
+            name = generator.choice(["checkpoint.pt", "student", "head", "summary.json", "metrics.jsonl", "config.yaml"])
+            partial = out / f"{name}.partial"
+            yield lambda partial=partial: partial.exists()
+        else:
+            rows, delay = generator.randrange(4), generator.uniform(0, 0.3)
+            yield after_rows(out / "metrics.jsonl", rows, delay)
+
+
+def after_rows(log: Path, rows: int, delay: float) -> Callable[[], bool]:
+    since = []
+
+    def moment() -> bool:
+        if not since and log.exists() and log.read_bytes().count(b"\n") >= rows:
+            since.append(time.monotonic())
+        return bool(since) and time.monotonic() - since[0] > delay
+
+    return moment
+
+
+def killed_run(config: StageConfig, folder: Path, kills: int, seed: int) -> int:
+    """Start a stage, kill it, start it again ..., and let the last one finish; returns how many kills struck."""
+    chosen, struck = moments(Path(config.out), random.Random(seed)), 0
+    for _ in range(kills):
+        struck += Victim(config, folder).kill_when(next(chosen))
+    outcome = Victim(config, folder).command.finish()
+    assert (outcome.code, outcome.err) == (0, "")
+    return struck
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Sums in the order in which the killed processes take them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def test_killed_at_random_moments_and_while_saving(stage, tmp_path, one_thread):
+    whole = stage(iterations=4, checkpoint_every=1, out=str(tmp_path / "whole"))
+    run(whole)
+    config = stage(iterations=4, checkpoint_every=1, out=str(tmp_path / "killed"))
+    assert killed_run(config, tmp_path, kills=4, seed=1) >= 2
+    assert same_files(Path(whole.out), Path(config.out))
+    assert not list(Path(config.out).rglob("*.partial*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_many_times_in_both_stages(stage, tmp_path, one_thread, seed):
+    whole = stage(iterations=5, checkpoint_every=2, out=str(tmp_path / "whole"))
+    config = stage(iterations=5, checkpoint_every=2, out=str(tmp_path / "killed"))
+    run(whole)
+    assert killed_run(config, tmp_path, kills=10, seed=seed) >= 3
+    assert same_files(Path(whole.out), Path(config.out))
+    whole_dmd = stage("dmd", iterations=5, checkpoint_every=2, init=whole.out, out=str(tmp_path / "whole-dmd"))
+    config_dmd = stage("dmd", iterations=5, checkpoint_every=2, init=config.out, out=str(tmp_path / "killed-dmd"))
+    run(whole_dmd)
+    assert killed_run(config_dmd, tmp_path, kills=10, seed=100 + seed) >= 3
+    assert same_files(Path(whole_dmd.out), Path(config_dmd.out))
+
+
+@pytest.mark.parametrize("leftover", [".write-test.partial", "config.yaml.partial"])
+def test_a_kill_before_the_first_file_does_not_lock_the_folder(stage, leftover):
+    config = stage(iterations=1)
+    os.makedirs(config.out)
+    (Path(config.out) / leftover).touch()
+    assert run(config).is_dir()
+
+
+# --- What is refused ---
+
+
+def test_the_folder_of_another_run(finished, tmp_path):
+    config, out = finished(tmp_path)
+    before = {path: path.read_bytes() for path in files_of(out)}
+    assert "holds another run (seed is 0 there and 1 here)" in refused(config.model_copy(update={"seed": 1}))
+    assert "holds another run (head_lr is" in refused(config.model_copy(update={"head_lr": 0.5}))
+    assert before == {path: path.read_bytes() for path in files_of(out)}
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "student/model.bin", "student.old/model.bin"])
+def test_a_folder_with_something_else(stage, name):
+    config = stage()
+    file = Path(config.out) / name
+    file.parent.mkdir(parents=True)
+    file.write_text("precious")
+    assert "is not empty and holds no run; choose another out=DIR" in refused(config)
+    assert files_of(Path(config.out)) == [file] and file.read_text() == "precious"
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text", ""])
+def test_a_folder_with_a_foreign_config(stage, text):
+    config = stage()
+    os.makedirs(config.out)
+    (Path(config.out) / "config.yaml").write_text(text)
+    assert "config.yaml" in refused(config)
+
+
+def test_an_init_that_is_not_finished(stage, finished, tmp_path):
+    out = tmp_path / "second"
+    _, first = finished(tmp_path)
+    (first / "summary.json").unlink()
+    assert "is not finished; run it again first" in refused(stage("dmd", init=str(first), out=str(out)))
+    assert "does not exist" in refused(stage("dmd", init=str(tmp_path / "none"), out=str(out)))
+    assert not out.exists()
+
+
+def test_an_init_that_is_damaged_or_does_not_fit(stage, finished, tmp_path):
+    out = tmp_path / "second"
+    _, first = finished(tmp_path)
+    sentence = refused(stage("dmd", init=str(first), out=str(out), head_channels=16))
+    assert "has channels=8, this stage needs 16" in sentence
+    for name in ("head", "student/unet"):
+        file = first / name / "diffusion_pytorch_model.safetensors"
+        file.write_bytes(file.read_bytes()[:1000])
+        assert "is damaged or incomplete" in refused(stage("dmd", init=str(first), out=str(out)))
+    assert not out.exists()
+
+
+def test_a_checkpoint_that_is_cut_short(finished, tmp_path):
+    config, out = finished(tmp_path, iterations=4)
+    file = out / "checkpoint.pt"
+    whole = file.read_bytes()
+    for length in (0, 10, len(whole) // 2, len(whole) - 100):
+        file.write_bytes(whole[:length])
+        sentence = refused(config)
+        assert f"checkpoint {file} is damaged or cut short" in sentence and f"delete {file}" in sentence
+    file.write_bytes(whole)
+    run(config)
+    assert len(read_metrics(out)) == 4
+
+
+@pytest.mark.parametrize("content", [{"iteration": 3}, [1, 2], torch.zeros(3), {"iteration": "x"}, {}])
+def test_a_checkpoint_of_something_else(finished, tmp_path, content):
+    config, out = finished(tmp_path, iterations=4)
+    torch.save(content, out / "checkpoint.pt")
+    assert "does not fit this run's networks; delete" in refused(config)
+
+
+def test_a_checkpoint_of_other_networks(stage, finished, tmp_path):
+    config, out = finished(tmp_path, iterations=4)
+    other = stage(head_channels=16, iterations=1, out=str(tmp_path / "other"))
+    run(other)
+    shutil.copy(Path(other.out) / "checkpoint.pt", out)
+    assert "does not fit this run's networks" in refused(config)
+
+
+def test_a_checkpoint_with_code_in_it(finished, tmp_path):
+    config, out = finished(tmp_path, iterations=4)
+    torch.save({"iteration": 3, "student": Path}, out / "checkpoint.pt")
+    assert "is damaged or cut short" in refused(config)
+
+
+def test_metrics_that_are_cut_short(finished, tmp_path):
+    config, out = finished(tmp_path, iterations=4)
+    log = out / "metrics.jsonl"
+    whole = log.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    for damaged in (whole[:-10], b"".join(lines[:2]), b"".join(lines[::-1]), b"\xff" * len(whole), b""):
+        log.write_bytes(damaged)
+        assert "lacks rows of the 3 iterations that the checkpoint stands at" in refused(config)
+    log.unlink()
+    assert "lacks rows" in refused(config)
+    log.write_bytes(whole)
+    run(config)
+    assert log.read_bytes().startswith(whole) and len(read_metrics(out)) == 4
+
+
+def test_training_that_diverges(stage):
+    config = stage(student_lr=1e30, iterations=5)
+    sentence = refused(config)
+    assert "training diverged" in sentence and "is not finite at iteration" in sentence
+    assert "lower the learning rates" in sentence
+    assert not (Path(config.out) / "student").exists()
+
+
+def test_a_device_that_is_not_there(stage):
+    config = stage(device="cuda:99")
+    assert "device 'cuda:99' cannot be used here" in refused(config)
+    assert not Path(config.out).exists()
+
+
+def test_clips_that_do_not_fit_the_teacher(stage, tmp_path):
+    save_clips(tmp_path / "odd", small_clips(1, height=20), {})
+    config = stage(data=str(tmp_path / "odd"))
+    assert "frames of 20x24 do not fit this model; use multiples of 8" in refused(config)
+    assert not Path(config.out).exists()
