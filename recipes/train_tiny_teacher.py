@@ -90,9 +90,7 @@ def encode(clips: ClipFolder, pipeline: ViewCrafterPipeline, file: Path) -> dict
     return load_file(file)
 
 
-def loss_of(
-    pipeline: ViewCrafterPipeline, data: dict[str, Tensor], batch: int, generator: torch.Generator
-) -> Tensor:
+def loss_of(pipeline: ViewCrafterPipeline, data: dict[str, Tensor], batch: int, generator: torch.Generator) -> Tensor:
     """One training loss: the mean squared error of the velocity over a random batch."""
     schedule = pipeline.schedule
     chosen = torch.randint(data["truth"].shape[0], (batch,), generator=generator)

@@ -6,12 +6,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
+from viewcrafter_reference import small_unet
 
 from fvgen.data.clips import Clip
 from fvgen.models.conditioning import ImageProjector
 from fvgen.models.encoders import FixedPrompts
 from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from viewcrafter_reference import small_unet
 
 FRAMES, HEIGHT, WIDTH = 4, 16, 24
 LATENTS = (4, FRAMES, 4, 6)  # of one clip

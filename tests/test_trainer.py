@@ -17,6 +17,7 @@ import processes
 import pytest
 import torch
 import yaml
+from small_models import LATENTS, random_latents, small_clips
 
 from fvgen.data.clips import save_clips
 from fvgen.distill import RunConfig, StageConfig, Trainer, read_metrics, run
@@ -24,12 +25,14 @@ from fvgen.errors import UserError
 from fvgen.models.discriminator import DiscriminatorHead
 from fvgen.pipeline import FVGenPipeline
 from fvgen.presets import load_pipeline
-from small_models import LATENTS, random_latents, small_clips
 
 
 def same_files(first: Path, second: Path) -> bool:
     """Whether metrics, student and head of two runs are equal byte by byte."""
-    names = ["metrics.jsonl", *(str(p.relative_to(first)) for part in ("student", "head") for p in files_of(first / part))]
+    names = [
+        "metrics.jsonl",
+        *(str(p.relative_to(first)) for part in ("student", "head") for p in files_of(first / part)),
+    ]
     assert len(names) > 10
     return all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
@@ -120,7 +123,9 @@ def test_stage_two_starts_where_stage_one_ended(stage, finished, tmp_path):
     _, first = finished(tmp_path)
     trainer = Trainer(stage("dmd", init=str(first)))
     student = load_pipeline(first / "student", FVGenPipeline)
-    assert all(torch.equal(v, trainer.players.student.unet.state_dict()[k]) for k, v in student.unet.state_dict().items())
+    assert all(
+        torch.equal(v, trainer.players.student.unet.state_dict()[k]) for k, v in student.unet.state_dict().items()
+    )
     head = DiscriminatorHead.from_pretrained(first / "head")
     assert all(torch.equal(v, trainer.players.head.state_dict()[k]) for k, v in head.state_dict().items())
     fake = trainer.players.fake_score.unet.state_dict()  # ... and the fake score with the teacher
@@ -203,7 +208,9 @@ def moments(out: Path, generator: random.Random) -> Iterator[Callable[[], bool]]
     """Moments in the life of a run: a number of rows and a little later, and while each kind of file is written."""
     for kill in count():
         if kill % 2:
-            name = generator.choice(["checkpoint.pt", "student", "head", "summary.json", "metrics.jsonl", "config.yaml"])
+            name = generator.choice(
+                ["checkpoint.pt", "student", "head", "summary.json", "metrics.jsonl", "config.yaml"]
+            )
             partial = out / f"{name}.partial"
             yield lambda partial=partial: partial.exists()
         else:

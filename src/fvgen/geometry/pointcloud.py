@@ -73,9 +73,7 @@ def _render_view(
     return image.reshape(*shape, -1), (1 - transparency[-1]).reshape(shape), nearest.reshape(shape)
 
 
-def _covered(
-    pixel: Tensor, depth: Tensor, radius_px: float, height: int, width: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def _covered(pixel: Tensor, depth: Tensor, radius_px: float, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
     """All (point, pixel) pairs in reach: point index [M], flat pixel index [M], distance in pixels [M]."""
     reach = int(radius_px + 1)
     near = (depth > 0) & (pixel > -reach - 1).all(-1)
