@@ -121,7 +121,7 @@ WORDS = {
     "seed=-1": "seed=-1",
     "seed=99999999999999999999999": "seed=99999999999999999999999",
     "t_max=1000": "t_max=1000",
-    "divergence=softened_reverse_lk": "divergence='softened_reverse_lk' is unknown; did you mean 'softened_reverse_kl'?",
+    "divergence=softened_reverse_lk": "divergence='softened_reverse_lk' is unknown; did you mean 'softened_reverse_kl'?",  # noqa: E501
     "gan_kind=wasserstein": "gan_kind='wasserstein' is unknown; known are",
     "t_min=980": "t_min=980 lies above t_max=979",
     "head_warmup=7": "head_warmup=7 leaves the student none of 7 iterations",

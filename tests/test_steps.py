@@ -68,7 +68,7 @@ def shout(players: Players) -> None:
 
 
 def test_the_students_gradient_comes_through_the_teachers_features(play):
-    config, players, batch = play()
+    _, players, batch = play()
     shout(players)
     x_0, tau, noise = batch.latents, torch.tensor([300, 700]), torch.randn(batch.latents.shape, generator=rng(1))
 
@@ -251,7 +251,7 @@ def test_simulated_input_is_where_the_sampler_would_be(play, steps):
     seen = set()
     for seed in range(12):
         calls = []
-        hook = players.student.register_forward_pre_hook(lambda _, args: calls.append(args[1].tolist()))
+        hook = players.student.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args[1].tolist()))
         x_t, t = simulated_input(players, config, batch, rng(seed))
         hook.remove()
         stop = ladder.index(t[0].item())
@@ -269,7 +269,7 @@ def test_simulated_input_is_where_the_sampler_would_be(play, steps):
                 players.schedule,
                 steps,
                 generator=generator,
-                on_step=lambda step: states.append(step.x),
+                on_step=lambda step, states=states: states.append(step.x),
             )
         torch.testing.assert_close(x_t, states[stop])
     assert seen == set(ladder) if steps < 8 else len(seen) > 4

@@ -17,8 +17,8 @@ class DiscriminatorHead(ModelMixin, ConfigMixin):
     """Features [B, C, F, h, w] to one logit per place and time [B, F, h, w]; positive means real.
 
     The paper names no layers. Ours: three 3x3x3 convolutions, group norm and leaky ReLU between them. Logits stay
-    local (apart from the norms' statistics, each sees 7 frames and 7x7 feature cells), so a clip is judged in many places
-    at once.
+    local (apart from the norms' statistics, each sees 7 frames and 7x7 feature cells), so a clip is judged in many
+    places at once.
 
     Args:
         in_channels: width of the tapped features.
