@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+
+# Before anything imports torch: on tensors this small a second thread only waits for the first, and on a busy machine it
+# waits long. Subprocesses inherit it, so that their numbers are the same bits.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and most test files need none of it
     from fvgen.distill import StageConfig
