@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-# Before anything imports torch: on tensors this small a second thread only waits for the first, and on a busy machine it
-# waits long. Subprocesses inherit it, so that their numbers are the same bits.
+# Before anything imports torch: on tensors this small a second thread only waits for the first, and long where the
+# machine is busy. Subprocesses inherit it, so that their numbers are the same bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and most test files need none of it
