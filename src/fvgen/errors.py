@@ -18,3 +18,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = get_close_matches(name, known, n=1)
     return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says, or its class where it says nothing (an EOFError does)."""
+    return next(iter(str(error).splitlines()), type(error).__name__)[:120]

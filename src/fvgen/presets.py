@@ -13,7 +13,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from fvgen.errors import UserError
+from fvgen.errors import UserError, first_line
 from fvgen.models.discriminator import DiscriminatorHead
 from fvgen.pipeline import NovelViewPipeline
 from fvgen.storage import atomic_path
@@ -80,7 +80,7 @@ def check_device(name: str) -> None:
     try:
         torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
-        reason = str(error).splitlines()[0][:120].rstrip(".")
+        reason = first_line(error).rstrip(".")
         raise UserError(f"device {name!r} cannot be used here ({reason}); give device=cpu or another one") from error
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from fvgen.errors import UserError
+from fvgen.errors import UserError, first_line
 from fvgen.storage import atomic_path
 
 
@@ -35,7 +35,7 @@ def load_checkpoint(file: Path, things: dict[str, Stateful]) -> int:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0][:120]
+        reason = first_line(error)
         raise UserError(f"checkpoint {file} is damaged or cut short ({reason}); {cure}") from error
     try:
         iteration = int(state.pop("iteration"))

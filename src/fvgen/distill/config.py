@@ -10,7 +10,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fvgen.errors import UserError, did_you_mean
+from fvgen.errors import UserError, did_you_mean, first_line
 from fvgen.objectives.divergences import DIVERGENCES
 from fvgen.objectives.gan import KINDS
 
@@ -158,7 +158,7 @@ def read_yaml(file: str | Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(file).read_text())
     except (OSError, *NO_YAML) as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise UserError(f"config file {file} cannot be read ({reason}); give a YAML file of settings") from None
     if not isinstance(settings, dict):
         raise UserError(f"config file {file} holds no 'key: value' lines; give a YAML file of settings")

@@ -1,0 +1,100 @@
+"""The recipes as a user runs them: `python recipes/...`, Python's own start included."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+from small_models import FRAMES, HEIGHT, WIDTH
+
+from fvgen.pipeline import FVGenPipeline
+from fvgen.presets import load_pipeline
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+CONFIG = REPOSITORY / "recipes" / "configs" / "tiny.yaml"
+
+
+def python(*words: object) -> subprocess.CompletedProcess:
+    """A fresh Python, in the repository's folder."""
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def stages(teacher_folder, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
+    """The folders of both stages, run as the README says but for sizes."""
+    gan, dmd = (tmp_path_factory.mktemp("runs") / name for name in ("gan", "dmd"))
+    common = [f"teacher={teacher_folder}", f"data={clip_folder}", "iterations=3", "batch_size=2"]
+    first = python("recipes/stage1_gan.py", "--config", CONFIG, f"out={gan}", *common)
+    assert (first.returncode, first.stderr) == (0, ""), first.stderr
+    assert f"Student after stage 1: {gan / 'student'}" in first.stdout.replace("\n", "")
+    # The options may also stand behind or between the settings.
+    second = python("recipes/stage2_dmd.py", f"init={gan}", "--config", CONFIG, f"out={dmd}", *common)
+    assert (second.returncode, second.stderr) == (0, ""), second.stderr
+    assert f"Student after stage 2: {dmd / 'student'}" in second.stdout.replace("\n", "")
+    return gan, dmd
+
+
+def test_every_line_of_the_metrics_is_an_iteration_with_losses(stages):
+    for folder, losses in zip(stages, (3, 5), strict=True):
+        lines = rows(folder)
+        assert [line["iteration"] for line in lines] == [1, 2, 3]
+        for line in lines:
+            assert sum("loss" in key for key in line) >= losses
+            assert all(isinstance(value, float) for key, value in line.items() if key != "iteration")
+
+
+def test_the_result_is_a_student_that_loads(stages, teacher_folder):
+    for folder in stages:
+        assert load_pipeline(folder / "student", FVGenPipeline).config.steps == 4
+        leaked = [p for p in (folder / "student").rglob("*.json") if str(teacher_folder) in p.read_text()]
+        assert not leaked, "the student's folder names a folder of this machine"
+
+
+def test_the_benchmark_scores_teachers_and_students(stages, teacher_folder, clip_folder, tmp_path):
+    for model, nfe in ((stages[1] / "student", 4), (teacher_folder, 12)):
+        words = ["benchmarks/quality.py", "--model", model, "--data", clip_folder, "--clips", 1]
+        outcome = processes.run(words, tmp_path)
+        assert (outcome.code, outcome.err) == (0, "")
+        result = json.loads(outcome.out.splitlines()[-1])
+        assert result["clips"] == 1 and result["model"]["nfe"] == nfe and result["model"]["n"] == FRAMES - 2
+        assert result["model"]["psnr"] > 0 and result["render"]["nfe"] == 0
+        assert f"{HEIGHT}x{WIDTH}" in result["model"]["why_null"]["lpips"]  # too small for LPIPS's networks
+    outcome = processes.run([*words, "--steps", "0"], tmp_path)
+    assert outcome.code == 2 and outcome.err.startswith("fvgen: argument --steps: 0 is not at least 1")
+
+
+@pytest.mark.parametrize(
+    ("script", "word"),
+    [
+        ("recipes/stage1_gan.py", "GAN initialisation"),
+        ("recipes/stage2_dmd.py", "init"),
+        ("benchmarks/quality.py", "--model"),
+        ("fvgen.cli", "demo"),
+    ],
+)
+def test_help_tells_how(script, word, tmp_path):
+    outcome = processes.run([script, "--help"], tmp_path)
+    assert (outcome.code, outcome.err) == (0, "") and word in outcome.out
+
+
+def test_the_command_without_words_shows_its_help(tmp_path):
+    outcome = processes.run(["fvgen.cli"], tmp_path)
+    assert (outcome.code, outcome.err) == (0, "") and "demo" in outcome.out
+
+
+def test_a_mistake_is_one_sentence_from_a_fresh_python_too(tmp_path):
+    outcome = python("-m", "fvgen.cli", "demo", "--data", tmp_path / "none", "--out", tmp_path / "out")
+    assert outcome.returncode == 2 and outcome.stdout == ""
+    assert outcome.stderr.startswith("fvgen: data folder") and outcome.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
