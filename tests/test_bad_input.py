@@ -19,6 +19,7 @@ from fvgen.distill import StageConfig
 from fvgen.distill import run as distill
 from fvgen.geometry.cameras import from_opengl, look_at
 
+pytestmark = pytest.mark.slow  # each test starts Python several times, and torch with it
 GAN, DMD = "recipes/stage1_gan.py", "recipes/stage2_dmd.py"
 
 

@@ -15,6 +15,7 @@ from small_models import FRAMES, HEIGHT, WIDTH
 from fvgen.pipeline import FVGenPipeline
 from fvgen.presets import load_pipeline
 
+pytestmark = pytest.mark.slow  # each test starts Python several times, and torch with it
 REPOSITORY = Path(__file__).resolve().parents[1]
 CONFIG = REPOSITORY / "recipes" / "configs" / "tiny.yaml"
 
