@@ -32,6 +32,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Te
 # Adversarial losses
 
 
+@settings(deadline=None)
 @given(st.floats(-40, 40))
 def test_discriminator_is_content_exactly_at_the_log_density_ratio(log_r: float) -> None:
     real = torch.tensor([log_r], dtype=torch.float64, requires_grad=True)
