@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from fvgen.data.clips import ClipFolder
-from fvgen.storage import atomic_path
+from fvgen.presets import save_model
 
 CROP = 32
 BATCH = 8
@@ -100,8 +100,7 @@ def main() -> None:
         sample = torch.cat([c.truth for c in clips[:32]]) * 2 - 1
         deviation = vae.encode(sample).latent_dist.sample(generator).std().item()
     vae.register_to_config(scaling_factor=1 / deviation)
-    with atomic_path(args.out) as out:
-        vae.save_pretrained(out)
+    save_model(vae, args.out)
 
 
 if __name__ == "__main__":

@@ -57,10 +57,10 @@ def teacher() -> ViewCrafterPipeline:
 @pytest.fixture(scope="session")
 def teacher_folder(teacher: ViewCrafterPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on disk."""
-    from fvgen.presets import save_pipeline
+    from fvgen.presets import save_model
 
     folder = tmp_path_factory.mktemp("models") / "teacher"
-    save_pipeline(teacher, folder)
+    save_model(teacher, folder)
     return folder
 
 

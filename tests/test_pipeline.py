@@ -19,7 +19,7 @@ from fvgen.data.latents import load_latents
 from fvgen.errors import UserError
 from fvgen.models.encoders import CLIP_MEAN, CLIP_STD, FixedPrompts, clip_pixels
 from fvgen.pipeline import FVGenPipeline, NovelViewPipeline, ViewCrafterPipeline
-from fvgen.presets import check_device, load_head, load_pipeline, model_folder, save_pipeline
+from fvgen.presets import check_device, load_head, load_pipeline, model_folder, save_model
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -185,7 +185,7 @@ def settings(pipeline: NovelViewPipeline) -> dict:
 @pytest.mark.parametrize("kind", [ViewCrafterPipeline, FVGenPipeline])
 def test_a_pipeline_survives_the_disk(teacher, render, tmp_path, kind):
     pipeline = teacher if kind is ViewCrafterPipeline else student_of(teacher, steps=2)
-    save_pipeline(pipeline, tmp_path / "model")
+    save_model(pipeline, tmp_path / "model")
     for again in (kind.from_pretrained(tmp_path / "model"), load_pipeline(tmp_path / "model", kind)):
         assert settings(again) == settings(pipeline)
         assert not any(part.training for part in again.components.values() if isinstance(part, torch.nn.Module))
@@ -199,7 +199,7 @@ def test_half_precision_on_disk_becomes_full_precision(tmp_path):
     for part in half.components.values():
         if isinstance(part, torch.nn.Module):
             part.half()
-    save_pipeline(half, tmp_path / "model")
+    save_model(half, tmp_path / "model")
     loaded = load_pipeline(tmp_path / "model", ViewCrafterPipeline)
     values = [value for part in loaded.components.values() for value in getattr(part, "state_dict", dict)().values()]
     assert len(values) > 100 and all(value.dtype == torch.float32 for value in values if value.is_floating_point())
@@ -209,7 +209,7 @@ def test_half_precision_on_disk_becomes_full_precision(tmp_path):
 def test_reading_and_writing_say_nothing(teacher, tmp_path, capfd):
     with warnings.catch_warnings():
         warnings.simplefilter("error", FutureWarning)
-        save_pipeline(teacher, tmp_path / "model")
+        save_model(teacher, tmp_path / "model")
         load_pipeline(tmp_path / "model", ViewCrafterPipeline)
     assert capfd.readouterr() == ("", "")
     # ... and the libraries' own settings are as the user left them

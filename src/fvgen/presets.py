@@ -11,6 +11,7 @@ from typing import TypeVar
 import diffusers
 import torch
 import transformers
+from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from fvgen.errors import UserError, first_line
@@ -52,10 +53,14 @@ def load_pipeline(name: str | Path, kind: type[P]) -> P:
     return pipeline
 
 
-def save_pipeline(pipeline: NovelViewPipeline, folder: str | Path) -> None:
-    """Write a pipeline folder, whole or not at all. Raises UserError when the disk is full."""
+def save_model(model: NovelViewPipeline | ModelMixin, folder: str | Path) -> None:
+    """Write a pipeline or a network as a folder, whole or not at all. Raises UserError when the disk is full."""
     with quiet(), atomic_path(folder) as temporary:
-        pipeline.save_pretrained(temporary)
+        model.save_pretrained(temporary)
+        for file in Path(temporary).rglob("config.json"):
+            settings = json.loads(file.read_text())
+            settings.pop("_name_or_path", None)  # a folder of the machine that the part was loaded on
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def load_head(folder: str | Path) -> DiscriminatorHead:

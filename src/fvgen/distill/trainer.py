@@ -32,7 +32,7 @@ from fvgen.models.teacher import Denoiser
 from fvgen.objectives import divergences
 from fvgen.objectives.ratio import RatioNormalizer
 from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import check_device, load_head, load_pipeline, save_pipeline
+from fvgen.presets import check_device, load_head, load_pipeline, save_model
 from fvgen.storage import TEMPORARY, append_line, atomic_path, no_leftovers, recover, writable_folder, write_json
 
 
@@ -159,9 +159,8 @@ class Trainer:
         student = FVGenPipeline(
             unet=self.ema.module.unet, **parts, base_scale=base_scale, steps=self.config.student_steps
         )
-        save_pipeline(student, self.out / "student")
-        with atomic_path(self.out / "head") as folder:
-            self.players.head.save_pretrained(folder)
+        save_model(student, self.out / "student")
+        save_model(self.players.head, self.out / "head")
         seconds = self.clock.state_dict()["seconds"]
         summary = {"stage": self.config.stage, "iterations": iterations, "seconds": round(seconds, 1)}
         write_json(self.out / "summary.json", summary)
