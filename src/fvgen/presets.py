@@ -57,7 +57,7 @@ def save_model(model: NovelViewPipeline | ModelMixin, folder: str | Path) -> Non
     """Write a pipeline or a network as a folder, whole or not at all. Raises UserError when the disk is full."""
     with quiet(), atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
-        for file in Path(temporary).rglob("config.json"):
+        for file in [*Path(temporary).rglob("config.json"), *Path(temporary).glob("model_index.json")]:
             settings = json.loads(file.read_text())
             settings.pop("_name_or_path", None)  # a folder of the machine that the part was loaded on
             file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
