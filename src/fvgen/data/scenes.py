@@ -26,7 +26,8 @@ from torch import Tensor
 
 from fvgen.data import colmap
 from fvgen.errors import UserError, did_you_mean
-from fvgen.geometry.cameras import Cameras, from_opengl, pose_problem
+from fvgen.geometry.cameras import Cameras, pose_problem
+from fvgen.geometry.conventions import from_opengl
 
 SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG", ".webp")
 PERSPECTIVE = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL")  # pinholes when undistorted
