@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fvgen.data.scenes import Scene, load_depth, load_image
+from fvgen.data.posed import Scene
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, fit_box, project
 from fvgen.geometry.pointcloud import unproject
@@ -51,7 +51,7 @@ def scene_clips(
     generator = torch.Generator().manual_seed(seed)
     clips = []
     for index, views in enumerate(choose_views(scene, frames, count, generator)):
-        truth = torch.stack([fit_image(load_image(scene.image_paths[view]), height, width) for view in views])
+        truth = torch.stack([fit_image(scene.image(view), height, width) for view in views])
         ends = [views[0], views[-1]]
         points, colors = scene_cloud(scene, ends, truth[[0, -1]], half_pixel_shift)
         name = f"{scene.name}-{index:02d}"
@@ -117,7 +117,7 @@ def _typical_depth(scene: Scene) -> float:
         point, view = scene.observations.unbind(1)
         depth = ((scene.points[point] - cameras.centers[view]) * cameras.world_from_cam[view, :3, 2]).sum(-1)
     elif scene.depth_paths is not None:
-        depth = load_depth(scene.depth_paths[0], scene.depth_unit)
+        depth = scene.depth(0)
     else:
         depth = torch.cdist(cameras.centers, cameras.centers).max().reshape(1)
     depth = depth[depth > 0]
@@ -193,7 +193,7 @@ def scene_cloud(
     height, width = images.shape[-2:]
     cameras = scene.cameras[list(known)].fitted(height, width)
     if scene.depth_paths is not None:
-        depths = [load_depth(scene.depth_paths[view], scene.depth_unit) for view in known]
+        depths = [scene.depth(view) for view in known]
         fitted = torch.stack([_fit_depth(depth, height, width) for depth in depths])
         return unproject(fitted, images, cameras, half_pixel_shift)
     if scene.points is None:

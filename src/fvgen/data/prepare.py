@@ -9,7 +9,8 @@ from rich.progress import track
 
 from fvgen.data.clips import Clip, ClipFolder, make_clip, save_clips
 from fvgen.data.photos import scene_clips
-from fvgen.data.scenes import Scene, find_scenes, read_scene
+from fvgen.data.posed import Scene
+from fvgen.data.scenes import find_scenes, read_scene
 from fvgen.data.synthetic import RADIUS
 from fvgen.errors import UserError
 
