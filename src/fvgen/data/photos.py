@@ -194,7 +194,7 @@ def scene_cloud(
     cameras = scene.cameras[list(known)].fitted(height, width)
     if scene.depth_paths is not None:
         depths = [scene.depth(view) for view in known]
-        fitted = torch.stack([_fit_depth(depth, height, width) for depth in depths])
+        fitted = torch.stack([fit_depth(depth, height, width) for depth in depths])
         return unproject(fitted, images, cameras, half_pixel_shift)
     if scene.points is None:
         raise UserError(
@@ -218,7 +218,7 @@ def scene_cloud(
     return scene.points[found], mean[found].clamp(0, 1)
 
 
-def _fit_depth(depth: Tensor, height: int, width: int) -> Tensor:
+def fit_depth(depth: Tensor, height: int, width: int) -> Tensor:
     """[H0, W0] to [height, width] as in `fit_image`, but from the nearest pixel: depths must not be mixed."""
     left, top, right, bottom = fit_box(*depth.shape, height, width)
     x = left + (torch.arange(width) + 0.5) * (right - left) / width
