@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fvgen.geometry.cameras import Cameras, from_opengl, look_at, project
+from fvgen.geometry.cameras import Cameras, look_at, project
+from fvgen.geometry.conventions import from_opengl
 
 VIEWS, HEIGHT, WIDTH = 4, 18, 24
 NAMES = [f"{i:02d}.png" for i in range(VIEWS)]

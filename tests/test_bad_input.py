@@ -17,7 +17,8 @@ from small_models import small_clips
 from fvgen.data.clips import save_clips
 from fvgen.distill import StageConfig
 from fvgen.distill import run as distill
-from fvgen.geometry.cameras import from_opengl, look_at
+from fvgen.geometry.cameras import look_at
+from fvgen.geometry.conventions import from_opengl
 
 pytestmark = pytest.mark.slow  # each test starts Python several times, and torch with it
 GAN, DMD = "recipes/stage1_gan.py", "recipes/stage2_dmd.py"

@@ -28,6 +28,7 @@ from scene_files import (
 
 from fvgen.data.scenes import find_scenes, load_depth, load_image, read_scene
 from fvgen.errors import UserError
+from fvgen.geometry.cameras import pose_problem
 
 
 def expect(folder: Path, *words: str) -> None:
@@ -69,7 +70,9 @@ BAD_JSON = {
     "focal beyond floats": (change(fl_x=10**400), "fl_x is 1000"),
     "field of view in degrees": (change(fl_x=None, camera_angle_x=50.0), "camera_angle_x is 50.0", "radians"),
     "centre far outside": (change(cx=4000), "cx = 4000", "pixels"),
-    "distortion": (change(k1=0.1), "distortion k1", "undistort"),
+    "distortion of higher order": (change(k3=0.1), "distortion k3", "undistort"),
+    "distortion that folds the image": (change(k1=-4.0), "distortion -4, 0, 0, 0", "undistort"),
+    "distortion beyond reason": (change(k1=1e20), "distortion 1e+20", "undistort"),
     "fisheye": (change(camera_model="OPENCV_FISHEYE"), "'OPENCV_FISHEYE'", "undistort"),
     "other size": (change(w=48, h=36), "is 24x18 but its camera says 48x36", "00.png"),
     "size zero": (change(w=0), "w is 0", "positive"),
@@ -189,8 +192,10 @@ def test_bad_colmap_models(tmp_path):
             (model / name).write_bytes(part)
             expect(tmp_path, name, "cut short or damaged")
         (model / name).write_bytes(data)
-    (model / "cameras.bin").write_bytes(struct.pack("<QIiQQ4d", 1, 7, 2, WIDTH, HEIGHT, 20, 12, 9, 0.1))
-    expect(tmp_path, "'SIMPLE_RADIAL' is no pinhole", "undistort")
+    (model / "cameras.bin").write_bytes(struct.pack("<QIiQQ8d", 1, 7, 5, WIDTH, HEIGHT, 20, 20, 12, 9, *4 * [0]))
+    expect(tmp_path, "'OPENCV_FISHEYE' is not one of", "undistort")
+    (model / "cameras.bin").write_bytes(struct.pack("<QIiQQ4d", 1, 7, 2, WIDTH, HEIGHT, 20, 12, 9, math.nan))
+    expect(tmp_path, "distortion nan", "undistort")
     (model / "cameras.bin").write_bytes(struct.pack("<QIiQQ4d", 1, 8, 1, WIDTH, HEIGHT, 20, 20, 12, 9))
     expect(tmp_path, "'00.png' uses camera 7")
     (model / "cameras.bin").write_bytes(whole["cameras.bin"])
@@ -266,13 +271,14 @@ def survives(folder: Path) -> bool:
     """True if a scene came out, and then a sound one; False after one sentence."""
     try:
         scene = read_scene(folder)
-        images = [load_image(path) for path in scene.image_paths]
+        images = [scene.image(view) for view in range(len(scene))]
     except UserError as error:
         check_sentence(error)
         return False
     assert all(image.shape == (scene.cameras.height, scene.cameras.width, 3) for image in images)
     assert torch.isfinite(scene.cameras.world_from_cam).all() and torch.isfinite(scene.cameras.intrinsics).all()
     assert (scene.cameras.intrinsics[:, [0, 1], [0, 1]] > 0).all()
+    assert all(pose_problem(pose) is None for pose in scene.cameras.world_from_cam)
     if scene.points is not None:
         assert torch.isfinite(scene.points).all()
         assert all(scene.seen_by(view).shape == (len(scene.points),) for view in range(len(scene)))

@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from random_cameras import random_cameras
 from torch import Tensor
 
 from fvgen.geometry.cameras import (
     Cameras,
     fit_box,
-    from_opengl,
     look_at,
     pinhole,
     pixel_rays,
@@ -22,21 +22,6 @@ from fvgen.geometry.cameras import (
 )
 
 UP = torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
-
-
-def cameras_of(seed: int, views: int = 3, height: int = 7, width: int = 9) -> Cameras:
-    """Views from all around, each with its own focal lengths and off-centre principal point, float64."""
-    generator = torch.Generator().manual_seed(seed)
-    rotation = torch.linalg.qr(torch.randn(views, 3, 3, generator=generator, dtype=torch.float64)).Q
-    rotation = rotation * torch.linalg.det(rotation)[:, None, None]  # -R has determinant +1 where R has -1
-    pose = torch.eye(4, dtype=torch.float64).repeat(views, 1, 1)
-    pose[:, :3, :3] = rotation
-    pose[:, :3, 3] = torch.randn(views, 3, generator=generator, dtype=torch.float64) * 5
-    intrinsics = torch.eye(3, dtype=torch.float64).repeat(views, 1, 1)
-    intrinsics[:, [0, 1], [0, 1]] = 5 + 20 * torch.rand(views, 2, generator=generator, dtype=torch.float64)
-    intrinsics[:, 0, 2] = width * torch.rand(views, generator=generator, dtype=torch.float64)
-    intrinsics[:, 1, 2] = height * torch.rand(views, generator=generator, dtype=torch.float64)
-    return Cameras(pose, intrinsics, height, width)
 
 
 def rigid(angle: float = 0.3) -> Tensor:
@@ -54,7 +39,7 @@ def rigid(angle: float = 0.3) -> Tensor:
 @settings(max_examples=20, deadline=None)
 @given(seed=st.integers(0, 2**31), x=st.floats(0, 1), y=st.floats(0, 1))
 def test_points_on_a_ray_project_to_its_pixel(seed, x, y):
-    cameras = cameras_of(seed)
+    cameras = random_cameras(seed)
     depth = torch.rand(3, 7, 9, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 9 + 0.1
     points = cameras.centers[:, None, None] + depth[..., None] * pixel_rays(cameras, (x, y))
     rows, columns = torch.meshgrid(torch.arange(7).double(), torch.arange(9).double(), indexing="ij")
@@ -91,12 +76,12 @@ def test_default_rays_pass_through_pixel_centres():
 @given(seed=st.integers(0, 2**31))
 @settings(max_examples=20, deadline=None)
 def test_cam_from_world_is_the_inverse(seed):
-    cameras = cameras_of(seed)
+    cameras = random_cameras(seed)
     torch.testing.assert_close(cameras.cam_from_world, torch.linalg.inv(cameras.world_from_cam), rtol=0, atol=1e-10)
 
 
 def test_the_camera_centre_is_the_origin_of_its_own_frame():
-    cameras = cameras_of(4)
+    cameras = random_cameras(4)
     homogeneous = torch.cat([cameras.centers, torch.ones(3, 1, dtype=torch.float64)], dim=-1)
     local = torch.einsum("vij,vj->vi", cameras.cam_from_world, homogeneous)
     torch.testing.assert_close(local, torch.tensor([[0.0, 0, 0, 1]] * 3, dtype=torch.float64), rtol=0, atol=1e-10)
@@ -119,13 +104,31 @@ def test_look_at(seed):
         torch.testing.assert_close(pixels[0, 1, 0], pixels[0, 0, 0], rtol=0, atol=1e-6)  # and the horizon is level
 
 
-def test_from_opengl_is_its_own_inverse_and_turns_two_axes():
-    poses = cameras_of(1).world_from_cam
-    turned = from_opengl(poses)
-    assert torch.equal(from_opengl(turned), poses)
-    assert torch.equal(turned[:, :, 0], poses[:, :, 0]) and torch.equal(turned[:, :, 3], poses[:, :, 3])
-    assert torch.equal(turned[:, :, 1:3], -poses[:, :, 1:3])
-    assert all(pose_problem(pose) is None for pose in turned)  # still right-handed
+@pytest.mark.parametrize("up", [[0.0, 0, 1], [0, 2e-3, 0], [1, 1, 1]])
+@pytest.mark.parametrize("tilt", [0.0, 1e-12, 1e-7])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_look_at_straight_along_up(up, tilt, sign, dtype):
+    """Nothing says where the image's top is; the pose must be a rotation all the same, and always the same one."""
+    up = torch.tensor(up, dtype=dtype)
+    direction = sign * up / up.norm() + tilt * torch.tensor([1.0, -1, 0], dtype=dtype)
+    position = torch.tensor([[1.0, 2, 3]], dtype=dtype)
+    poses = look_at(position.repeat(2, 1), position + torch.stack([direction, 5 * direction]), up)
+    assert all(pose_problem(pose) is None for pose in poses)
+    torch.testing.assert_close(poses[:, :3, 2], torch.nn.functional.normalize(direction, dim=0).expand(2, 3))
+    torch.testing.assert_close(poses[0], poses[1])
+
+
+def test_look_at_itself_is_refused():
+    with pytest.raises(ValueError, match="its target"):
+        look_at(torch.ones(1, 3), torch.ones(1, 3), torch.tensor([0.0, 0, 1]))
+
+
+def test_to_changes_precision_alone():
+    cameras = random_cameras(0)
+    single = cameras.to(dtype=torch.float32)
+    assert single.world_from_cam.dtype == single.intrinsics.dtype == torch.float32
+    assert torch.equal(single.world_from_cam, cameras.world_from_cam.float())
 
 
 @pytest.mark.parametrize(
@@ -157,7 +160,7 @@ def test_pose_problem_of_other_shapes():
 
 def test_pose_problem_allows_printed_digits():
     """Six digits after the point, as trackers print them, are a rotation; two are not."""
-    poses = cameras_of(7, views=50).world_from_cam
+    poses = random_cameras(7, views=50).world_from_cam
     assert all(pose_problem((pose * 1e6).round() / 1e6) is None for pose in poses)
     assert any(pose_problem((pose * 1e2).round() / 1e2) for pose in poses)
 
@@ -194,7 +197,7 @@ def test_fitted_is_in_step_with_a_real_crop_and_resize(seed, size, factor, margi
     """An image that shows every pixel's own ray, cropped and averaged by hand, shows the rays of `fitted`."""
     height, width = size
     old_height, old_width = height * factor + 2 * margin * (not wide), width * factor + 2 * margin * wide
-    cameras = cameras_of(seed, 2, old_height, old_width)
+    cameras = random_cameras(seed, 2, old_height, old_width)
     image = pixel_rays(cameras).permute(0, 3, 1, 2)
     top, left = (old_height - height * factor) // 2, (old_width - width * factor) // 2
     cropped = image[:, :, top : top + height * factor, left : left + width * factor]
@@ -205,7 +208,7 @@ def test_fitted_is_in_step_with_a_real_crop_and_resize(seed, size, factor, margi
 
 
 def test_fitted_to_the_same_size_changes_nothing_and_never_writes_to_the_original():
-    cameras = cameras_of(3)
+    cameras = random_cameras(3)
     before = cameras.intrinsics.clone()
     assert torch.equal(cameras.fitted(7, 9).intrinsics, before)
     cameras.fitted(4, 4)
@@ -213,7 +216,7 @@ def test_fitted_to_the_same_size_changes_nothing_and_never_writes_to_the_origina
 
 
 def test_indexing_keeps_a_batch():
-    cameras = cameras_of(2)
+    cameras = random_cameras(2)
     assert len(cameras) == 3 and len(cameras[1:]) == 2 and len(cameras[[2]]) == 1
     assert torch.equal(cameras[[2, 0]].centers, cameras.centers[[2, 0]])
     assert (cameras[[1]].height, cameras[[1]].width) == (7, 9)

@@ -261,7 +261,7 @@ def test_streams_never_meet():
 
 def test_a_change_of_the_scenes_needs_a_new_generation():
     """Shipped weights and cached clips rest on these numbers; whoever changes them raises GENERATION."""
-    recorded = {2: [0.368, 0.3225, 0.2936, 0.0652, 0.0441, 0.0353]}
+    recorded = {3: [0.368, 0.3225, 0.2936, 0.0652, 0.0441, 0.0353]}
     assert GENERATION in recorded, "record the numbers of the new generation here"
     clip = synthetic_clip("train", 0, 0, 3, 12, 16)
     found = [*clip.truth.mean((0, 2, 3)).tolist(), *clip.render[1].mean((1, 2)).tolist()]

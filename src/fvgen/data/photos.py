@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fvgen.data.scenes import Scene, load_depth, load_image
+from fvgen.data.posed import Scene
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, fit_box, project
 from fvgen.geometry.pointcloud import unproject
@@ -40,18 +40,20 @@ class PhotoClip(NamedTuple):
     colors: Tensor
 
 
-def scene_clips(scene: Scene, count: int, frames: int, height: int, width: int, seed: int) -> list[PhotoClip]:
+def scene_clips(
+    scene: Scene, count: int, frames: int, height: int, width: int, seed: int, half_pixel_shift: bool = False
+) -> list[PhotoClip]:
     """``count`` different clips of a scene, named NAME-00 and so on; the same seed gives the same clips.
 
-    The cloud of each comes from its first and last frame: see `scene_cloud`. Raises UserError when the scene
-    has too few views, or neither depth maps nor points.
+    The cloud of each comes from its first and last frame: see `scene_cloud`, and `unproject` for the shift.
+    Raises UserError when the scene has too few views, or neither depth maps nor points.
     """
     generator = torch.Generator().manual_seed(seed)
     clips = []
     for index, views in enumerate(choose_views(scene, frames, count, generator)):
-        truth = torch.stack([fit_image(load_image(scene.image_paths[view]), height, width) for view in views])
+        truth = torch.stack([fit_image(scene.image(view), height, width) for view in views])
         ends = [views[0], views[-1]]
-        points, colors = scene_cloud(scene, ends, truth[[0, -1]])
+        points, colors = scene_cloud(scene, ends, truth[[0, -1]], half_pixel_shift)
         name = f"{scene.name}-{index:02d}"
         clips.append(PhotoClip(name, truth, scene.cameras[views].fitted(height, width), points, colors))
     return clips
@@ -115,7 +117,7 @@ def _typical_depth(scene: Scene) -> float:
         point, view = scene.observations.unbind(1)
         depth = ((scene.points[point] - cameras.centers[view]) * cameras.world_from_cam[view, :3, 2]).sum(-1)
     elif scene.depth_paths is not None:
-        depth = load_depth(scene.depth_paths[0], scene.depth_unit)
+        depth = scene.depth(0)
     else:
         depth = torch.cdist(cameras.centers, cameras.centers).max().reshape(1)
     depth = depth[depth > 0]
@@ -177,10 +179,13 @@ def fit_image(image: np.ndarray, height: int, width: int) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
 
 
-def scene_cloud(scene: Scene, known: Sequence[int], images: Tensor) -> tuple[Tensor, Tensor]:
+def scene_cloud(
+    scene: Scene, known: Sequence[int], images: Tensor, half_pixel_shift: bool = False
+) -> tuple[Tensor, Tensor]:
     """Points [N, 3] and colours [N, 3] in [0, 1] from the known views; ``images`` [K, 3, H, W] are theirs.
 
-    With depth maps: every pixel of the known views, at the size of ``images``. Without: the triangulated
+    With depth maps: every pixel of the known views, at the size of ``images``, with or without ViewCrafter's
+    half-pixel shift (`unproject`), which triangulated points never have. Without depth maps: the triangulated
     points that were found in a known view, coloured by bilinear look-up there (the mean, if several show a
     point). Left out are points that only other views found, for nothing tells whether they are hidden here,
     and COLMAP's own colours, which average over all photographs. Raises UserError when no point is left.
@@ -188,8 +193,9 @@ def scene_cloud(scene: Scene, known: Sequence[int], images: Tensor) -> tuple[Ten
     height, width = images.shape[-2:]
     cameras = scene.cameras[list(known)].fitted(height, width)
     if scene.depth_paths is not None:
-        depths = [load_depth(scene.depth_paths[view], scene.depth_unit) for view in known]
-        return unproject(torch.stack([_fit_depth(depth, height, width) for depth in depths]), images, cameras)
+        depths = [scene.depth(view) for view in known]
+        fitted = torch.stack([fit_depth(depth, height, width) for depth in depths])
+        return unproject(fitted, images, cameras, half_pixel_shift)
     if scene.points is None:
         raise UserError(
             f"scene {scene.name} has neither depth maps nor points, so nothing can be rendered; add "
@@ -212,7 +218,7 @@ def scene_cloud(scene: Scene, known: Sequence[int], images: Tensor) -> tuple[Ten
     return scene.points[found], mean[found].clamp(0, 1)
 
 
-def _fit_depth(depth: Tensor, height: int, width: int) -> Tensor:
+def fit_depth(depth: Tensor, height: int, width: int) -> Tensor:
     """[H0, W0] to [height, width] as in `fit_image`, but from the nearest pixel: depths must not be mixed."""
     left, top, right, bottom = fit_box(*depth.shape, height, width)
     x = left + (torch.arange(width) + 0.5) * (right - left) / width

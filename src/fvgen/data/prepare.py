@@ -9,7 +9,8 @@ from rich.progress import track
 
 from fvgen.data.clips import Clip, ClipFolder, make_clip, save_clips
 from fvgen.data.photos import scene_clips
-from fvgen.data.scenes import Scene, find_scenes, read_scene
+from fvgen.data.posed import Scene
+from fvgen.data.scenes import find_scenes, read_scene
 from fvgen.data.synthetic import RADIUS
 from fvgen.errors import UserError
 
@@ -31,17 +32,27 @@ def split_scenes(scenes: Sequence[Scene]) -> tuple[list[Scene], list[Scene]]:
 
 
 def prepare_scenes(
-    scenes: Sequence[Scene], out: str | Path, per_scene: int, frames: int, height: int, width: int, seed: int = 0
+    scenes: Sequence[Scene],
+    out: str | Path,
+    per_scene: int,
+    frames: int,
+    height: int,
+    width: int,
+    seed: int = 0,
+    half_pixel_shift: bool = False,
 ) -> ClipFolder:
     """``per_scene`` clips of each scene, first and last photograph known, written to ``out``; kept if already there.
 
+    ``half_pixel_shift`` is for a published ViewCrafter teacher: see `unproject`.
     Raises UserError when ``out`` holds clips of other scenes, sizes or seeds.
     """
     source = {"kind": "photographs", "scenes": [scene.name for scene in scenes], "seed": seed}
+    if half_pixel_shift:
+        source["half_pixel_shift"] = True
     if not (Path(out) / "index.json").exists():
         clips: list[Clip] = []
         for scene in track(scenes, "photographs"):
-            for photo in scene_clips(scene, per_scene, frames, height, width, seed):
+            for photo in scene_clips(scene, per_scene, frames, height, width, seed, half_pixel_shift):
                 known = (0, frames - 1)
                 clips.append(
                     make_clip(photo.name, photo.truth, photo.cameras, photo.points, photo.colors, known, RADIUS)

@@ -17,7 +17,7 @@ from fvgen.data.clips import Clip, depth_clip
 from fvgen.data.textures import PATTERNS, Texture, color_at
 from fvgen.geometry.cameras import Cameras, look_at, pinhole, pixel_rays
 
-GENERATION = 2  # raise it when a change here alters any clip: cached ones are then made anew
+GENERATION = 3  # raise it when a change here alters any clip: cached ones are then made anew
 FAR = 1e4
 RADIUS = 0.06  # normalised device units: 1.44 pixels at 48 rows, the reach that ViewCrafter's 0.01 has at 288
 CLEARANCE = 0.1  # metres that a camera keeps from every object

@@ -13,6 +13,8 @@ from torch import Tensor
 
 ROTATION_TOLERANCE = 1e-3  # tracker poses with six printed digits reach 1e-5; a sheared or scaled pose is far above
 
+PARALLEL = 1e-4  # sine of the angle between view and up below which float32 no longer tells which way is right
+
 
 @dataclass(frozen=True)
 class Cameras:
@@ -54,6 +56,11 @@ class Cameras:
         """[V, 3] camera centres in the world."""
         return self.world_from_cam[:, :3, 3]
 
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> Cameras:
+        """The same views on another device or in another precision."""
+        pose, intrinsics = (matrix.to(device=device, dtype=dtype) for matrix in (self.world_from_cam, self.intrinsics))
+        return replace(self, world_from_cam=pose, intrinsics=intrinsics)
+
     def fitted(self, height: int, width: int) -> Cameras:
         """The same views after `fit_box`'s centred crop and a resize to height x width."""
         left, top, right, bottom = fit_box(self.height, self.width, height, width)
@@ -91,17 +98,23 @@ def pose_problem(world_from_cam: Tensor) -> str | None:
     return None
 
 
-def from_opengl(world_from_cam: Tensor) -> Tensor:
-    """[..., 4, 4] OpenGL/nerfstudio camera-to-world (y up, z backwards) to OpenCV, and back: its own inverse."""
-    return world_from_cam * world_from_cam.new_tensor([1.0, -1.0, -1.0, 1.0])
-
-
 def look_at(position: Tensor, target: Tensor, up: Tensor) -> Tensor:
-    """[V, 4, 4] OpenCV camera-to-world at ``position`` [V, 3] facing ``target`` [V, 3], ``up`` [3] pointing up."""
+    """[V, 4, 4] OpenCV camera-to-world at ``position`` [V, 3] facing ``target`` [V, 3], ``up`` [3] pointing up.
+
+    A view straight along ``up`` leaves the camera's turn open; the image's top then points along the world axis that
+    is least parallel to ``up``, the same one for all views. Raises ValueError where position and target are one point.
+    """
     forward = torch.nn.functional.normalize(target - position, dim=-1)
-    right = torch.nn.functional.normalize(torch.linalg.cross(forward, up.expand_as(forward)), dim=-1)
+    if not forward.any(-1).all():
+        raise ValueError("look_at: a camera's position is its target, so it has no direction; move one of them")
+    side = torch.linalg.cross(forward, up.expand_as(forward))
+    parallel = side.norm(dim=-1) < PARALLEL * up.norm()
+    if parallel.any():
+        axis = torch.eye(3, dtype=forward.dtype, device=forward.device)[up.abs().argmin()]
+        side = torch.where(parallel[:, None], torch.linalg.cross(forward, axis.expand_as(forward)), side)
+    right = torch.nn.functional.normalize(side, dim=-1)
     down = torch.linalg.cross(forward, right)
-    pose = torch.eye(4, dtype=position.dtype).repeat(position.shape[0], 1, 1)
+    pose = torch.eye(4, dtype=position.dtype, device=position.device).repeat(position.shape[0], 1, 1)
     pose[:, :3, :3] = torch.stack([right, down, forward], dim=-1)
     pose[:, :3, 3] = position
     return pose

@@ -7,7 +7,6 @@ a whole one.
 
 from __future__ import annotations
 
-import math
 import os
 import struct
 from collections.abc import Callable, Iterator
@@ -18,8 +17,9 @@ import torch
 from torch import Tensor
 
 from fvgen.errors import UserError
+from fvgen.geometry.conventions import quaternion_to_rotation
 
-MODELS = (  # by number: name and count of parameters; only the first two are pinholes
+MODELS = (  # by number: name and count of parameters
     ("SIMPLE_PINHOLE", 3),
     ("PINHOLE", 4),
     ("SIMPLE_RADIAL", 4),
@@ -32,7 +32,6 @@ MODELS = (  # by number: name and count of parameters; only the first two are pi
     ("RADIAL_FISHEYE", 5),
     ("THIN_PRISM_FISHEYE", 12),
 )
-PINHOLES = MODELS[:2]
 
 
 class Camera(NamedTuple):
@@ -89,16 +88,9 @@ def read_points(model: Path) -> list[Point]:
 def world_from_cam(shot: Shot) -> Tensor:
     """[4, 4] float64, OpenCV axes. A quaternion far off unit length (damage, not rounding) gives no rotation,
     for `pose_problem` to find."""
-    length = math.hypot(*shot.rotation)
-    w, x, y, z = (value / length if abs(length - 1) < 0.01 else value for value in shot.rotation)
-    cam_from_world = torch.tensor(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-            [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-            [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-        ],
-        dtype=torch.float64,
-    )
+    quaternion = torch.tensor(shot.rotation, dtype=torch.float64)
+    length = quaternion.norm()
+    cam_from_world = quaternion_to_rotation(quaternion / length if abs(length - 1) < 0.01 else quaternion)
     pose = torch.eye(4, dtype=torch.float64)
     pose[:3, :3] = cam_from_world.T
     pose[:3, 3] = -cam_from_world.T @ torch.tensor(shot.translation, dtype=torch.float64)

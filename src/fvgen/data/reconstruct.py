@@ -1,0 +1,58 @@
+"""Unposed photographs to a posed scene by COLMAP's incremental structure-from-motion (pycolmap): a CPU, no weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from fvgen.data.posed import Scene
+from fvgen.data.readers.photographs import Photographs
+from fvgen.data.scenes import read_scene
+from fvgen.errors import UserError, first_line
+from fvgen.storage import atomic_path
+
+FEWEST = 3  # views: two can be posed, but by chance
+LEAST_POSED = 0.5  # share of the photographs
+
+
+def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = False) -> Scene:
+    """Poses, one shared lens, and sparse points; written to ``folder`` as a COLMAP scene, whole or not at all.
+
+    ``in_order`` compares each photograph with those next to it only, for frames of a video; otherwise all are compared
+    with all. Photographs that cannot be posed are left out. The scale is arbitrary. Raises UserError where pycolmap is
+    missing, and where fewer than half of the photographs, or fewer than three, could be posed.
+    """
+    try:
+        import pycolmap
+    except ImportError as error:
+        raise UserError("posing photographs needs pycolmap; `pip install fvgen[photos]`, or give poses") from error
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} is already there; choose another folder for the reconstruction")
+    with atomic_path(folder) as temporary:
+        images, database, models = temporary / "images", temporary / "database.db", temporary / "models"
+        for place in (images, models):
+            place.mkdir(parents=True)
+        for path in photographs.image_paths:
+            shutil.copyfile(path, images / path.name)
+        try:
+            pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE)
+            (pycolmap.match_sequential if in_order else pycolmap.match_exhaustive)(database)
+            found = pycolmap.incremental_mapping(database, images, models)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"COLMAP failed on {photographs.name} ({first_line(error)}); check the photographs"
+            ) from error
+        best = max(found.values(), key=lambda model: model.num_reg_images(), default=None)
+        posed = best.num_reg_images() if best else 0
+        if posed < max(FEWEST, LEAST_POSED * len(photographs)):
+            raise UserError(
+                f"only {posed} of the {len(photographs)} photographs of {photographs.name} could be posed; "
+                "take more of them, with more overlap and from different places"
+            )
+        (temporary / "sparse" / "0").mkdir(parents=True)
+        best.write(temporary / "sparse" / "0")
+        shutil.rmtree(models)
+        for left in [database, *temporary.glob("database.db-*")]:
+            left.unlink(missing_ok=True)
+    return read_scene(folder, "colmap")
