@@ -86,7 +86,7 @@ def check_render(render: Tensor) -> None:
 
 
 def check_parts(parts: Mapping[str, Any]) -> None:
-    """Raises UserError for networks on several devices or of several types; a float32 VAE suits any.
+    """Raises UserError for networks on several devices or of several types; a float32 VAE or decoder suits any.
 
     Networks that accelerate moves about (`enable_model_cpu_offload`) may be anywhere.
     """
@@ -101,8 +101,9 @@ def check_parts(parts: Mapping[str, Any]) -> None:
         told = ", ".join(f"{name} on {' and '.join(sorted(found))}" for name, found in devices.items() if found)
         raise UserError(f"the model's parts are on different devices ({told}); move it whole: pipeline.to('cuda')")
     dtypes = {name: {dtype for dtype, _ in found} for name, found in kinds.items()}
-    if dtypes.get("vae") == {torch.float32}:
-        dtypes.pop("vae")
+    for name in ("vae", "fast_decoder"):
+        if dtypes.get(name) == {torch.float32}:
+            dtypes.pop(name)
     if len(set().union(*dtypes.values())) > 1:
         names = {
             name: " and ".join(sorted(str(x).removeprefix("torch.") for x in found)) for name, found in dtypes.items()
