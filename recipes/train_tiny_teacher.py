@@ -75,7 +75,7 @@ def build_teacher(vae: AutoencoderKL, seed: int) -> ViewCrafterPipeline:
         ff_mult=2,
     )
     prompts = FixedPrompts.random(77, WIDTH, torch.Generator().manual_seed(seed))
-    return ViewCrafterPipeline(vae, unet, CLIPVisionModel(clip), projector, prompts)
+    return ViewCrafterPipeline(vae, unet, CLIPVisionModel(clip), projector, prompts, image_resize="antialias")
 
 
 def encode(clips: ClipFolder, pipeline: ViewCrafterPipeline, file: Path) -> dict[str, Tensor]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
-from transformers import CLIPVisionConfig, CLIPVisionModel
+from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 from viewcrafter_reference import small_unet
 
 from fvgen.data.clips import Clip
@@ -78,3 +81,14 @@ def _clip(name: str, generator: torch.Generator, height: int, width: int) -> Cli
 
 def random_latents(batch: int, seed: int = 0) -> Tensor:
     return torch.randn(batch, *LATENTS, generator=torch.Generator().manual_seed(seed))
+
+
+def small_tokenizer(folder: Path) -> CLIPTokenizer:
+    """CLIP's tokenizer with letters for words: "a" is 1, ... "z" 26, and the last two ids are start and end."""
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    words = ["!", *(f"{letter}</w>" for letter in letters), *letters, "<|startoftext|>", "<|endoftext|>"]
+    folder.mkdir()
+    (folder / "vocab.json").write_text(json.dumps({word: index for index, word in enumerate(words)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer"}')
+    return CLIPTokenizer.from_pretrained(folder)

@@ -38,6 +38,12 @@ def reference_unet(shared: Path, name: str) -> ViewCrafterUNet:
     return unet.eval()
 
 
+def tiny_clip_weights(shared: Path, part: str) -> dict[str, Tensor]:
+    """The state dict of the recorded "text" or "image" tower in ViewCrafter's names, float32."""
+    weights = recording(shared, f"clip_{part}_tiny_weights")
+    return {key.removeprefix("model."): value.float() for key, value in weights.items()}
+
+
 def small_unet(**changes) -> ViewCrafterUNet:
     """A seeded small UNet in which no layer is left at zero, so that every path shows in the output."""
     torch.manual_seed(0)

@@ -38,6 +38,31 @@ def demo(
     guarded(partial(_demo, out, data, seed, device))
 
 
+@app.command()
+def convert(
+    checkpoint: Annotated[str, typer.Option(help="ViewCrafter's checkpoint; with --to-lvdm a model folder.")],
+    out: Annotated[Path, typer.Option(help="New model folder; with --to-lvdm a .ckpt or .safetensors.")],
+    config: Annotated[str | None, typer.Option(help="ViewCrafter's yaml (path, URL or Hub file).")] = None,
+    only: Annotated[str | None, typer.Option(help="unet,vae,image_projector,image_encoder,text_encoder")] = None,
+    to_lvdm: Annotated[bool, typer.Option("--to-lvdm", help="From a model folder back to one checkpoint.")] = False,
+) -> None:
+    """Convert ViewCrafter's checkpoints to model folders, and back."""
+    guarded(partial(_convert, config, checkpoint, out, only, to_lvdm))
+
+
+def _convert(config: str | None, checkpoint: str, out: Path, only: str | None, to_lvdm: bool) -> None:
+    from fvgen import convert_checkpoint as conversion  # takes seconds to import
+
+    components = conversion.COMPONENTS if only is None else [name.strip() for name in only.split(",")]
+    if to_lvdm:
+        written = conversion.convert_back(checkpoint, out, config, components)
+    elif config is None:
+        raise UserError("converting a checkpoint needs its yaml; add --config")
+    else:
+        written = conversion.convert(config, checkpoint, out, components)
+    print(written)
+
+
 def _demo(out: Path, data: Path | None, seed: int, device: str) -> None:
     from fvgen.demo import demo as run_demo  # takes seconds to import
     from fvgen.demo import print_table

@@ -32,7 +32,9 @@ class SamplerStep(NamedTuple):
     x0: Tensor  # clean latents predicted at this step
 
 
-OnStep = Callable[[SamplerStep], None]
+# May return latents that replace `x`.
+OnStep = Callable[[SamplerStep], Tensor | None]
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all clips, or one per clip
 
 
 def ddim(
@@ -42,7 +44,7 @@ def ddim(
     timesteps: Sequence[int],
     eta: float = 0.0,
     noises: Sequence[Tensor] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     on_step: OnStep | None = None,
     denoise_last: bool = False,
     keep_last_scale: bool = False,
@@ -81,8 +83,7 @@ def ddim(
             x = x + s * _noise(x, index, noises, generator)
         if denoise_last and is_last:
             x = x0
-        if on_step is not None:
-            on_step(SamplerStep(index, count, t, x, x0))
+        x = _tell(on_step, SamplerStep(index, count, t, x, x0))
     return x
 
 
@@ -92,7 +93,7 @@ def few_step(
     schedule: NoiseSchedule,
     timesteps: Sequence[int] | int = 4,
     noises: Sequence[Tensor] | None = None,
-    generator: torch.Generator | None = None,
+    generator: Generators | None = None,
     renoise: Literal["sde", "ode"] = "sde",
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -113,7 +114,7 @@ def few_step(
     if renoise not in ("sde", "ode"):
         raise UserError(f"Few-step sampling knows no way {renoise!r} to noise again: use 'sde' or 'ode'.")
     descending = (trailing_timesteps(timesteps) if isinstance(timesteps, int) else list(timesteps))[::-1]
-    x, x0 = x_T, x_T
+    x = x_T
     for index, t in enumerate(descending):
         x0 = denoiser(x, _timestep(t, x))
         if index + 1 == len(descending):
@@ -121,9 +122,8 @@ def few_step(
         else:
             eps = _noise(x, index, noises, generator) if renoise == "sde" else schedule.eps_from_x0(x, x0, t)
             x = schedule.add_noise(x0, eps, descending[index + 1])
-        if on_step is not None:
-            on_step(SamplerStep(index, len(descending), t, x, x0))
-    return x0
+        x = _tell(on_step, SamplerStep(index, len(descending), t, x, x0))
+    return x
 
 
 def guided_velocity(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: float = 0.0) -> Tensor:
@@ -159,12 +159,32 @@ def _ddim_coefficients(schedule: NoiseSchedule, t: int, t_prev: int, eta: float)
     return s, (1 - ab_prev.float() - s**2).clamp(min=0).sqrt()
 
 
+def normal(shape: Sequence[int], generator: Generators | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers of `shape`, on the generator's device; several generators draw equal shares of the rows.
+
+    Raises UserError for a number of generators that cannot share the rows.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        device = "cpu" if generator is None else generator.device
+        return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
+    rows, rest = divmod(shape[0], max(len(generator), 1))
+    if rest or not rows:
+        raise UserError(f"{len(generator)} generators cannot draw for {shape[0]} clips or frames: give one per clip.")
+    return torch.cat([normal((rows, *shape[1:]), one, dtype) for one in generator])
+
+
+def _tell(on_step: OnStep | None, step: SamplerStep) -> Tensor:
+    """The latents to go on with."""
+    changed = None if on_step is None else on_step(step)
+    return step.x if changed is None else changed
+
+
 def _timestep(t: int, x: Tensor) -> Tensor:
     return torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)
 
 
-def _noise(x: Tensor, index: int, noises: Sequence[Tensor] | None, generator: torch.Generator | None) -> Tensor:
+def _noise(x: Tensor, index: int, noises: Sequence[Tensor] | None, generator: Generators | None) -> Tensor:
     if noises is not None:
         return noises[index]
     assert generator is not None, "this sampler adds noise: pass noises or a generator"
-    return torch.randn(x.shape, generator=generator, device=generator.device, dtype=x.dtype).to(x.device)
+    return normal(x.shape, generator, x.dtype).to(x.device)

@@ -154,11 +154,7 @@ class Trainer:
 
     def export(self, iterations: int) -> Path:
         """Write the averaged student as a pipeline folder, the head beside it, and last the summary."""
-        parts = {name: getattr(self.base, name) for name in ("vae", "image_encoder", "image_projector", "prompts")}
-        base_scale = self.base.config.base_scale
-        student = FVGenPipeline(
-            unet=self.ema.module.unet, **parts, base_scale=base_scale, steps=self.config.student_steps
-        )
+        student = FVGenPipeline.from_teacher(self.base, self.ema.module.unet, self.config.student_steps)
         save_model(student, self.out / "student")
         save_model(self.players.head, self.out / "head")
         seconds = self.clock.state_dict()["seconds"]
