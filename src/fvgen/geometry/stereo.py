@@ -23,7 +23,7 @@ NEIGHBOURS = 4
 WINDOW = 5  # pixels
 PARALLAX = 0.12  # radians: the angle between the rays of two views that is sought; less is vague, more looks different
 SMALL_STEP, LARGE_STEP = 0.1, 1.0  # penalties of semi-global matching, in units of correlation
-WITNESSES = 3  # views whose depth checks that of the reference
+WITNESSES = 4  # views whose depth checks that of the reference
 AGREE = 0.06  # relative: two views that differ by more in depth contradict each other
 FEW_MATCHES = 12  # with fewer triangulated features there is no telling where the surfaces are
 
