@@ -82,6 +82,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see --help")
 
 
+def deepspeed_setting(file: str) -> list[str]:
+    """A recipe's --deepspeed option as a setting."""
+    return [f"deepspeed={file}"] if file else []
+
+
 def positive(text: str) -> int:
     """An integer of at least 1, as a type for `argparse`."""
     value = int(text)

@@ -73,6 +73,11 @@ class StageConfig(BaseModel):
     ratio_bins: int = Field(10, ge=1, le=1000, description="bins of timesteps with a running mean of the weight each")
     ratio_decay: float = Field(0.99, gt=0, lt=1, description="of those running means")
 
+    same_noise: bool = Field(
+        False,
+        description="judge the student at the tau and noise at which the head has just learnt (FVGen algorithm 1 as "
+        "printed): one teacher pass to the tap fewer",
+    )
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of weights and activations; with bfloat16 the optimisers keep float32 master weights"
     )
@@ -113,6 +118,8 @@ class StageConfig(BaseModel):
             )
         if self.student_lora and not self.share_backbone:
             raise ValueError("student_lora=true needs share_backbone=true: the adapter sits on the shared teacher")
+        if self.same_noise and self.accumulation > 1:
+            raise ValueError("same_noise=true needs accumulation=1: it keeps the graph of the whole batch")
         if self.offload_teacher and not self.deepspeed:
             raise ValueError("offload_teacher=true needs deepspeed=FILE: DeepSpeed moves the weights to and fro")
         if self.head_warmup >= self.iterations:

@@ -120,9 +120,6 @@ class PlainEngine(_Optimized):
 
     def update(self, loss: Tensor) -> Tensor | None:
         """Other modules' parameters get no gradient."""
-        if self.parts == 0:
-            for parameter in self.parameters:
-                parameter.grad = None
         finite = loss.detach().isfinite()
         self.losses_finite = finite if self.parts == 0 else self.losses_finite & finite
         self.parts += 1
@@ -145,6 +142,7 @@ class PlainEngine(_Optimized):
             self.optimizer.step()
         elif norm.isfinite():
             self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # now, not later: no two networks' gradients are ever in memory
         self._publish()
         return norm
 

@@ -12,6 +12,7 @@ from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint_part
 from fvgen.distill.config import StageConfig, read_yaml, stage_config
 from fvgen.errors import UserError
 from fvgen.models.discriminator import DiscriminatorHead
+from fvgen.models.lora import merged_weights
 from fvgen.models.unet import ViewCrafterUNet
 from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
 from fvgen.presets import load_pipeline, save_model
@@ -19,9 +20,13 @@ from fvgen.storage import TEMPORARY, writable_folder
 
 
 def write_student(config: StageConfig, base: ViewCrafterPipeline, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """``weights`` are the student's as `EMA.weights` names them. Raises UserError when the disk is full."""
+    """``weights`` are the student's as `EMA.weights` names them: a whole network's, or an adapter's on ``base``'s,
+    which is merged. Raises UserError when the disk is full."""
     unet = ViewCrafterUNet.from_config(base.unet.config).eval()
-    unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
+    if config.student_lora:
+        unet.load_state_dict(merged_weights(base.unet, weights))
+    else:
+        unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
     parts = {name: getattr(base, name) for name in ("vae", "image_encoder", "image_projector", "prompts")}
     student = FVGenPipeline(unet=unet, **parts, base_scale=base.config.base_scale, steps=config.student_steps)
     save_model(student, folder)

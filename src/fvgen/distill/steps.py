@@ -14,10 +14,11 @@ h being the part of the UNet up to the tap (about half of it), and why not fewer
     student: scores  1 or 2            the fake score at the same place; the unconditional teacher where guidance is on
     student          backward          one for the sum of all its losses
 
-The head's pass over the student's clip cannot be shared with the student's own: the head must have learnt in between
-and tau is drawn afresh, so that the student is not judged where the head has just been fitted. Each further critic
-update costs 1 + 2 h and the fake score's pass. With ``accumulation`` above 1 the student's rollout is computed again
-for its own update, for keeping all parts' graphs would keep the memory that accumulation is to save.
+The head sees the student's clip at one tau and the student is judged at another, so as not to be judged where the head
+has just been fitted; ``same_noise=true`` (algorithm 1 as printed: one tau and noise for both) makes them one pass and
+saves h. Below that nothing can be shared: what remains are different networks, or one network at different inputs. Each
+further critic update costs 1 + 2 h and the fake score's pass. With ``accumulation`` above 1 the student's rollout is
+computed again for its own update, for keeping all parts' graphs would keep the memory that accumulation is to save.
 """
 
 from __future__ import annotations
@@ -26,22 +27,25 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fvgen.data.latents import LatentBatch
 from fvgen.distill.config import StageConfig
 from fvgen.distill.draws import Draws
 from fvgen.distill.engines import Engine
 from fvgen.distributed import ALONE, World
-from fvgen.models.discriminator import DiscriminatorHead, logits_of
-from fvgen.models.teacher import Denoiser, Teacher
 from fvgen.objectives import divergences
 from fvgen.objectives.dmd import denoising_loss, dmd_gradient, dmd_loss
 from fvgen.objectives.gan import approximate_r1, discriminator_loss, generator_loss
 from fvgen.objectives.ratio import RatioNormalizer, log_ratio
 from fvgen.schedule import NoiseSchedule, trailing_timesteps
+
+if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
+    from fvgen.data.latents import LatentBatch
+    from fvgen.models.discriminator import DiscriminatorHead
+    from fvgen.models.teacher import Denoiser, Teacher
 
 Metrics = dict[str, Tensor]
 MONITOR = "monitor/"
@@ -73,6 +77,30 @@ class Rollout:
 
     batch: LatentBatch
     x0: Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """The student's answer as the critics see it: ``x_tau``, noised to ``tau`` [B] with ``noise``, and what the teacher
+    makes of it. ``features`` carry the answer's graph; ``x0_real``, the guided real score's estimate, has none (and is
+    None in stage "gan")."""
+
+    tau: Tensor
+    noise: Tensor
+    x_tau: Tensor
+    features: Tensor
+    x0_real: Tensor | None
+
+
+def look(players: Players, config: StageConfig, rollout: Rollout, draws: Draws) -> View:
+    """One conditional pass of the teacher over the student's answer at a random tau."""
+    x0, condition = rollout.x0, rollout.batch.condition
+    tau, noise = draws.integers(config.t_min, config.t_max + 1, x0), draws.normal(x0)
+    x_tau = players.schedule.add_noise(x0, noise, tau)
+    if players.fake_score is None:
+        return View(tau, noise, x_tau, players.teacher.features(x_tau, tau, condition), None)
+    x0_real, features = players.teacher.judge(x_tau, tau, condition)
+    return View(tau, noise, x_tau, features, x0_real)
 
 
 def roll_out(players: Players, config: StageConfig, batch: LatentBatch, draws: Draws) -> Rollout:
@@ -109,14 +137,33 @@ def update_critics(players: Players, config: StageConfig, rollout: Rollout, draw
     return metrics
 
 
-def update_head(players: Players, config: StageConfig, rollout: Rollout, draws: Draws) -> Metrics:
-    """One step of the discriminator head on features of the frozen teacher."""
+def update_critics_and_look(
+    players: Players, config: StageConfig, rollout: Rollout, draws: Draws
+) -> tuple[Metrics, View]:
+    """The same where the student is then judged by the very `View` that the head learns from. The fake score goes
+    first, so that its graph and the view's are never in memory together."""
+    metrics = {} if players.fake_score is None else update_fake_score(players, rollout, draws)
+    seen = look(players, config, rollout, draws)
+    return metrics | update_head(players, config, rollout, draws, seen), seen
+
+
+def update_head(
+    players: Players, config: StageConfig, rollout: Rollout, draws: Draws, seen: View | None = None
+) -> Metrics:
+    """One step of the discriminator head on features of the frozen teacher, of ``seen`` where there is such a view."""
     batch, fake = rollout.batch, rollout.x0.detach()
-    tau = draws.integers(config.t_min, config.t_max + 1, fake)
-    noise = draws.normal(fake)
-    real_tau, fake_tau = (players.schedule.add_noise(x0, noise, tau) for x0 in (batch.latents, fake))
+    if seen is None:
+        tau, noise = draws.integers(config.t_min, config.t_max + 1, fake), draws.normal(fake)
+    else:
+        tau, noise = seen.tau, seen.noise
+    real_tau = players.schedule.add_noise(batch.latents, noise, tau)
     with torch.no_grad():
-        real_features, fake_features = (players.teacher.features(x, tau, batch.condition) for x in (real_tau, fake_tau))
+        real_features = players.teacher.features(real_tau, tau, batch.condition)
+        if seen is None:
+            fake_tau = players.schedule.add_noise(fake, noise, tau)
+            fake_features = players.teacher.features(fake_tau, tau, batch.condition)
+        else:
+            fake_features = seen.features.detach()
     real_logits, fake_logits = players.head(real_features), players.head(fake_features)
     loss = discriminator_loss(real_logits, fake_logits, config.gan_kind).mean()
     metrics = {"loss_head": loss}
@@ -145,27 +192,23 @@ def update_fake_score(players: Players, rollout: Rollout, draws: Draws) -> Metri
     return {"loss_fake_score": loss, "grad_norm_fake_score": norm}
 
 
-def update_student(players: Players, config: StageConfig, rollout: Rollout, draws: Draws) -> Metrics:
+def update_student(
+    players: Players, config: StageConfig, rollout: Rollout, draws: Draws, seen: View | None = None
+) -> Metrics:
     """One step of the student: adversarial loss, and in stage "dmd" the weighted distribution-matching loss (Eq. 8).
 
-    Both look at the same noised output, so that the logits that drive the one are the density ratio of the other, and
-    one conditional pass of the teacher gives features and real score.
+    Both look at the same noised output (``seen``, or a new one), so that the logits that drive the one are the density
+    ratio of the other, and one conditional pass of the teacher gives features and real score.
     """
-    condition, x0 = rollout.batch.condition, rollout.x0
-    tau = draws.integers(config.t_min, config.t_max + 1, x0)
-    noise = draws.normal(x0)
-    x_tau = players.schedule.add_noise(x0, noise, tau)
+    seen = seen or look(players, config, rollout, draws)
+    x0, tau = rollout.x0, seen.tau
     with frozen(players.head):
-        if players.fake_score is None:
-            logits = logits_of(players.head, players.teacher, x_tau, tau, condition)
-        else:
-            x0_real, features = players.teacher.judge(x_tau, tau, condition)
-            logits = players.head(features)
+        logits = players.head(seen.features)
     real_logits = None
     if config.gan_kind == "relativistic":
         with torch.no_grad():
-            real_tau = players.schedule.add_noise(rollout.batch.latents, noise, tau)
-            real_logits = logits_of(players.head, players.teacher, real_tau, tau, condition)
+            real_tau = players.schedule.add_noise(rollout.batch.latents, seen.noise, tau)
+            real_logits = players.head(players.teacher.features(real_tau, tau, rollout.batch.condition))
 
     adversarial = generator_loss(logits, real_logits, config.gan_kind).mean()
     loss = config.gan_weight * adversarial
@@ -175,7 +218,7 @@ def update_student(players: Players, config: StageConfig, rollout: Rollout, draw
         loss = loss + config.regression_weight * regression
         metrics["loss_student_regression"] = regression
     if players.fake_score is not None:
-        matching, ratio_metrics = matching_loss(players, config, rollout, x_tau.detach(), tau, logits, x0_real)
+        matching, ratio_metrics = matching_loss(players, config, rollout, seen, logits)
         loss = loss + config.dmd_weight * matching
         metrics |= {"loss_student_dmd": matching} | ratio_metrics
     norm = players.student_engine.update(loss)
@@ -183,20 +226,12 @@ def update_student(players: Players, config: StageConfig, rollout: Rollout, draw
 
 
 def matching_loss(
-    players: Players,
-    config: StageConfig,
-    rollout: Rollout,
-    x_tau: Tensor,
-    tau: Tensor,
-    logits: Tensor,
-    x0_real: Tensor,
+    players: Players, config: StageConfig, rollout: Rollout, seen: View, logits: Tensor
 ) -> tuple[Tensor, Metrics]:
-    """The DMD surrogate loss (scalar) on the student's output, weighted by the divergence's h(r).
-
-    ``x0_real`` [B, 4, F, h, w] is the teacher's guided estimate from ``x_tau``, without a graph.
-    """
+    """The DMD surrogate loss (scalar) on the student's output, weighted by the divergence's h(r)."""
+    tau, x0_real = seen.tau, seen.x0_real
     with torch.no_grad():
-        x0_fake = players.fake_score(x_tau, tau, rollout.batch.condition)
+        x0_fake = players.fake_score(seen.x_tau, tau, rollout.batch.condition)
     ratio = log_ratio(logits)
     h = divergences.weight(config.divergence, ratio)
     weight = players.normalizer.normalize(h, tau, players.world.gather)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fvgen.data.builtin import builtin_clips
@@ -28,8 +29,8 @@ from fvgen.distill.engines import join_world
 from fvgen.distill.export import write_head, write_student
 from fvgen.distill.guards import SkipGuard, finite_row, stop_on_sigterm
 from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
-from fvgen.distill.players import build_players, fingerprint
-from fvgen.distill.steps import MONITOR, Metrics, roll_out, update_critics, update_student
+from fvgen.distill.players import ADAPTER, build_players, fingerprint
+from fvgen.distill.steps import MONITOR, Metrics, roll_out, update_critics, update_critics_and_look, update_student
 from fvgen.errors import Stopped, UserError, did_you_mean
 from fvgen.pipeline import ViewCrafterPipeline
 from fvgen.presets import check_device, load_pipeline
@@ -129,14 +130,18 @@ class Trainer:
             for batch, draws in parts:
                 with torch.set_grad_enabled(shared):
                     rollout = roll_out(players, config, batch, draws)
-                rows.append(update_critics(players, config, rollout, draws))
+                if shared and config.same_noise:
+                    metrics, seen = update_critics_and_look(players, config, rollout, draws)
+                else:
+                    metrics, seen = update_critics(players, config, rollout, draws), None
+                rows.append(metrics)
             if len(parts) > 1:
                 generator.set_state(parts[-1][1].generator.get_state())
         if student_learns:
             for index, (batch, draws) in enumerate(parts):
                 if not shared:  # the same rollout once more, with a graph: keeping all parts' graphs takes more memory
                     rollout = roll_out(players, config, batch, starts[index])
-                rows[index] |= update_student(players, config, rollout, draws)
+                rows[index] |= update_student(players, config, rollout, draws, seen)
             self.ema.update()
         return finite_row(self.reduce(rows))
 
@@ -260,6 +265,9 @@ class Trainer:
 
         def write() -> None:
             write_student(self.config, self.base, student, self.out / "student")
+            if self.config.student_lora:
+                with atomic_path(self.out / ADAPTER) as temporary:
+                    save_file({name: tensor.contiguous() for name, tensor in student.items()}, temporary)
             write_head(self.players.head, head, self.out / "head")
             write_json(self.out / "summary.json", summary)
 

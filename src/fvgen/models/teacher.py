@@ -3,16 +3,21 @@
 `Denoiser` is what student, fake score and teacher have in common; `Teacher` adds guidance and is frozen.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fvgen.errors import UserError
-from fvgen.models.unet import ViewCrafterUNet
 from fvgen.samplers import guided_velocity, guided_velocity_three_way
 from fvgen.schedule import NoiseSchedule
+
+if TYPE_CHECKING:  # a Denoiser takes any network that is called like it
+    from fvgen.models.unet import ViewCrafterUNet
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,11 +28,11 @@ class Condition:
     context: Tensor  # [B, N, D] text tokens, then image tokens
     fps: Tensor | None = None  # [B]; None means the UNet's default
 
-    def to(self, device: torch.device | str) -> "Condition":
+    def to(self, device: torch.device | str) -> Condition:
         """The same condition on another device."""
         return Condition(*(x if x is None else x.to(device) for x in (self.render_latents, self.context, self.fps)))
 
-    def __getitem__(self, rows: slice | Tensor) -> "Condition":
+    def __getitem__(self, rows: slice | Tensor) -> Condition:
         """A part of the batch."""
         return Condition(*(x if x is None else x[rows] for x in (self.render_latents, self.context, self.fps)))
 
@@ -103,7 +108,7 @@ class Teacher(Denoiser):
         self.register_buffer("null_context", null_context, persistent=False)
         self.train(False)
 
-    def train(self, mode: bool = True) -> "Teacher":
+    def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode whatever is asked."""
         return super().train(False)
 
