@@ -1,27 +1,31 @@
 """Stage 1: GAN initialisation of a few-step student against its frozen teacher (FVGen, section 4.1).
 
     python recipes/stage1_gan.py --config recipes/configs/tiny.yaml out=runs/gan iterations=200 [key=value ...]
+    deepspeed recipes/stage1_gan.py --config ... --deepspeed recipes/deepspeed/zero2.json [key=value ...]
 
-Writes out/metrics.jsonl (a line per iteration), out/checkpoint.pt, and at the end out/student (a pipeline folder) and
+Writes out/metrics.jsonl (a line per iteration), out/checkpoints, and at the end out/student (a pipeline folder) and
 out/head (the discriminator). The same command again resumes. Settings: `fvgen.distill.config.StageConfig`.
 """
 
 from __future__ import annotations
 
 from fvgen import distill
-from fvgen.cli import Parser, guarded
+from fvgen.cli import Parser, deepspeed_setting, guarded
 
 
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of settings")
+    parser.add_argument("--deepspeed", default="", help="JSON file of DeepSpeed settings; none trains in one process")
+    parser.add_argument("--local_rank", type=int, default=0, help="the deepspeed launcher's own; RANK counts")
     parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that differ from the file")
     args = parser.parse_intermixed_args()
 
-    config = distill.read_stage_config("gan", args.config, args.settings)
+    config = distill.read_stage_config("gan", args.config, deepspeed_setting(args.deepspeed) + args.settings)
     trainer = distill.Trainer(config)  # judges teacher, data and folders before any work
     student = trainer.train()  # critics and student in turn: fvgen.distill.trainer.Trainer.iterate
-    print(f"Student after stage 1: {student}. Next: python recipes/stage2_dmd.py ... init={config.out} out=DIR")
+    if trainer.world.is_main:
+        print(f"Student after stage 1: {student}. Next: python recipes/stage2_dmd.py ... init={config.out} out=DIR")
 
 
 if __name__ == "__main__":

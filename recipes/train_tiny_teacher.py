@@ -160,7 +160,7 @@ def main() -> None:
     things = {"optimizer": optimizer, "schedule": schedule}
     things |= {f"trained{i}": part for i, part in enumerate(trained)}
     things |= {f"averaged{i}": part for i, part in enumerate(averaged)}
-    checkpoint = Path(args.out).with_suffix(".checkpoint.pt")
+    checkpoint = Path(args.out).with_suffix(".checkpoint")
     done = load_checkpoint(checkpoint, things) if checkpoint.exists() else 0
 
     last = args.stop or args.iterations

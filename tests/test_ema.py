@@ -6,24 +6,29 @@ import torch
 from torch import nn
 
 from fvgen.distill.ema import EMA
+from fvgen.distill.engines import Optimization, PlainEngine
+
+
+def averaged(decay: float) -> tuple[nn.Linear, EMA]:
+    source = nn.Linear(3, 2).double()
+    settings = Optimization(lr=1e-3, betas=(0.0, 0.9), weight_decay=0.0, clip_norm=1.0)
+    return source, EMA(PlainEngine(source, settings), decay)
 
 
 def test_the_distance_to_a_source_at_rest_shrinks_by_the_decay():
-    source = nn.Linear(3, 2).double()
-    ema = EMA(source, decay=0.9)
-    start = source.weight.detach().clone()
+    source, ema = averaged(0.9)
     with torch.no_grad():
         source.weight += 1.0
+    start = ema.weights()["weight"].clone()
     for n in range(1, 6):
-        ema.update(source)
-        torch.testing.assert_close(ema.module.weight, start + 1 - 0.9**n, atol=1e-12, rtol=0)
+        ema.update()
+        torch.testing.assert_close(ema.weights()["weight"], start + 1 - 0.9**n, atol=1e-12, rtol=0)
 
 
 def test_the_average_owns_its_weights_and_survives_a_round_trip():
-    source = nn.Linear(3, 2)
-    ema, restored = EMA(source, 0.5), EMA(nn.Linear(3, 2), 0.5)
+    (source, ema), (_, restored) = averaged(0.5), averaged(0.5)
     with torch.no_grad():
         source.weight.zero_()
-    assert ema.module.weight.abs().sum() > 0 and not any(p.requires_grad for p in ema.module.parameters())
+    assert ema.weights()["weight"].abs().sum() > 0
     restored.load_state_dict(ema.state_dict())
-    assert torch.equal(restored.module.weight, ema.module.weight)
+    assert torch.equal(restored.weights()["weight"], ema.weights()["weight"])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fvgen.data.clips import ClipFolder
 from fvgen.data.latents import LatentBatch, load_latents
 from fvgen.distill import StageConfig
+from fvgen.distill.draws import Draws
 from fvgen.distill.steps import (
     Players,
     noised_input,
@@ -32,6 +33,10 @@ from fvgen.schedule import trailing_timesteps
 
 def rng(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def draws(seed: int = 0) -> Draws:
+    return Draws(rng(seed))
 
 
 @pytest.fixture
@@ -89,7 +94,7 @@ def test_a_blind_head_teaches_the_student_nothing(play):
     config, players, batch = play()
     blind(players)
     before = weights_of(players.student)
-    metrics = update_student(players, config, roll_out(players, config, batch, rng()), rng(1))
+    metrics = update_student(players, config, roll_out(players, config, batch, draws()), draws(1))
     assert metrics["grad_norm_student"] == 0
     # AdamW's decay alone: every weight shrinks by the same factor
     shrunk = {name: value * (1 - config.student_lr * config.weight_decay) for name, value in before.items()}
@@ -101,7 +106,7 @@ def test_the_student_fools_a_fixed_head_better_and_better(play):
     config, players, batch = play(beta1=0.9)
     shout(players)
     losses = [
-        update_student(players, config, roll_out(players, config, batch, rng()), rng(1))["loss_student_gan"].item()
+        update_student(players, config, roll_out(players, config, batch, draws()), draws(1))["loss_student_gan"].item()
         for _ in range(8)
     ]
     assert losses[-1] < 0.8 * losses[0]
@@ -118,7 +123,7 @@ def test_nobody_changes_but_who_learns(play, name):
     for update, learners in ((update_critics, critics), (update_student, {"student"})):
         before = {key: weights_of(network) for key, network in networks.items()}
         grads = {key: [p.grad for p in network.parameters()] for key, network in networks.items()}
-        update(players, config, roll_out(players, config, batch, rng()), rng(1))
+        update(players, config, roll_out(players, config, batch, draws()), draws(1))
         changed = {key for key, network in networks.items() if not unchanged(network, before[key])}
         assert changed == learners
         for key in networks.keys() - learners:
@@ -133,8 +138,8 @@ def test_nobody_changes_but_who_learns(play, name):
 @pytest.mark.parametrize("kind", ["non_saturating", "relativistic"])
 def test_the_head_learns_a_fixed_batch(play, kind):
     config, players, batch = play(gan_kind=kind, head_lr=5e-3, beta1=0.9)
-    rollout = roll_out(players, config, batch, rng())
-    rows = [update_head(players, config, rollout, rng(1)) for _ in range(15)]
+    rollout = roll_out(players, config, batch, draws())
+    rows = [update_head(players, config, rollout, draws(1)) for _ in range(15)]
     assert rows[-1]["loss_head"] < 0.8 * rows[0]["loss_head"]
     assert rows[-1]["logit_real"] > rows[-1]["logit_fake"] + 0.5
     assert rows[-1]["head_accuracy"] > max(0.6, rows[0]["head_accuracy"])
@@ -142,8 +147,8 @@ def test_the_head_learns_a_fixed_batch(play, kind):
 
 def test_the_fake_score_learns_a_fixed_batch(play):
     config, players, batch = play("dmd", beta1=0.9)
-    rollout = roll_out(players, config, batch, rng())
-    losses = [update_fake_score(players, rollout, rng(1))["loss_fake_score"].item() for _ in range(8)]
+    rollout = roll_out(players, config, batch, draws())
+    losses = [update_fake_score(players, rollout, draws(1))["loss_fake_score"].item() for _ in range(8)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -153,12 +158,12 @@ def test_r1_is_nothing_at_identical_logits_and_counts_otherwise(play):
     norms = {}
     for weight in (1.0, 1e4):
         config, players, batch = play(r1_weight=weight)
-        metrics = update_head(players, config, roll_out(players, config, batch, rng()), rng(1))
+        metrics = update_head(players, config, roll_out(players, config, batch, draws()), draws(1))
         assert metrics["loss_r1"] > 0
         norms[weight] = metrics["grad_norm_head"]
     assert norms[1e4] > 2 * norms[1.0]
     blind(players)
-    assert update_head(players, config, roll_out(players, config, batch, rng()), rng(1))["loss_r1"] == 0
+    assert update_head(players, config, roll_out(players, config, batch, draws()), draws(1))["loss_r1"] == 0
 
 
 # --- Distribution matching ---
@@ -166,18 +171,18 @@ def test_r1_is_nothing_at_identical_logits_and_counts_otherwise(play):
 
 def test_no_pull_where_student_teacher_and_fake_score_are_one(play):
     config, players, batch = play("dmd", guidance=1.0, gan_weight=0.0)
-    metrics = update_student(players, config, roll_out(players, config, batch, rng()), rng(1))
+    metrics = update_student(players, config, roll_out(players, config, batch, draws()), draws(1))
     assert metrics["loss_student_dmd"] < 1e-10 and metrics["grad_norm_student"] < 1e-5
 
 
 def test_guidance_pulls_the_student_towards_the_guided_teacher(play):
     config, players, batch = play("dmd", guidance=7.5, gan_weight=0.0, divergence="reverse_kl", student_lr=3e-4)
-    rows = [update_student(players, config, roll_out(players, config, batch, rng()), rng(1)) for _ in range(5)]
+    rows = [update_student(players, config, roll_out(players, config, batch, draws()), draws(1)) for _ in range(5)]
     assert rows[0]["loss_student_dmd"] > 1e-4 and rows[0]["grad_norm_student"] > 1e-4
-    rollout = roll_out(players, config, batch, rng())
+    rollout = roll_out(players, config, batch, draws())
     tau, noise = torch.tensor([500, 500]), torch.randn(batch.latents.shape, generator=rng(2))
     _, untrained, _ = play("dmd", guidance=7.5)
-    before = roll_out(untrained, config, batch, rng()).x0
+    before = roll_out(untrained, config, batch, draws()).x0
     with torch.no_grad():
         x_tau = players.schedule.add_noise(before, noise, tau)
         gap = players.teacher(x_tau, tau, batch.condition) - players.fake_score(x_tau, tau, batch.condition)
@@ -188,7 +193,7 @@ def test_guidance_pulls_the_student_towards_the_guided_teacher(play):
 def test_weights_at_micro_batch_one_are_weights(play):
     config, players, batch = play("dmd", batch_size=1)
     shout(players)
-    rows = [update_student(players, config, roll_out(players, config, batch, rng(i)), rng(i)) for i in range(6)]
+    rows = [update_student(players, config, roll_out(players, config, batch, draws(i)), draws(i)) for i in range(6)]
     weights = torch.stack([row["weight"] for row in rows])
     assert weights.max() > 3 * weights.min()
     assert torch.equal(weights, torch.stack([row["weight_max"] for row in rows]))
@@ -203,7 +208,7 @@ def test_the_weight_scales_the_pull(play):
         config, players, batch = play("dmd", gan_weight=0.0)
         blind(players)
         nn.init.constant_(players.head.layers[-1].bias, bias)
-        losses[bias] = update_student(players, config, roll_out(players, config, batch, rng()), rng(1))
+        losses[bias] = update_student(players, config, roll_out(players, config, batch, draws()), draws(1))
     small, large = losses[4.0], losses[-4.0]
     ratio = large["weight"] / small["weight"]
     torch.testing.assert_close(ratio, torch.tensor(4.0).exp())  # sigmoid(4) / sigmoid(-4)
@@ -214,15 +219,15 @@ def test_reverse_kl_weighs_everything_as_one(play):
     config, players, batch = play("dmd", divergence="reverse_kl")
     shout(players)
     for i in range(5):
-        metrics = update_student(players, config, roll_out(players, config, batch, rng(i)), rng(i))
+        metrics = update_student(players, config, roll_out(players, config, batch, draws(i)), draws(i))
         assert metrics["weight_min"] == metrics["weight_max"] == metrics["weight"] == 1
 
 
 @pytest.mark.parametrize("kind", ["non_saturating", "relativistic"])
 def test_the_students_loss_is_the_weighted_sum(play, kind):
     config, players, batch = play("dmd", gan_weight=0.5, dmd_weight=3.0, regression_weight=2.0, gan_kind=kind)
-    rollout = roll_out(players, config, batch, rng())
-    metrics = update_student(players, config, rollout, rng(1))
+    rollout = roll_out(players, config, batch, draws())
+    metrics = update_student(players, config, rollout, draws(1))
     torch.testing.assert_close(metrics["loss_student_regression"], (rollout.x0 - batch.latents).square().mean())
     parts = ((0.5, "loss_student_gan"), (3.0, "loss_student_dmd"), (2.0, "loss_student_regression"))
     torch.testing.assert_close(metrics["loss_student"], sum(weight * metrics[name] for weight, name in parts))
@@ -234,7 +239,7 @@ def test_the_students_loss_is_the_weighted_sum(play, kind):
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_noised_input_is_a_real_clip_at_one_of_the_students_timesteps(play, steps):
     config, players, batch = play(student_steps=steps, batch_size=5)
-    x_t, t = noised_input(players, config, batch, rng())
+    x_t, t = noised_input(players, config, batch, draws())
     assert set(t.tolist()) <= set(trailing_timesteps(steps))
     if steps == 4:
         assert len(set(t.tolist())) > 1  # drawn per sample
@@ -252,7 +257,7 @@ def test_simulated_input_is_where_the_sampler_would_be(play, steps):
     for seed in range(12):
         calls = []
         hook = players.student.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args[1].tolist()))
-        x_t, t = simulated_input(players, config, batch, rng(seed))
+        x_t, t = simulated_input(players, config, batch, draws(seed))
         hook.remove()
         stop = ladder.index(t[0].item())
         assert t.tolist() == [ladder[stop]] * 2 and not x_t.requires_grad
@@ -278,9 +283,9 @@ def test_simulated_input_is_where_the_sampler_would_be(play, steps):
 @pytest.mark.parametrize("student_input", ["noised", "simulated"])
 def test_random_numbers_do_not_depend_on_who_learns(play, student_input):
     config, players, batch = play(student_input=student_input)
-    first, second = rng(), rng()
+    first, second = draws(), draws()
     with torch.no_grad():
         silent = roll_out(players, config, batch, first)
     learning = roll_out(players, config, batch, second)
     assert torch.equal(silent.x0, learning.x0) and learning.x0.requires_grad and not silent.x0.requires_grad
-    assert torch.equal(first.get_state(), second.get_state())
+    assert torch.equal(first.generator.get_state(), second.generator.get_state())

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,7 +14,9 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from fvgen.errors import UserError
+from fvgen.errors import Stopped, UserError
+
+QUIET_SECONDS = 3.0
 
 app = typer.Typer(
     add_completion=False,
@@ -74,10 +78,18 @@ def _demo(out: Path, data: Path | None, seed: int, device: str) -> None:
 
 
 def guarded(call: Callable[[], object]) -> None:
-    """Run ``call``; a `UserError` becomes one sentence on stderr and exit code 2, Ctrl-C exit code 130."""
+    """Run ``call``; a `UserError` becomes one sentence on stderr and exit code 2, Ctrl-C exit code 130, an end that was
+    asked for and came in order exit code 0."""
     try:
         call()
+    except Stopped as stopped:
+        print(f"fvgen: {stopped}", file=sys.stderr)
+        sys.exit(0)
     except UserError as error:
+        if int(os.environ.get("RANK", 0)) > 0:
+            # All processes of a run make the same mistake. The launcher ends the others when the first one has ended;
+            # a sentence that only this one has to say comes through.
+            time.sleep(QUIET_SECONDS)
         print(f"fvgen: {' '.join(str(error).splitlines())}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -93,6 +105,11 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see --help")
+
+
+def deepspeed_setting(file: str) -> list[str]:
+    """A recipe's --deepspeed option as a setting."""
+    return [f"deepspeed={file}"] if file else []
 
 
 def positive(text: str) -> int:

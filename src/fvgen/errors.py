@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class Stopped(Exception):
+    """The run was asked to end and did, with everything saved. The command line exits with code 0."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause such as ``; did you mean 'seed'?``, or the list of known names when none is near."""
     known = sorted(known)

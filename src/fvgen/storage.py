@@ -38,7 +38,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             aside = path.with_name(path.name + ASIDE)
             os.replace(path, aside)
             os.replace(temporary, path)
-            _remove(aside)
+            remove(aside)
         else:
             os.replace(temporary, path)
     except BaseException as error:
@@ -54,8 +54,8 @@ def recover(path: Path) -> None:
     aside = path.with_name(path.name + ASIDE)
     if aside.exists() and not path.exists():
         os.replace(aside, path)
-    _remove(aside)
-    _remove(path.with_name(path.name + TEMPORARY))
+    remove(aside)
+    remove(path.with_name(path.name + TEMPORARY))
 
 
 def write_json(path: str | Path, value: object) -> None:
@@ -72,7 +72,7 @@ def no_leftovers(*folders: Path) -> Iterator[None]:
         yield
     except Exception:
         for folder in new:
-            _remove(folder)
+            remove(folder)
         raise
 
 
@@ -126,7 +126,8 @@ def _in_words(number: int) -> str:
     return "a file stands where a folder should be" if number in (errno.EEXIST, errno.ENOTDIR) else os.strerror(number)
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

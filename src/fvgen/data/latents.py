@@ -47,9 +47,11 @@ class LatentSet:
         latents, render_latents, context = (self.tensors[key][indices].to(device) for key in KEYS)
         return LatentBatch(latents, Condition(render_latents, context))
 
-    def random_batch(self, size: int, generator: torch.Generator, device: str | torch.device = "cpu") -> LatentBatch:
-        """``size`` clips drawn with replacement."""
-        return self.batch(torch.randint(len(self), (size,), generator=generator), device)
+    def random_batch(
+        self, size: int, generator: torch.Generator, device: str | torch.device = "cpu", rows: slice = slice(None)
+    ) -> LatentBatch:
+        """``size`` clips drawn with replacement, and of these the ones at ``rows``."""
+        return self.batch(torch.randint(len(self), (size,), generator=generator)[rows], device)
 
 
 def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0) -> LatentSet:

@@ -1,12 +1,23 @@
-"""Distillation: `run` a config, or use its parts."""
+"""Distillation: `run` a config, or use its parts.
 
-from fvgen.distill.config import RunConfig, StageConfig, read_stage_config, read_yaml, run_config, stage_config
-from fvgen.distill.trainer import Trainer, read_metrics, run
+The names below are imported when they are first used: the libraries behind `Trainer` take seconds.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fvgen.distill.config import RunConfig, StageConfig, read_stage_config, read_yaml, run_config, stage_config
+    from fvgen.distill.export import export_checkpoint
+    from fvgen.distill.trainer import Trainer, read_metrics, run
 
 __all__ = [
     "RunConfig",
     "StageConfig",
     "Trainer",
+    "export_checkpoint",
     "read_metrics",
     "read_stage_config",
     "read_yaml",
@@ -14,3 +25,10 @@ __all__ = [
     "run_config",
     "stage_config",
 ]
+_HOMES = {"Trainer": "trainer", "read_metrics": "trainer", "run": "trainer", "export_checkpoint": "export"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES.get(name, 'config')}"), name)

@@ -1,46 +1,174 @@
-"""A checkpoint is a dictionary of named things that have state, in one file that is either whole or absent."""
+"""A checkpoint is a folder with one file per named thing that has state, and a list of checksums; whole or absent.
+
+Files hold tensors and plain containers, never code, and whole tensors by name: how many processes wrote them, or read
+them again, leaves no trace.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import pickle
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from fvgen.distributed import ALONE, World
 from fvgen.errors import UserError, first_line
-from fvgen.storage import atomic_path
+from fvgen.storage import TEMPORARY, atomic_path, recover, remove, write_json
+
+INDEX = "checkpoint.json"
+FORMAT = 1
 
 
 class Stateful(Protocol):
-    """Anything with the two methods that torch modules have."""
+    """Anything with the two methods that torch modules have. With several processes all must call `state_dict`, and the
+    main one's result counts."""
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> Any: ...
 
 
-def save_checkpoint(file: Path, iteration: int, things: dict[str, Stateful]) -> None:
-    """Write ``things`` as they stand after ``iteration``. Raises UserError when the disk is full."""
-    with atomic_path(file) as temporary:
-        torch.save({"iteration": iteration, **{name: thing.state_dict() for name, thing in things.items()}}, temporary)
+def save_checkpoint(
+    folder: Path,
+    iteration: int,
+    things: Mapping[str, Stateful],
+    facts: Mapping[str, Any] | None = None,
+    world: World = ALONE,
+) -> None:
+    """Write ``things`` as they stand after ``iteration``; ``facts`` say whose they are. Raises UserError when the disk
+    is full. One thing is in memory at a time."""
+    if not world.is_main:
+        for thing in things.values():
+            thing.state_dict()
+        world.main_only(lambda: None)
+        return
+
+    def write() -> None:
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            checksums = {}
+            for name, thing in things.items():
+                file = temporary / f"{name}.pt"
+                torch.save(thing.state_dict(), file)
+                checksums[file.name] = checksum(file)
+            index = {"format": FORMAT, "iteration": iteration, "facts": dict(facts or {}), "sha256": checksums}
+            write_json(temporary / INDEX, index)
+
+    world.main_only(write)
 
 
-def load_checkpoint(file: Path, things: dict[str, Stateful]) -> int:
-    """Restore ``things`` in place and return the iteration; raises UserError for a damaged or foreign checkpoint.
+def load_checkpoint(folder: Path, things: Mapping[str, Stateful], facts: Mapping[str, Any] | None = None) -> int:
+    """Restore ``things`` in place and return the iteration.
 
-    Read with ``weights_only``: tensors and plain containers, never code.
+    Raises UserError for a checkpoint that is damaged (every checksum is verified first), of another run (``facts``
+    differ) or of other networks.
     """
-    cure = f"delete {file} to start this stage again, or choose another out=DIR"
+    cure = f"delete {folder} to start from an earlier one or again, or choose another out=DIR"
+    index = read_index(folder, cure)
+    for key, mine in (facts or {}).items():
+        theirs = index["facts"].get(key)
+        if theirs != mine:
+            raise UserError(f"checkpoint {folder} is of another {key} ({theirs!r} there, {mine!r} here); {cure}")
+    if index["sha256"].keys() != {f"{name}.pt" for name in things}:
+        raise UserError(f"checkpoint {folder} does not fit this run's networks; {cure}")
+    for name, expected in index["sha256"].items():
+        _verify(folder / name, expected, cure)
+    for name, thing in things.items():
+        try:
+            thing.load_state_dict(_read(folder / f"{name}.pt", cure))
+        except UserError:
+            raise
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise UserError(f"checkpoint {folder} does not fit this run's networks; {cure}") from error
+    return index["iteration"]
+
+
+def load_checkpoint_part(folder: Path, name: str) -> dict[str, Any]:
+    """The verified state of one thing. Raises UserError for a damaged checkpoint."""
+    cure = "choose another one"
+    _verify(folder / f"{name}.pt", read_index(folder, cure)["sha256"].get(f"{name}.pt", ""), cure)
+    return _read(folder / f"{name}.pt", cure)
+
+
+def _verify(file: Path, expected: str, cure: str) -> None:
+    if not file.is_file() or checksum(file) != expected:
+        raise UserError(
+            f"checkpoint {file.parent} is damaged or cut short ({file.name} is missing or not what was written); {cure}"
+        )
+
+
+def _read(file: Path, cure: str) -> dict[str, Any]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = first_line(error)
-        raise UserError(f"checkpoint {file} is damaged or cut short ({reason}); {cure}") from error
+        raise UserError(f"checkpoint {file.parent} is damaged or cut short ({reason}); {cure}") from error
+
+
+def read_index(folder: Path, cure: str) -> dict[str, Any]:
+    """The judged content of a checkpoint's list of files."""
     try:
-        iteration = int(state.pop("iteration"))
-        for name, thing in things.items():
-            thing.load_state_dict(state[name])
-    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
-        raise UserError(f"checkpoint {file} does not fit this run's networks; {cure}") from error
-    return iteration
+        index = json.loads((folder / INDEX).read_text())
+        good = index["format"] == FORMAT and isinstance(index["facts"], dict) and isinstance(index["iteration"], int)
+        good = good and all(re.fullmatch(r"\w+\.pt", name) for name in index["sha256"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = first_line(error)
+        raise UserError(f"checkpoint {folder} is damaged or cut short ({reason}); {cure}") from None
+    if not good:
+        raise UserError(f"checkpoint {folder} is damaged or of another version of fvgen; {cure}")
+    return index
+
+
+def checksum(file: Path) -> str:
+    """sha256, in hex digits."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
+
+
+def _sha256(stream: Any) -> str:
+    digest = hashlib.sha256()
+    while block := stream.read(1 << 20):
+        digest.update(block)
+    return digest.hexdigest()
+
+
+class CheckpointFolder:
+    """Checkpoints by iteration: the newest ``keep``, and the one with the lowest score where there are scores."""
+
+    def __init__(self, root: Path, keep: int) -> None:
+        self.root, self.keep = root, keep
+
+    def path(self, iteration: int) -> Path:
+        return self.root / f"{iteration:08d}"
+
+    def iterations(self) -> list[int]:
+        """Ascending; half-written ones do not count."""
+        names = [path.name for path in self.root.iterdir()] if self.root.is_dir() else []
+        return sorted(int(name) for name in names if re.fullmatch(r"\d{8}", name))
+
+    def newest(self) -> Path | None:
+        """The one to resume from."""
+        iterations = self.iterations()
+        return self.path(iterations[-1]) if iterations else None
+
+    def clean(self) -> None:
+        """Remove what a kill while saving left behind."""
+        for path in list(self.root.glob("*.partial*")) if self.root.is_dir() else []:
+            recover(path.with_name(path.name.partition(".")[0]))
+
+    def prune(self, scores: Mapping[int, float]) -> None:
+        """Delete all but the newest and the best; only whole checkpoints stay."""
+        iterations = self.iterations()
+        best = min((i for i in iterations if i in scores), key=lambda i: scores[i], default=None)
+        for iteration in iterations[: -self.keep]:
+            if iteration != best:
+                path = self.path(iteration)
+                doomed = path.with_name(path.name + TEMPORARY)
+                os.replace(path, doomed)  # a kill must not leave half a checkpoint under a whole one's name
+                remove(doomed)

@@ -73,7 +73,33 @@ class StageConfig(BaseModel):
     ratio_bins: int = Field(10, ge=1, le=1000, description="bins of timesteps with a running mean of the weight each")
     ratio_decay: float = Field(0.99, gt=0, lt=1, description="of those running means")
 
+    same_noise: bool = Field(
+        False,
+        description="judge the student at the tau and noise at which the head has just learnt (FVGen algorithm 1 as "
+        "printed): one teacher pass to the tap fewer",
+    )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of weights and activations; with bfloat16 the optimisers keep float32 master weights"
+    )
+    accumulation: int = Field(1, ge=1, description="parts in which each process passes its clips, to save memory")
+    checkpoint_activations: bool = Field(False, description="compute activations again instead of keeping them")
+    fused: bool | None = Field(None, description="AdamW in one kernel; null means on a GPU (last bits differ)")
+    share_backbone: bool = Field(
+        False, description="the fake score is a LoRA adapter on the one frozen teacher instead of a network of its own"
+    )
+    student_lora: bool = Field(False, description="so is the student; needs share_backbone")
+    lora_rank: int = Field(16, ge=1)
+    deepspeed: str = Field("", description="JSON file of DeepSpeed settings; '' trains in one plain process")
+    offload_teacher: bool = Field(False, description="keep the frozen teacher in the CPU's memory; needs deepspeed")
+
     checkpoint_every: int = Field(50, ge=1, description="iterations between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest to keep")
+    keep_best_by: str = Field(
+        "", description="also keep the checkpoint before which this metric's mean was lowest, e.g. loss_student"
+    )
+    max_skips: int = Field(3, ge=1, description="iterations in a row with a loss or gradient that is not finite")
+    sample_every: int = Field(0, ge=0, description="iterations between sample clips of the student; 0 is never")
+    track: bool = Field(True, description="curves for TensorBoard and Weights & Biases where those are installed")
 
     @model_validator(mode="after")
     def _consistent(self) -> StageConfig:
@@ -90,11 +116,24 @@ class StageConfig(BaseModel):
             raise ValueError(
                 f"{', '.join(weights)} are all 0, so stage {self.stage} has nothing to learn from; raise one"
             )
+        if self.student_lora and not self.share_backbone:
+            raise ValueError("student_lora=true needs share_backbone=true: the adapter sits on the shared teacher")
+        if self.same_noise and self.accumulation > 1:
+            raise ValueError("same_noise=true needs accumulation=1: it keeps the graph of the whole batch")
+        if self.offload_teacher and not self.deepspeed:
+            raise ValueError("offload_teacher=true needs deepspeed=FILE: DeepSpeed moves the weights to and fro")
         if self.head_warmup >= self.iterations:
             raise ValueError(
                 f"head_warmup={self.head_warmup} leaves the student none of {self.iterations} iterations; lower it"
             )
         return self
+
+
+RESUMABLE = {
+    *("iterations", "out", "deepspeed", "accumulation", "offload_teacher", "checkpoint_activations"),
+    *("checkpoint_every", "keep_checkpoints", "keep_best_by", "max_skips", "sample_every", "track"),
+}
+"""Settings that may change when a run is resumed: none of them changes what an update means."""
 
 
 class RunConfig(BaseModel):

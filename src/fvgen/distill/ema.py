@@ -2,30 +2,37 @@
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
+
+from fvgen.distill.engines import Engine
 
 
 class EMA:
-    """An exponential moving average of a module's parameters; ``module`` is a copy that holds it.
+    """An exponential moving average of an engine's float32 master weights, sharded as they are.
 
     The decay is constant. The usual warm-up, (1 + n) / (10 + n), is for networks that start at random: it forgets the
     start by averaging over n / 9 updates only, while a student starts as its teacher, and that is worth remembering.
     """
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module = copy.deepcopy(module).requires_grad_(False).eval()
-        self.decay = decay
+    def __init__(self, engine: Engine, decay: float) -> None:
+        self.engine, self.decay = engine, decay
+        self.shards = [master.detach().clone() for master in engine.masters]
 
     @torch.no_grad()
-    def update(self, source: nn.Module) -> None:
-        """Move the average towards ``source``."""
-        torch._foreach_lerp_(list(self.module.parameters()), list(source.parameters()), 1 - self.decay)
+    def update(self) -> None:
+        """Move the average towards the weights."""
+        torch._foreach_lerp_(self.shards, [master.detach() for master in self.engine.masters], 1 - self.decay)
 
-    def state_dict(self) -> dict:
-        return {"module": self.module.state_dict()}
+    def weights(self) -> dict[str, Tensor]:
+        """Whole averaged tensors by parameter name, on the CPU of the main process; every process must call this."""
+        return self.engine.gather(self.shards)
 
-    def load_state_dict(self, state: dict) -> None:
-        self.module.load_state_dict(state["module"])
+    def state_dict(self) -> dict[str, Any]:
+        return {"module": self.weights()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.shards = self.engine.scatter(state["module"])

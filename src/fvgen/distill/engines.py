@@ -1,36 +1,400 @@
-"""What turns a loss into an update. The loop knows only this interface; DeepSpeed will be a second one behind it."""
+"""What turns a loss into an update: plain PyTorch for one process, DeepSpeed's ZeRO for any number behind one face.
+
+The loop knows only `Engine`. This is the one module that imports deepspeed, and only when a run asks for it.
+
+Both keep float32 "master" weights as a list of tensors, the own shards of all weights: whole tensors in one process,
+slices of one flat vector under ZeRO. `gather` and `scatter` lead from such a list to named whole tensors and back, so a
+checkpoint is the same file whatever wrote it, and can be read at another number of processes or without DeepSpeed.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fvgen.distill.config import StageConfig
+from fvgen.distributed import World
+from fvgen.errors import UserError, first_line
 
-class PlainEngine:
-    """One module and its AdamW on one device."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+OURS = {  # DeepSpeed settings that follow from ours
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_clipping": "clip_norm",
+    "optimizer": "student_lr, head_lr, fake_score_lr, beta1, beta2 and weight_decay",
+    "scheduler": "constant learning rates",
+}
 
-    def __init__(
-        self, module: nn.Module, lr: float, betas: tuple[float, float], weight_decay: float, clip_norm: float
-    ) -> None:
-        self.module = module
-        self.clip_norm = clip_norm
-        self.parameters = [p for p in module.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=betas, weight_decay=weight_decay)
 
-    def update(self, loss: Tensor) -> Tensor:
-        """One step down the scalar ``loss``; returns the gradient's norm before clipping. Other modules' gradients
-        that the backward pass could leave behind are not touched: their parameters must not require gradients."""
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward(inputs=self.parameters)
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
-        self.optimizer.step()
-        return norm
+@dataclass(frozen=True)
+class Optimization:
+    """AdamW's settings and those of an update."""
+
+    lr: float
+    betas: tuple[float, float]
+    weight_decay: float
+    clip_norm: float
+    accumulation: int = 1
+    fused: bool = False
+
+    def adamw(self, parameters: Sequence[Tensor]) -> torch.optim.AdamW:
+        """The optimiser. ``fused`` (one kernel, on the device throughout) rounds differently from the default."""
+        settings = {"lr": self.lr, "betas": self.betas, "weight_decay": self.weight_decay}
+        return torch.optim.AdamW(parameters, **settings, **({"fused": True} if self.fused else {}))
+
+
+class Engine(Protocol):
+    """One network and its optimiser."""
+
+    module: nn.Module
+    masters: list[Tensor]
+    shapes: dict[str, torch.Size]
+
+    def update(self, loss: Tensor) -> Tensor | None:
+        """Add the gradient of the scalar ``loss``; with the last part of an update make the step and return the norm of
+        the whole gradient before clipping. A norm that is not finite means that the step was skipped, everywhere."""
+
+    def gather(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Shards shaped as `masters` to whole float32 tensors on the CPU by parameter name (main process only; others
+        get an empty mapping). Every process must call it."""
+
+    def scatter(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
+        """The inverse: own shards of named whole tensors. Raises KeyError or RuntimeError for tensors of others."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class _Optimized:
+    """What both engines share: a checkpoint of master weights and AdamW's moments as named whole tensors."""
+
+    optimizer: torch.optim.Optimizer
+    masters: list[Tensor]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"module": self.module.state_dict(), "optimizer": self.optimizer.state_dict()}
+        states = [self.optimizer.state.get(master, {}) for master in self.masters]
+        pairs = list(zip(states, self.masters, strict=True))
+        moments = {key: self.gather([s.get(key, torch.zeros_like(m)) for s, m in pairs]) for key in MOMENTS}
+        steps = states[0]["step"].item() if states[0] else 0.0
+        return {"module": self.gather([m.detach() for m in self.masters]), "step": steps, **moments}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.module.load_state_dict(state["module"])
-        self.optimizer.load_state_dict(state["optimizer"])
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        moments = {key: self.scatter(state[key]) for key in MOMENTS}
+        torch._foreach_copy_([m.data for m in self.masters], self.scatter(state["module"]))
+        for index, master in enumerate(self.masters):
+            if state["step"] == 0:
+                self.optimizer.state.pop(master, None)
+                continue
+            step_at = master.device if getattr(self, "fused", False) else "cpu"
+            own = {key: moments[key][index].to(master.device) for key in MOMENTS}
+            self.optimizer.state[master] = {"step": torch.tensor(float(state["step"]), device=step_at), **own}
+        self._publish()
+
+
+class PlainEngine(_Optimized):
+    """One module and its AdamW on one device. Weights narrower than float32 get float32 masters."""
+
+    def __init__(self, module: nn.Module, settings: Optimization) -> None:
+        self.module, self.settings, self.fused = module, settings, settings.fused
+        named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.names, self.parameters = [name for name, _ in named], [p for _, p in named]
+        self.shapes = {name: p.shape for name, p in named}
+        self.narrow = any(p.dtype != torch.float32 for p in self.parameters)
+        self.masters: list[Tensor] = (
+            [p.detach().float().clone() for p in self.parameters] if self.narrow else list(self.parameters)
+        )
+        self.optimizer = settings.adamw(self.masters)
+        self.parts = 0
+        self.losses_finite: Tensor | None = None
+
+    def update(self, loss: Tensor) -> Tensor | None:
+        """Other modules' parameters get no gradient."""
+        finite = loss.detach().isfinite()
+        self.losses_finite = finite if self.parts == 0 else self.losses_finite & finite
+        self.parts += 1
+        many = self.settings.accumulation > 1
+        (loss / self.settings.accumulation if many else loss).backward(inputs=self.parameters)
+        if self.parts < self.settings.accumulation:
+            return None
+        self.parts = 0
+        return self._step()
+
+    def _step(self) -> Tensor:
+        if self.narrow:
+            for master, parameter in zip(self.masters, self.parameters, strict=True):
+                master.grad = parameter.grad.float()
+                parameter.grad = None
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, self.settings.clip_norm)
+        norm = torch.where(self.losses_finite, norm, torch.inf)
+        if self.fused:  # the kernel itself skips: nothing waits for the device
+            self.optimizer.found_inf = (~norm.isfinite()).float()
+            self.optimizer.step()
+        elif norm.isfinite():
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # now, not later: no two networks' gradients are ever in memory
+        self._publish()
+        return norm
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        if self.narrow:
+            torch._foreach_copy_(self.parameters, self.masters)
+
+    def gather(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        return {name: shard.detach().cpu() for name, shard in zip(self.names, shards, strict=True)}
+
+    def scatter(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
+        if whole.keys() != set(self.names):
+            raise KeyError("other parameter names")
+        shards = [whole[name].to(m.device, copy=True) for name, m in zip(self.names, self.masters, strict=True)]
+        if any(shard.shape != master.shape for shard, master in zip(shards, self.masters, strict=True)):
+            raise RuntimeError("other parameter shapes")
+        return shards
+
+
+class _Held(nn.Module):
+    """Lets DeepSpeed own ``module`` while the updates call it directly, several times each; what goes through
+    DeepSpeed's `forward` is the loss, once per backward pass, as it expects."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, loss: Tensor) -> Tensor:
+        return loss
+
+
+class DeepSpeedEngine(_Optimized):
+    """One module under ZeRO-1, 2 or 3. DeepSpeed averages the gradients of all processes, clips by the global norm, and
+    skips a step whose norm is not finite."""
+
+    def __init__(self, module: nn.Module, settings: Optimization, json_settings: dict[str, Any]) -> None:
+        deepspeed = import_deepspeed()
+        self.module = module
+        self.named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+        self.shapes = {name: p.shape for name, p in self.named}  # ZeRO-3 empties the parameters
+        offload = json_settings["zero_optimization"].get("offload_optimizer", {}).get("device", "none") != "none"
+        parameters = [p for _, p in self.named]
+        if offload and torch.cuda.is_available():
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+            adamw = {"lr": settings.lr, "betas": settings.betas, "weight_decay": settings.weight_decay}
+            optimizer = DeepSpeedCPUAdam(parameters, adamw_mode=True, **adamw)
+        else:
+            optimizer = settings.adamw(parameters)
+        self.engine, self.zero, _, _ = deepspeed.initialize(
+            model=_Held(module), optimizer=optimizer, config=json_settings, dist_init_required=False
+        )
+        self.optimizer, self.fused = self.zero.optimizer, settings.fused
+        self.partitioned = json_settings["zero_optimization"]["stage"] == 3
+        self.masters = list(
+            self.zero.fp32_partitioned_groups_flat if self.partitioned else self.zero.single_partition_of_fp32_groups
+        )
+
+    def update(self, loss: Tensor) -> Tensor | None:
+        loss = self.engine(loss)
+        last = self.engine.is_gradient_accumulation_boundary()
+        self.engine.backward(loss)
+        self.engine.step()
+        if not last:
+            return None
+        norm = torch.inf if self.zero.overflow else self.engine.get_global_grad_norm()
+        return torch.as_tensor(norm, dtype=torch.float32, device=loss.device)
+
+    @torch.no_grad()
+    def gather(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
+        """DeepSpeed can gather its master weights: the shards take their place for the time of it."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        before = [master.detach().clone() for master in self.masters]
+        whole = {}
+        try:
+            self._fill(shards)
+            for name, parameter in self.named:
+                tensor = safe_get_full_fp32_param(parameter)
+                if torch.distributed.get_rank() == 0:
+                    whole[name] = tensor.reshape(self.shapes[name]).cpu()
+        finally:
+            self._fill(before)
+        return whole
+
+    @torch.no_grad()
+    def scatter(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
+
+        if whole.keys() != self.shapes.keys():
+            raise KeyError("other parameter names")
+        if any(whole[name].shape != shape for name, shape in self.shapes.items()):
+            raise RuntimeError("other parameter shapes")
+        before = [master.detach().clone() for master in self.masters]
+        try:
+            for name, parameter in self.named:
+                value = whole[name].to(self.masters[0].device)
+                if self.partitioned:
+                    safe_set_local_fp32_param(parameter, self._own_part(value, parameter.partition_numel()))
+                else:
+                    safe_set_full_fp32_param(parameter, value)
+            return [master.detach().clone() for master in self.masters]
+        finally:
+            self._fill(before)
+
+    @staticmethod
+    def _own_part(value: Tensor, size: int) -> Tensor:
+        """This process's part under ZeRO-3: equal parts, the last one padded with zeros."""
+        world, rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * world - value.numel()))
+        return padded[rank * size : (rank + 1) * size]
+
+    def _fill(self, values: Sequence[Tensor]) -> None:
+        for master, value in zip(self.masters, values, strict=True):
+            master.data.copy_(value)
+
+    @torch.no_grad()
+    def _publish(self) -> None:
+        """Make the module's weights follow the masters."""
+        if not self.partitioned:
+            self.zero.update_lp_params()
+            return
+        self.zero._partition_all_parameters()
+        for group in range(len(self.masters)):
+            self.zero._reassign_or_swap_out_partitioned_parameters(group)
+        self.zero._post_step(set())
+
+
+def import_deepspeed() -> ModuleType:
+    """The package; raises UserError where it is not installed."""
+    try:
+        import deepspeed
+    except ImportError as error:
+        reason = first_line(error)
+        raise UserError(
+            f"--deepspeed needs the package deepspeed ({reason}); pip install 'fvgen[train]', or leave --deepspeed out"
+        ) from error
+    return deepspeed
+
+
+def join_world(config: StageConfig) -> World:
+    """This process among those that the launcher started. Raises UserError for settings that cannot work there.
+
+    The launcher (`deepspeed`, `torchrun`, or `srun` with these set by hand) tells through RANK, WORLD_SIZE and
+    LOCAL_RANK.
+    """
+    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    if not config.deepspeed:
+        if size > 1:
+            raise UserError(f"{size} processes were started without --deepspeed FILE; give one, or start one process")
+        _check_division(config, 1)
+        return World()
+    zero_settings(config, World(size=size))  # wrong settings first: connecting takes a while
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if config.device == "cpu" else "cuda")
+    deepspeed = import_deepspeed()
+    deepspeed.utils.logger.setLevel("WARNING")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if config.device.startswith("cuda"):
+        if config.device != "cuda":
+            raise UserError(f"device={config.device}: under --deepspeed every process takes its own; give device=cuda")
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found); "
+                "start fewer with --num_gpus, or give device=cpu"
+            )
+        torch.cuda.set_device(local_rank)
+    if not torch.distributed.is_initialized():
+        for key, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1")):
+            os.environ.setdefault(key, value)
+        port = os.environ.setdefault("MASTER_PORT", "29500")
+        try:
+            deepspeed.init_distributed("gloo" if config.device == "cpu" else "nccl", auto_mpi_discovery=False)
+        except (RuntimeError, OSError) as error:  # torch's DistNetworkError is a RuntimeError
+            reason = first_line(error)
+            if "EADDRINUSE" in str(error) or "in use" in str(error):
+                raise UserError(f"port {port} is in use by another run; give deepspeed --master_port=OTHER") from error
+            raise UserError(f"the {size} processes cannot connect ({reason}); check hosts and ports") from error
+    return World(rank, size, local_rank)
+
+
+def zero_settings(config: StageConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's settings: the JSON file, completed from ``config``. Raises UserError for what contradicts it."""
+    file = config.deepspeed
+    try:
+        settings = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise UserError(f"DeepSpeed settings {file} cannot be read ({reason}); give a JSON file") from None
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        raise UserError(f"{file}: zero_optimization.stage must be 1, 2 or 3; for one process without ZeRO leave it out")
+    for key, ours in OURS.items():
+        if key in settings:
+            raise UserError(f"{file}: {key} follows from fvgen's own settings; remove it and set {ours}")
+    for key in ("fp16", "bf16"):
+        section = settings.get(key, {})
+        enabled = section.get("enabled", False) if isinstance(section, dict) else section
+        if key == "fp16" and enabled:
+            raise UserError(f"{file}: fp16 overflows in these networks; remove it and set precision=bfloat16")
+        if key == "bf16" and key in settings and enabled != (config.precision == "bfloat16"):
+            raise UserError(f"{file}: bf16 is {enabled} but precision={config.precision}; remove bf16 there")
+    if zero["stage"] == 3 and config.share_backbone:
+        raise UserError(
+            f"{file}: ZeRO-3 shards each network by itself, and share_backbone=true makes them one; take ZeRO-1 or 2"
+        )
+    if zero["stage"] < 3 and "offload_param" in zero:
+        raise UserError(f"{file}: offload_param works with ZeRO-3 only; remove it or set stage to 3")
+    if zero["stage"] == 1 and "offload_optimizer" in zero and config.accumulation > 1:
+        raise UserError(f"{file}: ZeRO-1 with offload_optimizer cannot accumulate; set stage to 2 or accumulation=1")
+    return settings | {
+        "train_micro_batch_size_per_gpu": _check_division(config, world.size),
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.clip_norm,
+        "bf16": {"enabled": config.precision == "bfloat16", "check_grad_overflow": config.precision == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def _check_division(config: StageConfig, processes: int) -> int:
+    """Clips of one process's one part."""
+    parts = processes * config.accumulation
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide among {processes} processes x accumulation="
+            f"{config.accumulation}; give a multiple of {parts}"
+        )
+    return config.batch_size // parts
+
+
+def make_engine(module: nn.Module, lr: float, config: StageConfig, world: World) -> Engine:
+    """The engine that ``config`` asks for; ``module`` is on its device already."""
+    fused = config.device.startswith("cuda") if config.fused is None else config.fused
+    betas = (config.beta1, config.beta2)
+    settings = Optimization(lr, betas, config.weight_decay, config.clip_norm, config.accumulation, fused)
+    if config.deepspeed:
+        return DeepSpeedEngine(module, settings, zero_settings(config, world))
+    return PlainEngine(module, settings)
+
+
+def shard_frozen(module: nn.Module, config: StageConfig, world: World) -> None:
+    """Let DeepSpeed spread a frozen network over all processes (ZeRO-3), or keep it in the CPU's memory
+    (``offload_teacher``). It is used as before; gradients still flow through it."""
+    if not config.deepspeed:
+        return
+    settings = zero_settings(config, world)
+    if settings["zero_optimization"]["stage"] < 3 and not config.offload_teacher:
+        return
+    zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
+    zero["stage"] = 3
+    if config.offload_teacher:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    import_deepspeed().initialize(model=module, config=settings | {"zero_optimization": zero}, dist_init_required=False)

@@ -6,33 +6,34 @@ killed and started again therefore continues exactly where an uninterrupted one 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor
 
 from fvgen.data.builtin import builtin_clips
 from fvgen.data.clips import ClipFolder
-from fvgen.data.latents import LatentSet, load_latents
-from fvgen.distill.checkpoint import load_checkpoint, save_checkpoint
-from fvgen.distill.config import RunConfig, StageConfig, read_yaml
-from fvgen.distill.ema import EMA
-from fvgen.distill.engines import PlainEngine
-from fvgen.distill.steps import Metrics, Players, roll_out, update_critics, update_student
-from fvgen.errors import UserError
-from fvgen.models.discriminator import DiscriminatorHead
-from fvgen.models.teacher import Denoiser
-from fvgen.objectives import divergences
-from fvgen.objectives.ratio import RatioNormalizer
-from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import check_device, load_head, load_pipeline, save_model
+from fvgen.data.latents import LatentBatch, LatentSet, load_latents
+from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
+from fvgen.distill.config import RESUMABLE, RunConfig, StageConfig, read_yaml
+from fvgen.distill.draws import Draws
+from fvgen.distill.engines import join_world
+from fvgen.distill.export import write_head, write_student
+from fvgen.distill.guards import SkipGuard, finite_row, stop_on_sigterm
+from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
+from fvgen.distill.players import ADAPTER, build_players, fingerprint
+from fvgen.distill.steps import MONITOR, Metrics, roll_out, update_critics, update_critics_and_look, update_student
+from fvgen.errors import Stopped, UserError, did_you_mean
+from fvgen.pipeline import ViewCrafterPipeline
+from fvgen.presets import check_device, load_pipeline
 from fvgen.storage import TEMPORARY, append_line, atomic_path, no_leftovers, recover, writable_folder, write_json
 
 
@@ -64,20 +65,24 @@ class Clock:
 
 
 class Trainer:
-    """One stage on one device. Building it judges device, teacher, data and folders; `train` does the work."""
+    """One stage, in one process or several, of which the main one alone writes files. Building it judges settings,
+    device, teacher, data and folders; `train` does the work."""
 
     def __init__(self, config: StageConfig) -> None:
         self.config = config
         self.out = Path(config.out)
+        self.world = join_world(config)
         check_device(config.device)
         self.start_from = _finished_stage(config.init) if config.init else None
         self.base = load_pipeline(config.teacher, ViewCrafterPipeline).to(config.device)
-        data = stage_data(config, self.base)
-        self.players, self.ema = build_players(config, self.base, self.start_from)
-        with no_leftovers(self.out):
-            self.claim_folder()
-            self.latents: LatentSet = load_latents(data, self.base)
+        data = self.world.main_first(lambda: stage_data(config, self.base))
+        self.players, self.ema = build_players(config, self.base, self.start_from, self.world)
+        with no_leftovers(*([self.out] if self.world.is_main else [])):
+            self.world.main_only(self.claim_folder)
+            self.latents: LatentSet = self.world.main_first(lambda: load_latents(data, self.base))
         self.clock = Clock()
+        self.checkpoints = CheckpointFolder(self.out / "checkpoints", config.keep_checkpoints)
+        self.facts = {"stage": config.stage, "model": fingerprint(self.players)}
         self.things = {
             "student": self.players.student_engine,
             "head": self.players.head_engine,
@@ -88,40 +93,122 @@ class Trainer:
             self.things |= {"fake_score": self.players.fake_score_engine, "normalizer": self.players.normalizer}
 
     def train(self) -> Path:
-        """Run (or finish) the stage; returns the student's folder."""
-        if (self.out / "summary.json").exists() and self._summary()["iterations"] >= self.config.iterations:
+        """Run (or finish) the stage; returns the student's folder. Raises Stopped after SIGTERM, all saved."""
+        if self.world.tell(self._is_finished()):
             return self.out / "student"
-        done = self.resume()
-        with _progress() as bar:
-            task = bar.add_task(f"stage {self.config.stage}", total=self.config.iterations, completed=done, losses="")
-            for iteration in range(done + 1, self.config.iterations + 1):
-                row = self.iterate(iteration)
-                append_line(self.out / "metrics.jsonl", json.dumps({"iteration": iteration, **row}))
-                bar.update(task, advance=1, losses=_brief(row))
-                if iteration % self.config.checkpoint_every == 0 or iteration == self.config.iterations:
-                    save_checkpoint(self.out / "checkpoint.pt", iteration, self.things)
-        return self.export(max(done, self.config.iterations))
+        total = self.config.iterations
+        with stop_on_sigterm() as stop:
+            done = self.resume()
+            guard = SkipGuard(self.config.max_skips, self.world.tell(self._rows()))
+            monitor = self._start_monitor()
+            with _progress(self.world.is_main) as bar:
+                task = bar.add_task(f"stage {self.config.stage}", total=total, completed=done, losses="")
+                for iteration in range(done + 1, total + 1):
+                    row = self.iterate(iteration)
+                    self.log(iteration, row, monitor)
+                    guard.judge(row, iteration)
+                    bar.update(task, advance=1, losses=_brief(row, guard.total))
+                    stopping = self.world.any(stop.requested, self.config.device)
+                    if iteration % self.config.checkpoint_every == 0 or iteration == total or stopping:
+                        self.save(iteration)
+                    if stopping and iteration < total:
+                        raise Stopped(f"stopped by SIGTERM after iteration {iteration}; the same command resumes")
+        if monitor is not None:
+            monitor.close()
+        return self.export(max(done, total))
 
-    def iterate(self, iteration: int) -> dict[str, float]:
+    def iterate(self, iteration: int) -> dict[str, Any]:
         """The alternation: ``critic_updates`` updates of the critics, then one of the student, on the last rollout."""
         generator = iteration_generator(self.config.seed, self.config.stage, iteration)
         players, config = self.players, self.config
-        metrics: Metrics = {}
+        student_learns = iteration > config.head_warmup
         for turn in range(config.critic_updates):
-            batch = self.latents.random_batch(config.batch_size, generator, config.device)
-            student_learns = turn == config.critic_updates - 1 and iteration > config.head_warmup
-            with torch.set_grad_enabled(student_learns):
-                rollout = roll_out(players, config, batch, generator)
-            metrics |= update_critics(players, config, rollout, generator)
-        if iteration > config.head_warmup:
-            metrics |= update_student(players, config, rollout, generator)
-            self.ema.update(players.student)
-        return _to_floats(metrics, iteration)
+            parts = self.parts(generator)
+            starts = [draws.copy() for _, draws in parts] if len(parts) > 1 else []
+            shared = student_learns and turn == config.critic_updates - 1 and len(parts) == 1
+            rows: list[Metrics] = []
+            for batch, draws in parts:
+                with torch.set_grad_enabled(shared):
+                    rollout = roll_out(players, config, batch, draws)
+                if shared and config.same_noise:
+                    metrics, seen = update_critics_and_look(players, config, rollout, draws)
+                else:
+                    metrics, seen = update_critics(players, config, rollout, draws), None
+                rows.append(metrics)
+            if len(parts) > 1:
+                generator.set_state(parts[-1][1].generator.get_state())
+        if student_learns:
+            for index, (batch, draws) in enumerate(parts):
+                if not shared:  # the same rollout once more, with a graph: keeping all parts' graphs takes more memory
+                    rollout = roll_out(players, config, batch, starts[index])
+                rows[index] |= update_student(players, config, rollout, draws, seen)
+            self.ema.update()
+        return finite_row(self.reduce(rows))
+
+    def parts(self, generator: torch.Generator) -> list[tuple[LatentBatch, Draws]]:
+        """This process's clips of one global batch, in ``accumulation`` parts, and the random numbers of each.
+
+        Process r of n has the r-th of n equal runs of rows, so that n processes make together the update of one.
+        """
+        total, count = self.config.batch_size, self.config.accumulation
+        size = total // (self.world.size * count)
+        first = self.world.rank * size * count
+        rows = [slice(first + k * size, first + (k + 1) * size) for k in range(count)]
+        indices = torch.randint(len(self.latents), (total,), generator=generator)
+        batches = [self.latents.batch(indices[part], self.config.device) for part in rows]
+        whole = Draws(generator, total)
+        draws = [Draws(generator, total, rows[0])] if count == 1 else [whole.copy(part) for part in rows]
+        return list(zip(batches, draws, strict=True))
+
+    def reduce(self, rows: list[Metrics]) -> dict[str, float]:
+        """Means (or extremes, by name) over parts and processes, in one transfer from the device."""
+        names = [name for name, value in rows[-1].items() if value is not None]
+        values = torch.stack([_stack(row, names) for row in rows])
+        if len(rows) == self.world.size == 1:
+            return dict(zip(names, values[0].tolist(), strict=True))
+        values = self.world.gather(values)
+        # The last row: a gradient's norm comes with the last part, the same everywhere.
+        table = torch.stack([values.amin(0), values.mean(0), values.amax(0), values[-1]]).tolist()
+        return {name: table[_reduction(name)][i] for i, name in enumerate(names)}
+
+    def log(self, iteration: int, row: dict[str, Any], monitor: Monitor | None) -> None:
+        """A row of metrics.jsonl (bit-identical in equal runs), one of monitor.jsonl (not), and clips now and then.
+
+        What only monitor.jsonl takes leaves ``row``.
+        """
+        watched = {key: row.pop(key) for key in list(row) if key.startswith(MONITOR)}
+        every = self.config.sample_every
+        clips = None
+        if every and iteration % every == 0:
+            clips, watched[MONITOR + "seed_spread"] = sample_clips(self.players.student, self.latents, self.config)
+
+        def write() -> None:
+            if self.config.keep_best_by and self.config.keep_best_by not in row and "loss_student" in row:
+                raise UserError(f"keep_best_by={self.config.keep_best_by}{did_you_mean(self.config.keep_best_by, row)}")
+            append_line(self.out / "metrics.jsonl", json.dumps({"iteration": iteration, **row}))
+            monitor.row(iteration, row, watched)
+            if clips is not None:
+                monitor.clips(self.base.decode_latents(clips), iteration)
+
+        self.world.main_only(write)
+
+    def save(self, iteration: int) -> None:
+        """A checkpoint after ``iteration``; older ones go."""
+        save_checkpoint(self.checkpoints.path(iteration), iteration, self.things, self.facts, self.world)
+        if self.world.is_main:
+            self.checkpoints.prune(self._scores())
 
     def resume(self) -> int:
         """Restore the newest checkpoint, drop metrics written after it; returns the number of finished iterations."""
-        file, log = self.out / "checkpoint.pt", self.out / "metrics.jsonl"
-        done = load_checkpoint(file, self.things) if file.exists() else 0
+        if self.world.is_main:
+            self.checkpoints.clean()
+        newest = self.world.tell(self.checkpoints.newest())
+        done = 0 if newest is None else load_checkpoint(newest, self.things, self.facts)
+        self.world.main_only(lambda: self._cut_log(done))
+        return done
+
+    def _cut_log(self, done: int) -> None:
+        log = self.out / "metrics.jsonl"
         lines = log.read_bytes().decode(errors="replace").split("\n")[:done] if log.exists() else []
         if not _are_rows(lines, done):
             raise UserError(
@@ -130,7 +217,25 @@ class Trainer:
             )
         with atomic_path(log) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines))
-        return done
+
+    def _rows(self) -> list[dict[str, Any]]:
+        return read_metrics(self.out) if self.world.is_main else []
+
+    def _scores(self) -> dict[int, float]:
+        """What `keep_best_by` gives the checkpoints: the metric's mean over the iterations before each."""
+        name, every, rows = self.config.keep_best_by, self.config.checkpoint_every, self._rows()
+        scores = {}
+        for iteration in self.checkpoints.iterations() if name else []:
+            seen = [row[name] for row in rows[max(0, iteration - every) : iteration] if name in row]
+            if seen:
+                scores[iteration] = sum(seen) / len(seen)
+        return scores
+
+    def _start_monitor(self) -> Monitor | None:
+        if not self.world.is_main:
+            return None
+        trackers = available_trackers(self.out, self.config.model_dump()) if self.config.track else []
+        return Monitor(self.out, self.config.batch_size, self.config.device, trackers)
 
     def claim_folder(self) -> None:
         """Make the output folder ours, or recognise it as this very run; anything else in it is refused."""
@@ -139,7 +244,7 @@ class Trainer:
         if file.exists():
             theirs = read_yaml(file)
             for key, value in mine.items():
-                if key not in ("iterations", "checkpoint_every", "out") and theirs.get(key) != value:
+                if key not in RESUMABLE and theirs.get(key) != value:
                     raise UserError(
                         f"output folder {self.out} holds another run ({key} is {theirs.get(key)!r} there and "
                         f"{value!r} here); choose another out=DIR or delete it"
@@ -154,59 +259,24 @@ class Trainer:
 
     def export(self, iterations: int) -> Path:
         """Write the averaged student as a pipeline folder, the head beside it, and last the summary."""
-        student = FVGenPipeline.from_teacher(self.base, self.ema.module.unet, self.config.student_steps)
-        save_model(student, self.out / "student")
-        save_model(self.players.head, self.out / "head")
+        student, head = self.ema.weights(), self.players.head_engine.gather(self.players.head_engine.masters)
         seconds = self.clock.state_dict()["seconds"]
         summary = {"stage": self.config.stage, "iterations": iterations, "seconds": round(seconds, 1)}
-        write_json(self.out / "summary.json", summary)
+
+        def write() -> None:
+            write_student(self.config, self.base, student, self.out / "student")
+            if self.config.student_lora:
+                with atomic_path(self.out / ADAPTER) as temporary:
+                    save_file({name: tensor.contiguous() for name, tensor in student.items()}, temporary)
+            write_head(self.players.head, head, self.out / "head")
+            write_json(self.out / "summary.json", summary)
+
+        self.world.main_only(write)
         return self.out / "student"
 
-    def _summary(self) -> dict:
-        return json.loads((self.out / "summary.json").read_text())
-
-
-def build_players(config: StageConfig, base: ViewCrafterPipeline, start_from: Path | None) -> tuple[Players, EMA]:
-    """Student, teacher, head and (stage "dmd") fake score; the student starts as the teacher or as ``start_from``'s.
-
-    All networks stay in evaluation mode: the teacher's dropout would add noise to every target.
-    """
-    schedule = base.schedule
-    teacher = base.teacher(config.guidance)
-    torch.manual_seed(config.seed)  # the head's initial weights
-    width = teacher.unet.config.model_channels * teacher.unet.config.channel_mult[-1]
-    head = DiscriminatorHead(width, config.head_channels)
-    student_unet = copy.deepcopy(teacher.unet)
-    if start_from is not None:
-        student_unet = load_pipeline(start_from / "student", FVGenPipeline).unet
-        expected, head = head.config, load_head(start_from / "head")
-        for key in ("in_channels", "channels"):
-            if head.config[key] != expected[key]:
-                raise UserError(
-                    f"the head in init={start_from} has {key}={head.config[key]}, this stage needs {expected[key]}; "
-                    "set teacher and head_channels as they were there"
-                )
-
-    def engine(module: torch.nn.Module, lr: float) -> PlainEngine:
-        module.requires_grad_(True).eval().to(config.device)
-        return PlainEngine(module, lr, (config.beta1, config.beta2), config.weight_decay, config.clip_norm)
-
-    student = Denoiser(student_unet, schedule)
-    matching = config.stage == "dmd"
-    fake_score = Denoiser(copy.deepcopy(teacher.unet), schedule) if matching else None
-    at_equality = divergences.weight(config.divergence, torch.zeros(1)).item()
-    normalizer = RatioNormalizer(at_equality, config.ratio_bins, config.ratio_decay).to(config.device)
-    players = Players(
-        teacher=teacher,
-        student=student,
-        head=head,
-        fake_score=fake_score,
-        normalizer=normalizer if matching else None,
-        student_engine=engine(student, config.student_lr),
-        head_engine=engine(head, config.head_lr),
-        fake_score_engine=engine(fake_score, config.fake_score_lr) if matching else None,
-    )
-    return players, EMA(student, config.ema_decay)
+    def _is_finished(self) -> bool:
+        file = self.out / "summary.json"
+        return file.exists() and json.loads(file.read_text())["iterations"] >= self.config.iterations
 
 
 def stage_data(config: StageConfig, base: ViewCrafterPipeline) -> ClipFolder:
@@ -243,30 +313,35 @@ def _finished_stage(folder: str) -> Path:
     return path
 
 
-def _to_floats(metrics: Metrics, iteration: int) -> dict[str, float]:
-    """All metrics in one transfer from the device."""
-    values = torch.stack([value.detach().float() for value in metrics.values()]).tolist()
-    row = dict(zip(metrics, values, strict=True))
-    bad = [key for key, value in row.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"training diverged: {', '.join(bad)} is not finite at iteration {iteration}; lower the learning rates"
-        )
-    return row
+def _stack(row: Metrics, names: Sequence[str]) -> Tensor:
+    """[len(names)] float32; what a part that is not the last has no value of is NaN."""
+    like = next(value for value in row.values() if value is not None)
+    missing = torch.full((), torch.nan, device=like.device)
+    return torch.stack([missing if row.get(n) is None else row[n].detach().float() for n in names])
 
 
-def _brief(row: dict[str, float]) -> str:
+def _reduction(name: str) -> int:
+    """Row of `Trainer.reduce`'s table."""
+    if name.startswith("grad_norm"):
+        return 3
+    return {"min": 0, "max": 2}.get(name[-3:], 1)
+
+
+def _brief(row: dict[str, Any], skipped: int) -> str:
     names = {"loss_head": "D", "loss_student_gan": "G", "loss_student_dmd": "DMD", "loss_fake_score": "fake"}
-    return " ".join(f"{short} {row[key]:.3f}" for key, short in names.items() if key in row)
+    losses = " ".join(f"{short} {row[key]:.3f}" for key, short in names.items() if key in row)
+    return f"{losses} skipped {skipped}" if skipped else losses
 
 
-def _progress() -> Progress:
+def _progress(visible: bool) -> Progress:
+    """Both time scales: how long it has taken and how long it will."""
     columns: Sequence = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[losses]}"),
+        TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    return Progress(*columns)
+    return Progress(*columns, disable=not visible)

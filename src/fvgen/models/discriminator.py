@@ -41,7 +41,7 @@ class DiscriminatorHead(ModelMixin, ConfigMixin):
         )
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features.float()).squeeze(1)
+        return self.layers(features.to(next(self.parameters()).dtype)).squeeze(1)
 
 
 def logits_of(head: DiscriminatorHead, teacher: Teacher, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:

@@ -3,15 +3,21 @@
 `Denoiser` is what student, fake score and teacher have in common; `Teacher` adds guidance and is frozen.
 """
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fvgen.errors import UserError
-from fvgen.models.unet import ViewCrafterUNet
 from fvgen.samplers import guided_velocity, guided_velocity_three_way
 from fvgen.schedule import NoiseSchedule
+
+if TYPE_CHECKING:  # a Denoiser takes any network that is called like it
+    from fvgen.models.unet import ViewCrafterUNet
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,11 +28,11 @@ class Condition:
     context: Tensor  # [B, N, D] text tokens, then image tokens
     fps: Tensor | None = None  # [B]; None means the UNet's default
 
-    def to(self, device: torch.device | str) -> "Condition":
+    def to(self, device: torch.device | str) -> Condition:
         """The same condition on another device."""
         return Condition(*(x if x is None else x.to(device) for x in (self.render_latents, self.context, self.fps)))
 
-    def __getitem__(self, rows: slice | Tensor) -> "Condition":
+    def __getitem__(self, rows: slice | Tensor) -> Condition:
         """A part of the batch."""
         return Condition(*(x if x is None else x[rows] for x in (self.render_latents, self.context, self.fps)))
 
@@ -102,7 +108,7 @@ class Teacher(Denoiser):
         self.register_buffer("null_context", null_context, persistent=False)
         self.train(False)
 
-    def train(self, mode: bool = True) -> "Teacher":
+    def train(self, mode: bool = True) -> Teacher:
         """Stays in evaluation mode whatever is asked."""
         return super().train(False)
 
@@ -117,14 +123,41 @@ class Teacher(Denoiser):
         """The guided velocity, [B, 4, F, h, w] float32; all evaluations run as one batch."""
         if self.guidance == 1.0:
             return super().velocity(x_t, t, condition)
-        contexts = [condition.context, self.null_context]
-        if self.image_guidance is not None:
-            split = self.unet.config.text_tokens
-            empty_text = self.null_context[:, :split].expand(x_t.shape[0], -1, -1)
-            contexts.append(torch.cat([empty_text, condition.context[:, split:]], dim=1))
+        v = self._velocities(x_t, t, condition, [condition.context, *self._other_contexts(condition)])
+        return self._guided(v[0], v[1:])
+
+    def judge(self, x_t: Tensor, t: Tensor, condition: Condition, tap: str = "middle") -> tuple[Tensor, Tensor]:
+        """(x0 [B, 4, F, h, w] guided and without a graph, features [B, C, F, h', w'] with one), as cheap as `forward`.
+
+        One conditional pass gives both: its graph ends at the tap, behind which nothing is kept for the backward pass.
+        """
+        output = self.unet(*self._inputs(x_t, t, condition), taps=(tap,), cut=True)
+        with torch.no_grad():
+            x_t, velocity = x_t.detach(), output.sample.float()
+            if self.guidance != 1.0:
+                others = self._velocities(x_t, t, condition, self._other_contexts(condition))
+                velocity = self._guided(velocity, others)
+            x0 = self.schedule.to(x_t.device).x0_from_v(x_t, velocity, t)
+        return x0, output.features[tap]
+
+    def _other_contexts(self, condition: Condition) -> list[Tensor]:
+        """What guidance looks at beside the condition: no context; for three-way guidance also the image alone."""
+        if self.image_guidance is None:
+            return [self.null_context]
+        split = self.unet.config.text_tokens
+        empty_text = self.null_context[:, :split].expand(condition.context.shape[0], -1, -1)
+        return [self.null_context, torch.cat([empty_text, condition.context[:, split:]], dim=1)]
+
+    def _velocities(self, x_t: Tensor, t: Tensor, condition: Condition, contexts: list[Tensor]) -> tuple[Tensor, ...]:
+        """The unguided velocity with each of the contexts, as one batch."""
         times = len(contexts)
         stacked = stack_contexts(condition, *contexts)
-        v = super().velocity(x_t.repeat(times, 1, 1, 1, 1), t.repeat(times), stacked).chunk(times)
+        return super().velocity(x_t.repeat(times, 1, 1, 1, 1), t.repeat(times), stacked).chunk(times)
+
+    def _guided(self, conditional: Tensor, others: Sequence[Tensor]) -> Tensor:
+        """``others`` as `_other_contexts` orders them."""
         if self.image_guidance is None:
-            return guided_velocity(v[0], v[1], self.guidance, self.rescale)
-        return guided_velocity_three_way(v[0], v[2], v[1], self.guidance, self.image_guidance, self.rescale)
+            return guided_velocity(conditional, others[0], self.guidance, self.rescale)
+        return guided_velocity_three_way(
+            conditional, others[1], others[0], self.guidance, self.image_guidance, self.rescale
+        )

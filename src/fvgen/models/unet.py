@@ -159,6 +159,7 @@ class ViewCrafterUNet(ModelMixin, ConfigMixin):
         taps: tuple[str, ...] = (),
         only_taps: bool = False,
         return_dict: bool = True,
+        cut: bool = False,
     ) -> UNetOutput | tuple:
         """Predict the velocity, record features, or both.
 
@@ -171,6 +172,7 @@ class ViewCrafterUNet(ModelMixin, ConfigMixin):
             fps: [B] frame rates; `default_fps` if not given.
             taps: names of stages whose features are recorded (see `tap_names`).
             only_taps: stop after the last tap, nothing behind it is computed and `sample` is None.
+            cut: end the graph at the last tap: what lies behind it runs without one, `sample` carries no gradient.
             return_dict: False gives the tuple (sample,), or (sample, features) with taps.
 
         Raises:
@@ -180,13 +182,18 @@ class ViewCrafterUNet(ModelMixin, ConfigMixin):
         conditions = self._conditions(sample, timestep, encoder_hidden_states, fps)
         features: dict[str, Tensor] = {}
         x, skips = clip_to_frames(sample), []
+        with_graph = torch.is_grad_enabled()
         for name in self.tap_names:
-            x = self._run_stage(name, x, skips, conditions)
+            with torch.set_grad_enabled(with_graph):
+                x = self._run_stage(name, x, skips, conditions)
             if name in taps:
                 features[name] = frames_to_clip(x, conditions.frames)
-                if only_taps and len(features) == len(set(taps)):
-                    return UNetOutput(None, features) if return_dict else (None, features)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+                if len(features) == len(set(taps)):
+                    if only_taps:
+                        return UNetOutput(None, features) if return_dict else (None, features)
+                    with_graph = with_graph and not cut
+        with torch.set_grad_enabled(with_graph):
+            x = self.conv_out(F.silu(self.norm_out(x)))
         velocity = frames_to_clip(x, conditions.frames)
         if return_dict:
             return UNetOutput(velocity, features)

@@ -1,5 +1,7 @@
 """From a discriminator's logits to a weight per sample that is still a weight at micro-batch 1."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -32,8 +34,8 @@ class RatioNormalizer(nn.Module):
     here waits for the device.
 
     A batch is divided by one state and then added as a whole, so splitting it into micro-batches gives
-    slightly other numbers: later parts are divided by means that know the earlier ones. To share the means
-    between processes, gather (h, t) and give all of them to `update`.
+    slightly other numbers: later parts are divided by means that know the earlier ones. Processes share the
+    means through `normalize`'s ``gather``.
     """
 
     def __init__(
@@ -69,11 +71,14 @@ class RatioNormalizer(nn.Module):
         self.sample_sum.mul_(keep).add_(new)
 
     @torch.no_grad()
-    def normalize(self, h: Tensor, t: Tensor) -> Tensor:
+    def normalize(self, h: Tensor, t: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """h [B] at timesteps t [B], divided by the mean that earlier calls left -> [B]; then h joins the
-        mean."""
+        mean. ``gather`` [B] -> [n B] makes that the h and t of all processes, in the same order everywhere."""
         normalized = full_precision(h) / self.mean(t).clamp(min=TINY)
-        self.update(h, t)
+        if gather is None:
+            self.update(h, t)
+        else:
+            self.update(gather(h), gather(t))
         return normalized
 
     def _bin(self, t: Tensor) -> Tensor:

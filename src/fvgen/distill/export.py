@@ -1,0 +1,69 @@
+"""From trained weights to a pipeline folder, at the end of a stage or from any of its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint_part
+from fvgen.distill.config import StageConfig, read_yaml, stage_config
+from fvgen.errors import UserError
+from fvgen.models.discriminator import DiscriminatorHead
+from fvgen.models.lora import merged_weights
+from fvgen.models.unet import ViewCrafterUNet
+from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
+from fvgen.presets import load_pipeline, save_model
+from fvgen.storage import TEMPORARY, writable_folder
+
+
+def write_student(config: StageConfig, base: ViewCrafterPipeline, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """``weights`` are the student's as `EMA.weights` names them: a whole network's, or an adapter's on ``base``'s,
+    which is merged. Raises UserError when the disk is full."""
+    unet = ViewCrafterUNet.from_config(base.unet.config).eval()
+    if config.student_lora:
+        unet.load_state_dict(merged_weights(base.unet, weights))
+    else:
+        unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
+    save_model(FVGenPipeline.from_teacher(base, unet, config.student_steps), folder)
+
+
+def write_head(head: DiscriminatorHead, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """A discriminator head's folder, in float32."""
+    settings = {key: head.config[key] for key in ("in_channels", "channels", "norm_num_groups")}
+    copy = DiscriminatorHead(**settings).eval()
+    copy.load_state_dict(dict(weights))
+    save_model(copy, folder)
+
+
+def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = None) -> Path:
+    """The averaged student of a stage's checkpoint (the newest by default) as the diffusers folder ``out``.
+
+    ``run`` is the stage's own folder; the run may still be going on. Raises UserError for a folder without checkpoints,
+    an iteration that was not kept, a damaged checkpoint, or an ``out`` that holds something else.
+    """
+    run, out = Path(run), Path(out)
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run} is no run's folder (it has no config.yaml); give the out=DIR of a stage")
+    settings = read_yaml(run / "config.yaml")
+    config = stage_config(settings.get("stage", "gan"), settings, str(run / "config.yaml"))
+    checkpoints = CheckpointFolder(run / "checkpoints", config.keep_checkpoints)
+    kept = checkpoints.iterations()
+    if not kept:
+        raise UserError(f"{run} has no checkpoint yet; wait for iteration {config.checkpoint_every}")
+    if iteration is not None and iteration not in kept:
+        raise UserError(f"{run} keeps no checkpoint of iteration {iteration}; it has {', '.join(map(str, kept))}")
+    if (
+        out.exists()
+        and not (out / "model_index.json").is_file()
+        and any(TEMPORARY not in p.name for p in out.iterdir())
+    ):
+        raise UserError(f"output folder {out} is not empty and holds no model; choose another one")
+    weights = load_checkpoint_part(checkpoints.path(iteration or kept[-1]), "ema")["module"]
+    base = load_pipeline(config.teacher, ViewCrafterPipeline)
+    writable_folder(out.parent)
+    with torch.no_grad():
+        write_student(config, base, weights, out)
+    return out

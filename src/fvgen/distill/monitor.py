@@ -1,0 +1,162 @@
+"""Seeing a run: throughput, health, sample clips. Nothing in here changes a number of the training.
+
+monitor.jsonl has a row per iteration with what differs between equal runs (seconds) or is watched rather than
+optimised; metrics.jsonl stays bit-identical. TensorBoard and Weights & Biases get both where they are installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from fvgen.data.latents import LatentSet
+from fvgen.distill.config import StageConfig
+from fvgen.distill.steps import MONITOR
+from fvgen.models.teacher import Denoiser
+from fvgen.samplers import few_step
+from fvgen.storage import append_line, atomic_path
+
+SEEDS = 2
+
+
+class Tracker(Protocol):
+    """Somewhere that curves and clips go."""
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None: ...
+
+    def video(self, name: str, frames: Tensor, iteration: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class TensorBoard:
+    """Event files in out/tensorboard."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder))
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, iteration)
+
+    def video(self, name: str, frames: Tensor, iteration: int) -> None:
+        """``frames`` [F, 3, H, W] in [0, 1], as one strip of pictures: a video would need moviepy."""
+        self.writer.add_image(name, torch.cat(list(frames), dim=-1), iteration)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of W&B, which its own settings (WANDB_MODE, WANDB_PROJECT, a login) direct."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.wandb = wandb
+        project = os.environ.get("WANDB_PROJECT", "fvgen")
+        name = "-".join(folder.resolve().parts[-2:])
+        self.run = wandb.init(
+            project=project, id=name, name=name, dir=str(folder), config=dict(settings), resume="allow"
+        )
+
+    def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        self.run.log(dict(values), step=iteration)
+
+    def video(self, name: str, frames: Tensor, iteration: int) -> None:
+        pixels = (frames * 255).round().to(torch.uint8).cpu().numpy()
+        self.run.log({name: self.wandb.Video(pixels, fps=8, format="gif")}, step=iteration)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def available_trackers(folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
+    """TensorBoard where it is installed, W&B where it is and its user has switched it on."""
+    trackers: list[Tracker] = []
+    if importlib.util.find_spec("tensorboard"):
+        trackers.append(TensorBoard(folder / "tensorboard"))
+    asked = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or os.environ.get("WANDB_PROJECT")
+    if asked and importlib.util.find_spec("wandb"):
+        trackers.append(WeightsAndBiases(folder, settings))
+    return trackers
+
+
+def peak_memory_gb(device: str) -> float:
+    """Most memory so far, GB: allocated on the GPU, or resident in the process."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+@torch.no_grad()
+def sample_clips(student: Denoiser, latents: LatentSet, config: StageConfig) -> tuple[Tensor, float]:
+    """The student's latents [S, 4, F, h, w] for the first clip from S seeds, and how much seeds matter: the standard
+    deviation between them, over that of the clip's own latents. Near 0 all seeds give one clip: a collapsed student.
+
+    With ZeRO-3 every process must call this. The weights are the student's present ones, not their average.
+    """
+    batch = latents.batch([0] * SEEDS, config.device)
+    generator = torch.Generator().manual_seed(config.seed)
+    noise = torch.randn(batch.latents.shape, generator=generator).to(config.device)
+    denoise = partial(student, condition=batch.condition)
+    clips = few_step(denoise, noise, student.schedule, config.student_steps, generator=generator)
+    return clips, (clips.std(dim=0).square().mean().sqrt() / batch.latents[0].std()).item()
+
+
+class Monitor:
+    """Rows of monitor.jsonl, and the same to the trackers. Only the main process has one."""
+
+    def __init__(self, out: Path, clips_per_iteration: int, device: str, trackers: list[Tracker]) -> None:
+        self.out, self.clips, self.device, self.trackers = out, clips_per_iteration, device, trackers
+        self.flops: float | None = None
+        self.since = time.perf_counter()
+
+    def row(self, iteration: int, metrics: Mapping[str, Any], watched: Mapping[str, float]) -> dict[str, Any]:
+        """Write what iteration took and looked like; returns it. ``watched``'s names carry the prefix `MONITOR`."""
+        now = time.perf_counter()
+        seconds, self.since = now - self.since, now
+        row: dict[str, Any] = {"iteration": iteration, "seconds": round(seconds, 4)}
+        row["clips_per_second"] = round(self.clips / seconds, 3)
+        if self.flops:
+            row["flops_per_second"] = round(self.flops / seconds)
+        row["peak_memory_gb"] = round(peak_memory_gb(self.device), 3)
+        row |= {name.removeprefix(MONITOR): round(value, 5) for name, value in watched.items()}
+        append_line(self.out / "monitor.jsonl", json.dumps(row))
+        numbers = {key: value for key, value in {**metrics, **row}.items() if isinstance(value, int | float)}
+        numbers.pop("iteration")
+        for tracker in self.trackers:
+            with suppress(OSError):  # curves are not worth a run
+                tracker.scalars(numbers, iteration)
+        return row
+
+    def clips(self, videos: Tensor, iteration: int) -> None:
+        """``videos`` [S, F, 3, H, W] in [0, 1], one seed each: S strips as one picture in out/samples; the trackers."""
+        strips = torch.cat([torch.cat(list(frames), dim=-1) for frames in videos], dim=-2)
+        with atomic_path(self.out / "samples" / f"{iteration:08d}.png") as temporary:
+            Image.fromarray((strips * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
+        for tracker in self.trackers:
+            with suppress(OSError):
+                tracker.video("sample", videos[0], iteration)
+        self.since = time.perf_counter()
+
+    def close(self) -> None:
+        for tracker in self.trackers:
+            with suppress(OSError):
+                tracker.close()

@@ -1,0 +1,123 @@
+"""One frozen network in several roles: each is a LoRA adapter (Hu et al. 2021) on it, changing roles is changing them.
+
+Needs the package peft (the extra ``train``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fvgen.errors import UserError, first_line
+from fvgen.models.unet import ViewCrafterUNet
+
+TARGETS = (
+    *("to_q", "to_k", "to_v", "to_out", "to_k_image", "to_v_image", "proj_in", "proj_out", "net.0.proj", "net.2"),
+    *("conv1", "conv2"),
+)
+"""Layers that get an adapter, by the end of their names: all linear layers of the transformers and the residual
+blocks' spatial convolutions."""
+
+
+class SharedBackbone:
+    """A frozen UNet and its roles; called outside of `playing` it is itself, the teacher.
+
+    Raises UserError where peft is missing.
+    """
+
+    def __init__(self, unet: ViewCrafterUNet, roles: Sequence[str], rank: int) -> None:
+        try:
+            from peft import LoraConfig, inject_adapter_in_model
+            from peft.tuners.tuners_utils import BaseTunerLayer
+        except ImportError as error:
+            reason = first_line(error)
+            raise UserError(
+                f"share_backbone=true needs the package peft ({reason}); pip install 'fvgen[train]'"
+            ) from error
+        self.unet, self.role = unet.requires_grad_(False), None
+        dtype = unet.conv_out.weight.dtype
+        for role in roles:  # alpha = rank: the adapter's product is added as it is
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
+            inject_adapter_in_model(config, unet, adapter_name=role)
+        self.layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
+        for name, parameter in unet.named_parameters():
+            parameter.requires_grad_(".lora_" in name)
+            if ".lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+        unet.eval()
+        self._switch(None)
+
+    @contextmanager
+    def playing(self, role: str | None) -> Iterator[None]:
+        """Inside, the UNet is ``role``; None is the network without adapter."""
+        before = self.role
+        self._switch(role)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, role: str | None) -> None:
+        # peft's own set_adapter also takes the other adapters' requires_grad away, and with it the gradients of graphs
+        # that were made in another role.
+        self.role = role
+        for layer in self.layers:
+            layer._disable_adapters = role is None
+            if role is not None:
+                layer._active_adapter = [role]
+
+    def checkpointed(self, block: nn.Module, *args: Any) -> Any:
+        """For `enable_gradient_checkpointing`: a block computed again in the backward pass plays the role it had."""
+        role = self.role
+
+        def run(*again: Any) -> Any:
+            with self.playing(role):
+                return block(*again)
+
+        return checkpoint(run, *args, use_reentrant=False)
+
+
+class RoleUNet(nn.Module):
+    """The shared UNet in one role, to be used like a UNet; its only parameters are the adapter's."""
+
+    def __init__(self, backbone: SharedBackbone, role: str) -> None:
+        super().__init__()
+        self._backbone, self._role = [backbone], role  # in a list: not a submodule, whose weights would count as ours
+        pairs = ((n, p) for n, p in backbone.unet.named_parameters() if ".lora_" in n and f".{role}." in n)
+        self.adapter = nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in pairs})
+
+    @property
+    def config(self) -> Any:
+        return self._backbone[0].unet.config
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        with self._backbone[0].playing(self._role):
+            return self._backbone[0].unet(*args, **kwargs)
+
+    def features(self, *args: Any, **kwargs: Any) -> Tensor:
+        with self._backbone[0].playing(self._role):
+            return self._backbone[0].unet.features(*args, **kwargs)
+
+
+@torch.no_grad()
+def merged_weights(unet: ViewCrafterUNet, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The UNet's own state dictionary with an adapter added in: a network like any other.
+
+    ``adapter`` holds `RoleUNet`'s parameters by name (any prefix before ``adapter.``); ``unet`` may carry adapters,
+    which do not count.
+    """
+    own = {name.replace(".base_layer", ""): w for name, w in unet.state_dict().items() if ".lora_" not in name}
+    weights = {name: weight.detach().float().cpu() for name, weight in own.items()}
+    parts = {name.rpartition("adapter.")[2].replace("/", "."): tensor.float().cpu() for name, tensor in adapter.items()}
+    for name, down in parts.items():
+        layer, found, rest = name.partition(".lora_A.")
+        if found:
+            up = parts[f"{layer}.lora_B.{rest}"]
+            weight = weights[f"{layer}.weight"]
+            weights[f"{layer}.weight"] = weight + (up.flatten(1) @ down.flatten(1)).reshape(weight.shape)
+    return weights
