@@ -94,10 +94,10 @@ def test_the_student_is_the_average_and_the_head_goes_with_it(stage):
     trainer = Trainer(stage(ema_decay=0.5))
     folder = trainer.train()
     student = load_pipeline(folder, FVGenPipeline)
-    averaged, last, first = trainer.ema.module.unet, trainer.players.student.unet, trainer.base.unet
+    averaged, last, first = trainer.ema.weights(), trainer.players.student.unet, trainer.base.unet
     name = "middle_block.0.conv1.weight"
     saved = student.unet.get_parameter(name)
-    assert torch.equal(saved, averaged.get_parameter(name))
+    assert torch.equal(saved, averaged[f"unet.{name}"])
     assert not torch.equal(saved, last.get_parameter(name)) and not torch.equal(saved, first.get_parameter(name))
     for part in ("vae", "image_encoder", "image_projector", "prompts"):
         theirs = getattr(trainer.base, part).state_dict()
