@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fvgen.data.builtin import builtin_clips
 from fvgen.data.clips import ClipFolder
 from fvgen.data.latents import LatentSet, load_latents
+from fvgen.data.shards import ShardSet, holds_shards
 from fvgen.distill.checkpoint import load_checkpoint, save_checkpoint
 from fvgen.distill.config import RunConfig, StageConfig, read_yaml
 from fvgen.distill.ema import EMA
@@ -76,7 +77,7 @@ class Trainer:
         self.players, self.ema = build_players(config, self.base, self.start_from)
         with no_leftovers(self.out):
             self.claim_folder()
-            self.latents: LatentSet = load_latents(data, self.base)
+            self.latents: LatentSet = data if isinstance(data, ShardSet) else load_latents(data, self.base)
         self.clock = Clock()
         self.things = {
             "student": self.players.student_engine,
@@ -209,9 +210,16 @@ def build_players(config: StageConfig, base: ViewCrafterPipeline, start_from: Pa
     return players, EMA(student, config.ema_decay)
 
 
-def stage_data(config: StageConfig, base: ViewCrafterPipeline) -> ClipFolder:
-    """The clips to train on. Raises UserError for a folder that holds none, or clips that ``base`` cannot take."""
-    clips = builtin_clips("train", config.clips) if config.data == "builtin" else ClipFolder(config.data)
+def stage_data(config: StageConfig, base: ViewCrafterPipeline) -> ClipFolder | ShardSet:
+    """The clips to train on; shards are encoded already. Raises UserError for a folder that holds none, clips that
+    ``base`` cannot take, and shards that another teacher's encoders made."""
+    if config.data == "builtin":
+        clips: ClipFolder | ShardSet = builtin_clips("train", config.clips)
+    elif holds_shards(config.data):
+        clips = ShardSet(config.data)
+        clips.check_encoder(base.encoder_fingerprint(), config.teacher)
+    else:
+        clips = ClipFolder(config.data)
     base.check_size(clips.height, clips.width)
     return clips
 
