@@ -15,7 +15,7 @@ import pytest
 import torch
 from lvdm_files import CLIP, lvdm_settings, lvdm_state, write_yaml
 from safetensors.torch import load_file, save_file
-from small_models import small_tokenizer
+from small_models import small_tokenizer, student_of
 from torch import Tensor
 from viewcrafter_reference import recording, reference_weights, settings, tiny_clip_weights
 
@@ -23,9 +23,10 @@ from fvgen.checkpoint_file import CheckpointFile
 from fvgen.cli import main
 from fvgen.convert_checkpoint import LEFTOVERS, convert, convert_back, newer_name
 from fvgen.errors import UserError
-from fvgen.models.convert import PREFIXES
+from fvgen.models.convert import PREFIXES, unet_from_lvdm
 from fvgen.models.unet import ViewCrafterUNet
 from fvgen.pipeline import ViewCrafterPipeline
+from fvgen.presets import save_model
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,13 @@ def test_only_some_components(config, state, tmp_path):
 def test_one_component_back(folder, state, tmp_path, part):
     expected = {key: value for key, value in state.items() if key.startswith(PREFIXES[part])}
     assert equal(read(convert_back(folder, tmp_path / "back.ckpt", only=[part])), expected)
+
+
+def test_a_students_unet_goes_back(teacher, tmp_path):
+    save_model(student_of(teacher), tmp_path / "student")
+    back = read(convert_back(tmp_path / "student", tmp_path / "back.ckpt", only=["unet"]))
+    unet = unet_from_lvdm({key.removeprefix(PREFIXES["unet"]): value for key, value in back.items()})
+    assert equal(unet, teacher.unet.state_dict())
 
 
 def test_recorded_weights_convert_as_they_are(shared, tmp_path):
@@ -282,6 +290,7 @@ def test_unknown_components_are_refused(config, checkpoint, tmp_path):
         ("nowhere.ckpt", "there is no file nowhere.ckpt"),
         ("https://example.org/model.ckpt", "set FVGEN_DOWNLOAD=1"),
         ("https://huggingface.co/nobody/nothing/resolve/main/model.ckpt", "set FVGEN_DOWNLOAD=1"),
+        ("hf:nobody/nothing/model.ckpt", "set FVGEN_DOWNLOAD=1"),
         ("nobody/nothing/model.ckpt", "https://huggingface.co/nobody/nothing/model.ckpt is not on this machine"),
         ("https://huggingface.co/nobody/nothing", "no address of a file on the Hub"),
     ],

@@ -98,6 +98,9 @@ def test_photographs_replace_frames(student, render):
 
 
 BAD_CALLS = {
+    "latents have shape (2, 4, 4, 4, 4), this render needs (2, 4, 4, 4, 6)": lambda p, x: p(
+        x, latents=torch.zeros(2, *LATENTS)[..., :4]
+    ),
     "give at least one clip of at least one frame": lambda p, x: p(x[:, :0]),
     "output_type 'mp4' is unknown": lambda p, x: p(x, output_type="mp4"),
     "3 generators cannot draw": lambda p, x: p(x, [rng(), rng(), rng()]),

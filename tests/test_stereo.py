@@ -73,7 +73,10 @@ def test_choice_of_a_backend(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"'depth' \(the scene has no depth maps\)"):
         point_maps(scene, [0], 8, 8, "depth")
     monkeypatch.setitem(BACKENDS, "stereo", Backend(lambda scene: "no OpenCV", BACKENDS["stereo"].run))
-    with pytest.raises(UserError, match=r"depth: the scene has no depth maps, stereo: no OpenCV\); mend"):
+    with pytest.raises(
+        UserError,
+        match=r"\(depth: the scene has no depth maps, .*stereo: no OpenCV, .*colmap: the scene has .*\); mend",
+    ):
         point_maps(scene, [0], 8, 8)
     monkeypatch.setitem(BACKENDS, "flat", Backend(lambda scene: None, lambda scene, views, h, w: torch.ones(1, h, w)))
     assert point_maps(scene, [0], 8, 8).backend == "flat"

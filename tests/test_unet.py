@@ -178,14 +178,12 @@ def test_gradient_checkpointing_changes_nothing_but_memory():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.parametrize("image_tokens", [7, 48])
+@pytest.mark.parametrize(("backend", "image_tokens"), [("eager", 48), ("inductor", 7)])
 @torch.no_grad()
 def test_compiles_into_one_graph(backend, image_tokens):
     torch.compiler.reset()
     unet, inputs = small_unet(), small_inputs(image_tokens=image_tokens)
-    assert torch._dynamo.explain(unet)(*inputs).graph_break_count == 0
-    compiled = torch.compile(unet, fullgraph=True, backend=backend)
+    compiled = torch.compile(unet, fullgraph=True, backend=backend)  # an error at the first graph break
     torch.testing.assert_close(compiled(*inputs, return_dict=False)[0], unet(*inputs).sample, rtol=1e-4, atol=1e-5)
 
 

@@ -54,6 +54,82 @@ def convert(
     guarded(partial(_convert, config, checkpoint, out, only, to_lvdm))
 
 
+@app.command()
+def prepare(
+    sources: Annotated[list[Path], typer.Argument(help="Folders of posed scenes, or of such folders.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards; run again to resume.")],
+    frames: Annotated[int | None, typer.Option(min=2, help="Of a clip; the teacher's own number if not given.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; 320x512, or 48x64 for tiny, if not given.")] = None,
+    max_stride: Annotated[int, typer.Option(min=1, help="Strides are drawn from 1 to this.")] = 4,
+    teacher: Annotated[str, typer.Option(help="Preset or model folder whose encoders are used.")] = "tiny",
+    points: Annotated[str, typer.Option(help="auto, depth, stereo, ...")] = "auto",
+    clips_per_scene: Annotated[int, typer.Option(min=1, help="How many are tried of each scene.")] = 8,
+    clips_per_shard: Annotated[int, typer.Option(min=1, help="Tried for one file; a kill costs no more work.")] = 32,
+    known_views: Annotated[int, typer.Option(min=1, help="Frames that the point cloud is made from.")] = 2,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    part: Annotated[str, typer.Option(help="I/N: the I-th of N shares of the scenes, for job arrays.")] = "1/1",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
+    device: Annotated[str, typer.Option(help="Of the encoders: cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Make shards of encoded training clips from posed photographs."""
+    options = {
+        "frames": frames, "max_stride": max_stride, "teacher": teacher, "points": points, "seed": seed,
+        "clips_per_scene": clips_per_scene, "known_views": known_views, "workers": workers, "device": device,
+        "clips_per_shard": clips_per_shard,
+    }  # fmt: skip
+    guarded(partial(_prepare, sources, out, size, part, options))
+
+
+@app.command()
+def inspect(
+    path: Annotated[str, typer.Argument(help="Shard folder (or its address), or a posed scene.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
+    clips: Annotated[int, typer.Option(min=1, help="How many clips to show.")] = 8,
+    teacher: Annotated[str, typer.Option(help="Preset or model folder whose VAE decodes the shards.")] = "tiny",
+) -> None:
+    """Show shards or a scene on one HTML page."""
+    guarded(partial(_inspect, path, out, clips, teacher))
+
+
+def _prepare(sources: list[Path], out: Path, size: str | None, part: str, options: dict) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fvgen.prepare import prepare as run_prepare  # takes seconds to import
+
+    both = numbers(size, "x", "size", "320x512") if size else None
+    share = numbers(part, "/", "part", "2/8")
+    columns = (TextColumn("clips"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        tally = run_prepare(
+            sources,
+            out,
+            size=both,
+            part=share,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **options,
+        )
+    print(f"{tally.clips} clips in {out}")
+    for reason, count in tally.dropped.most_common():
+        print(f"  dropped {count}: {reason}")
+    for entry in tally.skipped:
+        print(f"  skipped {entry.name}: {entry.reason}")
+
+
+def _inspect(path: str, out: Path, clips: int, teacher: str) -> None:
+    from fvgen.contact_sheet import inspect as run_inspect  # takes seconds to import
+
+    print(run_inspect(path, out, clips, teacher))
+
+
+def numbers(text: str, separator: str, name: str, example: str) -> tuple[int, int]:
+    """ "320x512" to (320, 512). Raises UserError for anything but two numbers of at least 1."""
+    parts = text.split(separator)
+    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"--{name} {text!r} is not understood; write, for example, {example}")
+    return int(parts[0]), int(parts[1])
+
+
 def _convert(config: str | None, checkpoint: str, out: Path, only: str | None, to_lvdm: bool) -> None:
     from fvgen import convert_checkpoint as conversion  # takes seconds to import
 

@@ -104,6 +104,7 @@ def fetch_file(name: str) -> Path:
     """
     if Path(name).exists():
         return Path(name)
+    name = re.sub(r"^hf:(//)?", "", name)
     if name.startswith(HUB):
         found = re.fullmatch(r"([^/]+/[^/]+)/(?:resolve|blob)/([^/]+)/([^?]+)(?:\?.*)?", name.removeprefix(HUB))
         if not found:

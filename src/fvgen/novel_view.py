@@ -107,7 +107,8 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, 4, F, h, w] to frames [B, F, 3, H, W] in [0, 1], clamped, float32."""
         decoder = self.vae if self.fast_decoder is None else self.fast_decoder
-        flat = rearrange(latents, "b c f h w -> (b f) c h w").to(decoder.dtype) / decoder.config.scaling_factor
+        flat = rearrange(latents, "b c f h w -> (b f) c h w").to(self._execution_device, decoder.dtype)
+        flat = flat / decoder.config.scaling_factor
         flat = flat.contiguous(memory_format=torch.channels_last)
         pixels = flat.shape[2] * flat.shape[3] * self._vae_factor**2
         parts = [decoder.decode(part).sample for part in flat.split(_at_once(pixels))]
@@ -204,13 +205,19 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         """Twelve hex digits that change with any weight or setting that goes into latents or context."""
         digest = hashlib.sha256(self.config.image_resize.encode())
         for part in (self.vae, self.image_encoder, self.image_projector, self.prompts):
-            for name, tensor in sorted(part.state_dict().items()):
+            for name, tensor in sorted(part.state_dict().items() if part else ()):
                 digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()[:12]
 
-    def initial_noise(self, condition: Condition, generator: Generators) -> Tensor:
-        """x_T, standard normal; a generator of the CPU, with a seed, gives the same clip on every device."""
-        return normal(condition.render_latents.shape, generator).to(condition.render_latents.device)
+    def initial_noise(self, condition: Condition, generator: Generators, latents: Tensor | None = None) -> Tensor:
+        """x_T, standard normal; a generator of the CPU, with a seed, gives the same clip on every device.
+
+        `latents` are taken instead if they are given; UserError if their shape is not the render latents'.
+        """
+        shape = condition.render_latents.shape
+        if latents is not None and latents.shape != shape:
+            raise UserError(f"latents have shape {tuple(latents.shape)}, this render needs {tuple(shape)}")
+        return (normal(shape, generator) if latents is None else latents).to(condition.render_latents)
 
     def check_size(self, height: int, width: int) -> None:
         """Raises UserError for frames that VAE and UNet cannot halve as often as they need to."""

@@ -92,7 +92,7 @@ class ViewCrafterPipeline(NovelViewPipeline):
         teacher = self.teacher(guidance_scale, image_guidance_scale, guidance_rescale, negative_prompt)
         return ddim(
             partial(teacher, condition=condition),
-            self.initial_noise(condition, generator) if latents is None else latents.to(condition.render_latents),
+            self.initial_noise(condition, generator, latents),
             self.schedule,
             trailing_timesteps(self.config.steps if num_inference_steps is None else num_inference_steps),
             eta=eta,
@@ -219,7 +219,7 @@ class FVGenPipeline(NovelViewPipeline):
         """Latents [B, 4, F, h, w] for a condition, in as many network evaluations as steps."""
         denoiser = partial(Denoiser(self.unet, self.schedule), condition=condition)
         steps = self.config.steps if num_inference_steps is None else num_inference_steps
-        noise = self.initial_noise(condition, generator) if latents is None else latents.to(condition.render_latents)
+        noise = self.initial_noise(condition, generator, latents)
         return few_step(denoiser, noise, self.schedule, steps, generator=generator, on_step=on_step)
 
     @torch.no_grad()

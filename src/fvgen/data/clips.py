@@ -46,11 +46,18 @@ def make_clip(
 
     ``radius`` is in normalised device units (the short side spans 2), as in `render_points`.
     """
-    image, _, _ = render_points(points, colors, cameras, radius=radius)
+    return render_clip(name, truth, cameras, points, colors, known, radius)[0]
+
+
+def render_clip(
+    name: str, truth: Tensor, cameras: Cameras, points: Tensor, colors: Tensor, known: Sequence[int], radius: float
+) -> tuple[Clip, Tensor]:
+    """As `make_clip`; and where the cloud is seen, [F, H, W] bool."""
+    image, visibility, _ = render_points(points, colors, cameras, radius=radius)
     render = image.permute(0, 3, 1, 2).clamp(0, 1)
     mask = torch.zeros(len(cameras), dtype=torch.bool)
     mask[list(known)] = True
-    return Clip(name, truth, torch.where(mask[:, None, None, None], truth, render), mask)
+    return Clip(name, truth, torch.where(mask[:, None, None, None], truth, render), mask), visibility > 0
 
 
 def depth_clip(

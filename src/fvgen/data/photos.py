@@ -31,13 +31,17 @@ TABLE = 6_000_000
 
 
 class PhotoClip(NamedTuple):
-    """A clip to be rendered: truth [F, 3, H, W] and colours [N, 3] in [0, 1], points [N, 3] in the world."""
+    """A clip to be rendered: truth [F, 3, H, W] and colours [N, 3] in [0, 1], points [N, 3] in the world.
+
+    known: the frames that the points come from.
+    """
 
     name: str
     truth: Tensor
     cameras: Cameras
     points: Tensor
     colors: Tensor
+    known: tuple[int, ...]
 
 
 def scene_clips(
@@ -51,20 +55,45 @@ def scene_clips(
     generator = torch.Generator().manual_seed(seed)
     clips = []
     for index, views in enumerate(choose_views(scene, frames, count, generator)):
-        truth = torch.stack([fit_image(scene.image(view), height, width) for view in views])
-        ends = [views[0], views[-1]]
-        points, colors = scene_cloud(scene, ends, truth[[0, -1]], half_pixel_shift)
         name = f"{scene.name}-{index:02d}"
-        clips.append(PhotoClip(name, truth, scene.cameras[views].fitted(height, width), points, colors))
+        clips.append(photo_clip(scene, name, views, (0, frames - 1), height, width, half_pixel_shift))
     return clips
+
+
+def photo_clip(
+    scene: Scene,
+    name: str,
+    views: Sequence[int],
+    known: Sequence[int],
+    height: int,
+    width: int,
+    half_pixel_shift: bool = False,
+    depth: Tensor | None = None,
+) -> PhotoClip:
+    """The clip of these views, cut to height x width, with a cloud of its ``known`` frames (places in ``views``).
+
+    depth: [K, height, width] of the known frames, as `point_maps` gives it; None takes what came with the scene, depth
+    maps or points (`scene_cloud`). Raises UserError for damaged photographs, and where no point is left.
+    """
+    views, known = list(views), list(known)
+    truth = torch.stack([fit_image(scene.image(view), height, width) for view in views])
+    cameras = scene.cameras[views].fitted(height, width)
+    if depth is None:
+        points, colors = scene_cloud(scene, [views[frame] for frame in known], truth[known], half_pixel_shift)
+    else:
+        points, colors = unproject(depth, truth[known], cameras[known], half_pixel_shift)
+    return PhotoClip(name, truth, cameras, points, colors, tuple(known))
 
 
 # --- Choice of views ---
 
 
-def choose_views(scene: Scene, frames: int, count: int, generator: torch.Generator) -> list[list[int]]:
+def choose_views(
+    scene: Scene, frames: int, count: int, generator: torch.Generator, at_most: bool = False
+) -> list[list[int]]:
     """``count`` different smooth paths of ``frames`` distinct views each, by pose and never by file order.
 
+    With ``at_most`` fewer will do, but not none.
     Every pair of views is tried as the ends of a path; `_paths` fills in those between. A path's score is its
     largest step over the step of an even, straight one, (F-1) max d / span, times length / LONGEST if it is
     longer than that: jumps, detours and clips whose middle neither end sees all cost. Paths with a step over
@@ -78,7 +107,7 @@ def choose_views(scene: Scene, frames: int, count: int, generator: torch.Generat
             f"scene {scene.name} has {views} views but a clip needs {frames} frames; "
             "ask for fewer frames or add photographs"
         )
-    distance = pose_distance(scene.cameras, _typical_depth(scene))
+    distance = pose_distance(scene.cameras, typical_depth(scene))
     pairs = torch.combinations(torch.arange(views))
     pairs = pairs[distance[pairs[:, 0], pairs[:, 1]] > 1e-6]
     reach = min(views, 4 * frames)
@@ -86,8 +115,10 @@ def choose_views(scene: Scene, frames: int, count: int, generator: torch.Generat
     if len(pairs) > limit:
         pairs = pairs[torch.randperm(len(pairs), generator=generator)[:limit]]
     paths = _paths(distance, pairs, frames, reach)
-    score = _score(distance, paths)
+    score = path_score(distance, paths)
     paths, score = paths[score.isfinite()], score[score.isfinite()]
+    if at_most:
+        count = max(1, min(count, len(paths)))
     if len(paths) < count:
         raise UserError(
             f"scene {scene.name} gives {len(paths)} clips of {frames} frames without jumps, not {count}; "
@@ -110,7 +141,7 @@ def pose_distance(cameras: Cameras, depth: float) -> Tensor:
     return 2 * (chord / 8**0.5).clamp(max=1).asin() + baseline / depth
 
 
-def _typical_depth(scene: Scene) -> float:
+def typical_depth(scene: Scene) -> float:
     """Median depth of the points as the cameras see them, else of a depth map, else the cameras' extent."""
     cameras = scene.cameras
     if scene.points is not None and scene.observations is not None:
@@ -155,7 +186,7 @@ def _paths(distance: Tensor, pairs: Tensor, frames: int, reach: int) -> Tensor:
     return order.gather(1, torch.stack(place[::-1], dim=1))
 
 
-def _score(distance: Tensor, paths: Tensor) -> Tensor:
+def path_score(distance: Tensor, paths: Tensor) -> Tensor:
     """[P], at least 1, smaller is smoother, infinite where a step is beyond JUMP: see `choose_views`."""
     steps = distance[paths[:, :-1], paths[:, 1:]]
     span = distance[paths[:, 0], paths[:, -1]]

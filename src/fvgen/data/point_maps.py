@@ -1,23 +1,23 @@
 """Depth of chosen views of a scene, from whatever there is: one interface, one row of `BACKENDS` for each way.
 
-A backend that a later year brings is a function from (scene, views, height, width) to depth, and a row here.
+A backend that a later year brings is a module of `fvgen.data.points` with two functions, and a row here. Photographs
+without poses get them first, in `fvgen.data.reconstruct`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from importlib.util import find_spec
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from fvgen.data.photos import fit_depth, fit_image
+from fvgen.data.points import depth_pro, dust3r, measured, sparse, stereo
+from fvgen.data.points.stereo import STEREO_SIDE
 from fvgen.data.posed import Scene
 from fvgen.errors import UserError, did_you_mean
-from fvgen.geometry.stereo import stereo_depth
+from fvgen.geometry.stereo import TooFewFeatures
 
-STEREO_SIDE = 256  # pixels on the long side that stereo works at; finer is slower and hardly denser
+__all__ = ["BACKENDS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps"]
 
 
 class Backend(NamedTuple):
@@ -37,14 +37,11 @@ class PointMaps(NamedTuple):
 def point_maps(scene: Scene, views: Sequence[int], height: int, width: int, backend: str = "auto") -> PointMaps:
     """Depth of the views for images of height x width, as `photos.fit_image` cuts them out.
 
-    "auto" takes the first of `BACKENDS` that can run. Raises UserError where none or not the given one can.
+    "auto" takes the first of `BACKENDS` that can run, and the next where photographs turn out to share too little.
+    Raises UserError where none or not the given one can.
     """
     if backend == "auto":
-        reasons = {name: row.lacks(scene) for name, row in BACKENDS.items()}
-        backend = next((name for name, reason in reasons.items() if reason is None), "")
-        if not backend:
-            said = ", ".join(f"{name}: {reason}" for name, reason in reasons.items())
-            raise UserError(f"no depth can be had for scene {scene.name} ({said}); mend one of these")
+        return _best(scene, views, height, width)
     if backend not in BACKENDS:
         raise UserError(f"unknown source of points {backend!r}{did_you_mean(backend, [*BACKENDS, 'auto'])}")
     if reason := BACKENDS[backend].lacks(scene):
@@ -52,26 +49,24 @@ def point_maps(scene: Scene, views: Sequence[int], height: int, width: int, back
     return PointMaps(BACKENDS[backend].run(scene, views, height, width), backend)
 
 
-def _maps_of_scene(scene: Scene, views: Sequence[int], height: int, width: int) -> Tensor:
-    return torch.stack([fit_depth(scene.depth(view), height, width) for view in views])
+def _best(scene: Scene, views: Sequence[int], height: int, width: int) -> PointMaps:
+    reasons = {}
+    for name, row in BACKENDS.items():
+        reason = row.lacks(scene)
+        if reason is None:
+            try:
+                return PointMaps(row.run(scene, views, height, width), name)
+            except TooFewFeatures as error:
+                reason = str(error).split(";")[0]
+        reasons[name] = reason
+    said = ", ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UserError(f"no depth can be had for scene {scene.name} ({said}); mend one of these")
 
 
-def _stereo(scene: Scene, views: Sequence[int], height: int, width: int) -> Tensor:
-    scale = STEREO_SIDE / max(height, width)
-    small = (max(1, round(height * scale)), max(1, round(width * scale)))
-    images = torch.stack([fit_image(scene.image(view), *small) for view in range(len(scene))])
-    names = [f"image {path}" for path in scene.image_paths]
-    depth = stereo_depth(images, scene.cameras.fitted(*small), views, names)
-    return torch.stack([fit_depth(one, height, width) for one in depth])
-
-
-def _stereo_lacks(scene: Scene) -> str | None:
-    if len(scene) < 3:
-        return "stereo needs three posed photographs"
-    return None if find_spec("cv2") else "OpenCV is not installed: `pip install fvgen[photos]`"
-
-
-BACKENDS: dict[str, Backend] = {  # best first
-    "depth": Backend(lambda scene: None if scene.depth_paths else "the scene has no depth maps", _maps_of_scene),
-    "stereo": Backend(_stereo_lacks, _stereo),
+BACKENDS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only where their weights were brought
+    "depth": Backend(measured.lacks, measured.run),
+    "dust3r": Backend(dust3r.lacks, dust3r.run),
+    "stereo": Backend(stereo.lacks, stereo.run),
+    "depth_pro": Backend(depth_pro.lacks, depth_pro.run),
+    "colmap": Backend(sparse.lacks, sparse.run),
 }

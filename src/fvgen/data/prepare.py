@@ -53,10 +53,7 @@ def prepare_scenes(
         clips: list[Clip] = []
         for scene in track(scenes, "photographs"):
             for photo in scene_clips(scene, per_scene, frames, height, width, seed, half_pixel_shift):
-                known = (0, frames - 1)
-                clips.append(
-                    make_clip(photo.name, photo.truth, photo.cameras, photo.points, photo.colors, known, RADIUS)
-                )
+                clips.append(make_clip(*photo, RADIUS))
         save_clips(out, clips, source)
     folder = ClipFolder(out)
     found = (folder.index.get("source"), len(folder), folder.frames, folder.height, folder.width)

@@ -66,7 +66,7 @@ def read_scene(folder: str | Path, format: str = "auto", images: str | None = No
     """
     folder = _existing(folder)
     if format == "auto":
-        format = next((name for name, row in FORMATS.items() if row.detects(folder)), "")
+        format = scene_format(folder)
         if not format:
             raise UserError(
                 f"{folder} has no camera poses (no transforms.json, no sparse/0/cameras.bin or .txt, no camera file "
@@ -77,8 +77,13 @@ def read_scene(folder: str | Path, format: str = "auto", images: str | None = No
     return FORMATS[format].read(folder, images)
 
 
+def scene_format(folder: Path) -> str:
+    """The key of `FORMATS` that "auto" means for this folder; "" for none."""
+    return next((name for name, row in FORMATS.items() if row.detects(folder)), "")
+
+
 def _looks_like_scene(folder: Path) -> bool:
-    return any(row.detects(folder) for row in FORMATS.values()) or (folder / "images").is_dir()
+    return bool(scene_format(folder)) or (folder / "images").is_dir()
 
 
 def _existing(folder: str | Path) -> Path:

@@ -247,7 +247,7 @@ def _texture(generator: torch.Generator, smallest: float, largest: float) -> Tex
         scale=_uniform(generator, smallest, largest),
         colors=colors,
         grain=_uniform(generator, 0.1, 0.9),
-        seed=_integer(generator, 1 << 30),
+        seed=_wide_integer(generator) % (1 << 30),
     )
 
 
@@ -257,3 +257,8 @@ def _uniform(generator: torch.Generator, low: float, high: float) -> float:
 
 def _integer(generator: torch.Generator, limit: int) -> int:
     return int(torch.randint(limit, (), generator=generator).item())
+
+
+def _wide_integer(generator: torch.Generator) -> int:
+    """64 random bits. `torch.randint` with a limit above 2^28 draws 32 or 64 of them, depending on torch's version."""
+    return torch.empty((), dtype=torch.int64).random_(-(2**63), None, generator=generator).item() % 2**64

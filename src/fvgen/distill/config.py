@@ -27,7 +27,7 @@ class StageConfig(BaseModel):
     stage: Stage
     out: str = Field(min_length=1, description="folder of this run; the same command again resumes it")
     teacher: str = Field("tiny", description="a ViewCrafterPipeline folder, or the name of a shipped preset")
-    data: str = Field("builtin", description="a folder of prepared clips, or 'builtin' for the built-in scenes")
+    data: str = Field("builtin", description="'builtin' scenes, a folder of clips, or shards (a folder, s3://, ...)")
     clips: int = Field(64, ge=1, description="how many built-in clips to train on; ignored for a folder")
     init: str = Field(
         "", description="folder of an earlier stage whose student and head to start from; '' for the teacher"

@@ -22,6 +22,7 @@ from torch import Tensor
 from fvgen.data.builtin import builtin_clips
 from fvgen.data.clips import ClipFolder
 from fvgen.data.latents import LatentBatch, LatentSet, load_latents
+from fvgen.data.shards import ShardSet, holds_shards
 from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
 from fvgen.distill.config import RESUMABLE, RunConfig, StageConfig, read_yaml
 from fvgen.distill.draws import Draws
@@ -79,7 +80,9 @@ class Trainer:
         self.players, self.ema = build_players(config, self.base, self.start_from, self.world)
         with no_leftovers(*([self.out] if self.world.is_main else [])):
             self.world.main_only(self.claim_folder)
-            self.latents: LatentSet = self.world.main_first(lambda: load_latents(data, self.base))
+            self.latents: LatentSet = (
+                data if isinstance(data, ShardSet) else self.world.main_first(lambda: load_latents(data, self.base))
+            )
         self.clock = Clock()
         self.checkpoints = CheckpointFolder(self.out / "checkpoints", config.keep_checkpoints)
         self.facts = {"stage": config.stage, "model": fingerprint(self.players)}
@@ -279,9 +282,16 @@ class Trainer:
         return file.exists() and json.loads(file.read_text())["iterations"] >= self.config.iterations
 
 
-def stage_data(config: StageConfig, base: ViewCrafterPipeline) -> ClipFolder:
-    """The clips to train on. Raises UserError for a folder that holds none, or clips that ``base`` cannot take."""
-    clips = builtin_clips("train", config.clips) if config.data == "builtin" else ClipFolder(config.data)
+def stage_data(config: StageConfig, base: ViewCrafterPipeline) -> ClipFolder | ShardSet:
+    """The clips to train on; shards are encoded already. Raises UserError for a folder that holds none, clips that
+    ``base`` cannot take, and shards that another teacher's encoders made."""
+    if config.data == "builtin":
+        clips: ClipFolder | ShardSet = builtin_clips("train", config.clips)
+    elif holds_shards(config.data):
+        clips = ShardSet(config.data)
+        clips.check_encoder(base.encoder_fingerprint(), config.teacher)
+    else:
+        clips = ClipFolder(config.data)
     base.check_size(clips.height, clips.width)
     return clips
 

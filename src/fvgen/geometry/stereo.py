@@ -28,6 +28,10 @@ AGREE = 0.06  # relative: two views that differ by more in depth contradict each
 FEW_MATCHES = 12  # with fewer triangulated features there is no telling where the surfaces are
 
 
+class TooFewFeatures(UserError):
+    """Photographs that share too little; another source of points may still do."""
+
+
 def stereo_depth(
     images: Tensor, cameras: Cameras, reference: Sequence[int], names: Sequence[str] | None = None
 ) -> Tensor:
@@ -35,7 +39,7 @@ def stereo_depth(
 
     Images are in [0, 1]; ``names`` of the views are for error messages. About two seconds on one core for a view of
     256x168, and for each of the WITNESSES that it is checked against, unless they were needed before. Raises UserError
-    where OpenCV is missing and where a view shares too little with the others.
+    where OpenCV is missing, TooFewFeatures where a view shares too little with the others.
     """
     names = names or [f"view {number}" for number in range(len(images))]
     grey = images.mean(1)
@@ -63,14 +67,9 @@ def stereo_depth(
 
 def _depth_range(grey: Tensor, cameras: Cameras, view: int, features: dict, name: str) -> tuple[float, float]:
     """Nearest and farthest depth of the surfaces that a view shows, from features triangulated with its neighbours."""
-    center, forward = cameras.centers, cameras.world_from_cam[:, :3, 2]
-    distance = (center - center[view]).norm(dim=-1)
-    similar = (forward @ forward[view] > 0.7) & (distance > 1e-9)
-    near = [n for n in distance.argsort().tolist() if similar[n]]
-    depths = [_triangulated(grey, cameras, view, other, features) for other in near[:8]]
-    found = torch.cat(depths) if depths else torch.empty(0)
+    _, found = triangulated_features(grey, cameras, view, features)
     if len(found) < FEW_MATCHES:
-        raise UserError(
+        raise TooFewFeatures(
             f"{name} shares {len(found)} features with its neighbours, too few for stereo; add photographs between "
             "them or give depth maps"
         )
@@ -78,8 +77,25 @@ def _depth_range(grey: Tensor, cameras: Cameras, view: int, features: dict, name
     return 0.75 * low, 1.5 * high
 
 
-def _triangulated(grey: Tensor, cameras: Cameras, view: int, other: int, features: dict) -> Tensor:
-    """[M] depths in ``view`` of the features that both show, where their rays really meet."""
+def triangulated_features(
+    grey: Tensor, cameras: Cameras, view: int, features: dict | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pixels [M, 2] and depths [M] of a view's features that any of its eight nearest neighbours shows as well.
+
+    grey: [V, H, W] in [0, 1]; ``features`` keeps those of each view from call to call. Raises UserError without OpenCV.
+    """
+    features = {} if features is None else features
+    center, forward = cameras.centers, cameras.world_from_cam[:, :3, 2]
+    distance = (center - center[view]).norm(dim=-1)
+    similar = (forward @ forward[view] > 0.7) & (distance > 1e-9)
+    near = [n for n in distance.argsort().tolist() if similar[n]]
+    found = [_triangulated(grey, cameras, view, other, features) for other in near[:8]]
+    pixels, depths = zip(*found, strict=True) if found else ((torch.empty(0, 2),), (torch.empty(0),))
+    return torch.cat(pixels), torch.cat(depths)
+
+
+def _triangulated(grey: Tensor, cameras: Cameras, view: int, other: int, features: dict) -> tuple[Tensor, Tensor]:
+    """Pixels [M, 2] and depths [M] in ``view`` of the features that both show, where their rays really meet."""
     try:
         import cv2
     except ImportError as error:
@@ -90,7 +106,7 @@ def _triangulated(grey: Tensor, cameras: Cameras, view: int, other: int, feature
             features[n] = (np.array([key.pt for key in keys], dtype=np.float32).reshape(-1, 2) + 0.5, words)
     (here, words), (there, other_words) = features[view], features[other]
     if min(len(here), len(there)) < 2:
-        return torch.empty(0)
+        return torch.empty(0, 2), torch.empty(0)
     pairs = cv2.BFMatcher().knnMatch(words, other_words, k=2)
     good = [first for first, second in pairs if first.distance < 0.75 * second.distance]
     a = torch.from_numpy(here[[match.queryIdx for match in good]])
@@ -105,7 +121,7 @@ def _triangulated(grey: Tensor, cameras: Cameras, view: int, other: int, feature
     points = cameras.centers[view] + depth[:, None] * ray_a
     pixels, _ = project(points, cameras[[other]])
     meet = ((pixels[0] - b).norm(dim=-1) < 2) & (depth > 0) & (back > 0) & (scale > 3e-4 * aa * bb)
-    return depth[meet]
+    return a[meet], depth[meet]
 
 
 def _rays(pixels: Tensor, cameras: Cameras, view: int) -> Tensor:

@@ -1,0 +1,349 @@
+"""Shards: encoded training clips in files that are whole, checked and self-describing. docs/data.md has the layout.
+
+A folder holds, for each part of a job array, ``part-I-of-N.json`` (settings, checksums, where each clip comes from) and
+``shard-I-of-N-K.safetensors``. The clips of all parts are one data set, in an order that does not depend on the parts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fvgen.data.latents import LatentBatch, LatentSet
+from fvgen.data.places import Place, open_place, sha256_of
+from fvgen.errors import UserError, first_line
+from fvgen.models.teacher import Condition
+from fvgen.storage import atomic_path
+
+FORMAT = 1
+CLOUD_POINTS = 512  # of each clip's cloud that are kept, for pictures
+OPEN_FILES = 32
+PER_CLIP = (
+    "latents",
+    "render_latents",
+    "image_tokens",
+    "known",
+    "world_from_cam",
+    "intrinsics",
+    "cloud_points",
+    "cloud_colors",
+)
+PER_SHARD = ("text_tokens",)
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ClipRecord(Record):
+    """Where a clip comes from. stride None: views chosen by pose; seed: of its posterior samples; figures: of
+    `fvgen.data.quality`."""
+
+    name: str
+    scene: str
+    format: str
+    frames: list[str]
+    known: list[int]
+    stride: int | None
+    points: str
+    seed: int
+    figures: dict[str, float]
+
+
+class Skipped(Record):
+    """A scene or clip that could not be made, and the sentence that says why."""
+
+    name: str
+    reason: str
+
+
+class Content(Record):
+    """What a shard says of itself, in its header. ``digest``: SHA-256 of its tensors' bytes, in the order of names."""
+
+    settings: str
+    digest: str
+    clips: list[ClipRecord]
+    dropped: dict[str, int]
+    skipped: list[Skipped]
+
+
+class ShardRecord(Record):
+    file: str = Field(pattern=r"^shard-\d+-of-\d+-\d+\.safetensors$")
+    sha256: str
+    bytes: int
+    clips: list[ClipRecord]
+
+
+class Settings(Record):
+    """All that decides what the clips are. ``scenes``: SHA-256 over the names of all scenes; ``encoder``: fingerprint
+    of the teacher's encoders; ``limits``: of `fvgen.data.quality`."""
+
+    scenes: str
+    frames: int
+    height: int
+    width: int
+    max_stride: int
+    known_views: int
+    points: str
+    clips_per_scene: int
+    clips_per_shard: int
+    seed: int
+    radius: float
+    half_pixel_shift: bool
+    teacher: str
+    encoder: str
+    limits: dict[str, float]
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class Part(Record):
+    """``part-I-of-N.json``: written when the part begins, and again, complete, when it ends."""
+
+    format: Literal[1]
+    part: int = Field(ge=1)
+    parts: int = Field(ge=1)
+    complete: bool
+    settings: Settings
+    shards: list[ShardRecord]
+    dropped: dict[str, int]
+    skipped: list[Skipped]
+
+
+class ShardClip(NamedTuple):
+    """One clip: latents and render_latents [4, F, h, w]; image_tokens [M, D]; text_tokens [M', D]; known [F] bool;
+    world_from_cam [F, 4, 4], intrinsics [F, 3, 3] in pixels; cloud_points [P, 3], cloud_colors [P, 3] uint8."""
+
+    latents: Tensor
+    render_latents: Tensor
+    image_tokens: Tensor
+    known: Tensor
+    world_from_cam: Tensor
+    intrinsics: Tensor
+    cloud_points: Tensor
+    cloud_colors: Tensor
+    text_tokens: Tensor
+
+
+# --- Writing ---
+
+
+def part_file(part: int, parts: int) -> str:
+    return f"part-{part}-of-{parts}.json"
+
+
+def shard_file(part: int, parts: int, number: int) -> str:
+    return f"shard-{part}-of-{parts}-{number:05d}.safetensors"
+
+
+def write_shard(
+    path: Path,
+    settings: Settings,
+    clips: Sequence[tuple[ClipRecord, ShardClip]],
+    dropped: dict[str, int],
+    skipped: Sequence[Skipped],
+) -> None:
+    """Write a shard, whole or not at all. Raises UserError when the disk is full."""
+    tensors: dict[str, Tensor] = {}
+    if clips:
+        tensors = {key: torch.stack([getattr(clip, key) for _, clip in clips]).contiguous() for key in PER_CLIP}
+        tensors["text_tokens"] = clips[0][1].text_tokens.clone()
+    content = Content(
+        settings=settings.digest(),
+        digest=_digest(tensors),
+        clips=[record for record, _ in clips],
+        dropped=dropped,
+        skipped=list(skipped),
+    )
+    # One key only: the order of several in the header would be a matter of chance.
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"fvgen": content.model_dump_json()})
+
+
+def read_content(path: Path, settings: Settings) -> Content | None:
+    """What a shard of these settings says of itself; None where it is missing, damaged or of other settings."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            content = Content.model_validate_json((file.metadata() or {}).get("fvgen", ""))
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValidationError):
+        return None
+    return content if (content.settings, content.digest) == (settings.digest(), _digest(tensors)) else None
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
+        digest.update(tensors[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- Reading ---
+
+
+class ShardSet(LatentSet):
+    """All clips of a shard folder, local or remote (s3://, gs://, hf://: see `places`), read when asked for.
+
+    A drop-in for the latents of a clip folder. Clips are in the order of their names, however many parts made them.
+    Each shard's checksum is verified before its first use in a process.
+
+    Raises UserError for a folder without shards, unfinished or missing parts, parts of different settings; and on
+    reading, for a shard that is missing, truncated or altered.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.place: Place = open_place(path)
+        self.parts = _read_parts(self.place)
+        self.settings = self.parts[0].settings
+        self.shards = [shard for part in self.parts for shard in part.shards]
+        entries = [
+            (record.scene, int(record.name.rsplit("-", 1)[1]), record, number, row)
+            for number, shard in enumerate(self.shards)
+            for row, record in enumerate(shard.clips)
+        ]
+        entries.sort(key=lambda entry: entry[:2])
+        self.records = [entry[2] for entry in entries]
+        self.shard_of = [entry[3] for entry in entries]  # of each clip
+        self._rows = [entry[4] for entry in entries]
+        self._open: OrderedDict[int, safe_open] = OrderedDict()
+        self._verified: set[int] = set()
+        super().__init__({}, [record.name for record in self.records])
+        self.frames, self.height, self.width = self.settings.frames, self.settings.height, self.settings.width
+
+    def __getitem__(self, index: int) -> ShardClip:
+        file, row = self._file(self.shard_of[index]), self._rows[index]
+        try:
+            text = file.get_tensor("text_tokens")[0]
+            return ShardClip(*(file.get_slice(key)[row] for key in PER_CLIP), text)
+        except (SafetensorError, OSError) as error:
+            name = self.shards[self.shard_of[index]].file
+            raise self._damaged(name, f"does not hold what its index says ({first_line(error)})") from error
+
+    def batch(self, indices: Tensor | Sequence[int], device: str | torch.device = "cpu") -> LatentBatch:
+        """The clips at ``indices`` as one batch."""
+        clips = [self[int(index)] for index in indices]
+        latents, render_latents = (torch.stack(part).to(device) for part in list(zip(*clips, strict=True))[:2])
+        context = torch.stack([torch.cat([clip.text_tokens, clip.image_tokens]) for clip in clips])
+        return LatentBatch(latents, Condition(render_latents, context.to(device)))
+
+    def check_encoder(self, fingerprint: str, model: str) -> None:
+        """Raises UserError where the latents were made by other encoders than those of ``model``."""
+        if fingerprint != self.settings.encoder:
+            raise UserError(
+                f"the shards in {self.place} were encoded by teacher {self.settings.teacher} (encoder "
+                f"{self.settings.encoder}), but {model} has encoder {fingerprint}; train with that teacher or prepare "
+                "the shards again"
+            )
+
+    def verify(self) -> None:
+        """Read every shard and compare its checksum."""
+        for number in range(len(self.shards)):
+            self._file(number)
+
+    def dropped(self) -> dict[str, int]:
+        """Over all parts: how many clips were dropped, by reason."""
+        reasons = sorted({reason for part in self.parts for reason in part.dropped})
+        return {reason: sum(part.dropped.get(reason, 0) for part in self.parts) for reason in reasons}
+
+    def skipped(self) -> list[Skipped]:
+        return [entry for part in self.parts for entry in part.skipped]
+
+    def __getstate__(self) -> dict:
+        """For worker processes: open files stay behind."""
+        return {**self.__dict__, "_open": OrderedDict(), "_verified": set()}
+
+    def _file(self, number: int) -> safe_open:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard = self.shards[number]
+        path = self.place.local(shard.file, shard.sha256)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise self._damaged(shard.file, "is missing") from error
+        if size != shard.bytes:
+            raise self._damaged(shard.file, f"has {size} bytes instead of {shard.bytes}")
+        if number not in self._verified:
+            if sha256_of(path) != shard.sha256:
+                raise self._damaged(shard.file, "was altered (its SHA-256 is not the recorded one)")
+            self._verified.add(number)
+        try:
+            self._open[number] = safe_open(str(path), framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise self._damaged(shard.file, f"cannot be read ({first_line(error)})") from error
+        if len(self._open) > OPEN_FILES:
+            self._open.popitem(last=False)
+        return self._open[number]
+
+    def _damaged(self, file: str, what: str) -> UserError:
+        return UserError(
+            f"shard {self.place}/{file} {what}; copy it again, or delete it and its part-*.json and prepare again"
+        )
+
+
+def holds_shards(path: str | Path) -> bool:
+    """Whether ``path`` is meant as a shard folder: an address, or a folder with the index of a part."""
+    return "://" in str(path) or any(Path(path).glob("part-*-of-*.json"))
+
+
+def read_part(text: str, name: str) -> Part:
+    """Raises UserError for anything but the index of a part."""
+    try:
+        part = Part.model_validate_json(text)
+        if name.rsplit("/", 1)[-1] != part_file(part.part, part.parts):
+            raise ValueError("its numbers are not those of its name")
+        for shard in part.shards:
+            for record in shard.clips:
+                int(record.name.rsplit("-", 1)[1])
+        return part
+    except (ValueError, IndexError) as error:
+        reason = first_line(error)
+        raise UserError(f"{name} is no index of shards ({reason}); copy it again or prepare the shards again") from None
+
+
+def _read_parts(place: Place) -> list[Part]:
+    names = place.names("part-*-of-*.json")
+    if not names:
+        raise UserError(f"{place} holds no shards (no part-*.json); give a folder that `fvgen prepare` wrote")
+    parts = sorted((read_part(place.text(name), f"{place}/{name}") for name in names), key=lambda part: part.part)
+    total = parts[0].parts
+    for part in parts:
+        if part.parts != total:
+            raise UserError(
+                f"{place} mixes parts of {total} and of {part.parts}; keep one run's files and delete the others"
+            )
+        if part.settings != parts[0].settings:
+            raise UserError(
+                f"{place}: parts {parts[0].part} and {part.part} have different settings; prepare one again"
+            )
+        if not part.complete:
+            raise UserError(f"{place}: part {part.part} of {total} is unfinished; run its `fvgen prepare` again")
+    missing = sorted(set(range(1, total + 1)) - {part.part for part in parts})
+    if missing:
+        raise UserError(f"{place} lacks part {missing[0]} of {total}; run `fvgen prepare --part {missing[0]}/{total}`")
+    if not any(shard.clips for part in parts for shard in part.shards):
+        raise UserError(f"{place} holds no clip: all were dropped or skipped; prepare other scenes or settings")
+    return parts
+
+
+def describe(content: Content, path: Path) -> ShardRecord:
+    """A shard's line in the index."""
+    return ShardRecord(file=path.name, sha256=sha256_of(path), bytes=path.stat().st_size, clips=content.clips)
+
+
+def dump(part: Part) -> object:
+    """As JSON values."""
+    return json.loads(part.model_dump_json())
