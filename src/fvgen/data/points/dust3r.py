@@ -96,8 +96,9 @@ def reconstruct(photographs: Photographs, folder: str | Path) -> Scene:
 def choose_pairs(views: int) -> list[tuple[int, int]]:
     """Directed pairs, each both ways, (1, 0) before (0, 1): all of them for up to `COMPLETE` views.
 
-    A pair at 512x384 takes about 30 MB while aligning, so that thirty views all with all would need 26 GB; beyond
-    `COMPLETE` views each is paired with those `OFFSETS` places further, around the end: at most six times V pairs.
+    A directed pair at 512x288 takes 31 MB while aligning, so that thirty views all with all would need 27 GB; beyond
+    `COMPLETE` views each is paired with those `OFFSETS` places further, around the end: at most six times V pairs,
+    and 6 GB for thirty views.
     """
     if views <= COMPLETE:
         one_way = [(i, j) for i in range(views) for j in range(i)]
