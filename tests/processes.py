@@ -78,7 +78,7 @@ def _run(words: list[str], folder: str, printed: list[str], file_limit: int | No
     torch.set_num_threads(1)
     sys.argv = words
     if words[0] == "fvgen.cli":
-        del sys.modules["fvgen.cli"]  # runpy warns of a module that the server has imported already
+        sys.modules.pop("fvgen.cli", None)  # runpy warns of a module that the server has imported already
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     else:
         runpy.run_path(str(REPOSITORY / words[0]), run_name="__main__")

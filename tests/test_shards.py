@@ -119,6 +119,7 @@ def test_lost_and_damaged_shards_are_made_again(make, whole, tmp_path):
     assert hashes(out) == hashes(whole)
 
 
+@pytest.mark.slow
 def test_workers_do_not_change_a_bit(make, whole, tmp_path):
     make(tmp_path / "out", workers=2)
     assert hashes(tmp_path / "out") == hashes(whole)

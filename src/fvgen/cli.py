@@ -84,8 +84,10 @@ def prepare(
 def inspect(
     path: Annotated[str, typer.Argument(help="Shard folder (or its address), or a posed scene.")],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
-    clips: Annotated[int, typer.Option(min=1, help="How many clips to show.")] = 8,
-    teacher: Annotated[str, typer.Option(help="Preset or model folder whose VAE decodes the shards.")] = "tiny",
+    clips: Annotated[int | None, typer.Option(min=1, help="To show; 8, or 2 of a scene, if not given.")] = None,
+    teacher: Annotated[
+        str | None, typer.Option(help="Model folder whose VAE decodes; the shards' if a preset.")
+    ] = None,
 ) -> None:
     """Show shards or a scene on one HTML page."""
     guarded(partial(_inspect, path, out, clips, teacher))
@@ -116,7 +118,7 @@ def _prepare(sources: list[Path], out: Path, size: str | None, part: str, option
         print(f"  skipped {entry.name}: {entry.reason}")
 
 
-def _inspect(path: str, out: Path, clips: int, teacher: str) -> None:
+def _inspect(path: str, out: Path, clips: int | None, teacher: str | None) -> None:
     from fvgen.contact_sheet import inspect as run_inspect  # takes seconds to import
 
     print(run_inspect(path, out, clips, teacher))

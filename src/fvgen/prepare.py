@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from fvgen.data.clips import Clip, render_clip
+from fvgen.data.order import clean_context
 from fvgen.data.photos import PhotoClip, photo_clip
 from fvgen.data.point_maps import BACKENDS, point_maps
 from fvgen.data.posed import Scene
@@ -68,7 +69,7 @@ class SceneEntry:
 
 @dataclass
 class Tally:
-    """What became of the clips; seconds by step over all processes, waiting left out."""
+    """What became of the clips; seconds of processor time by step, over all processes."""
 
     clips: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
@@ -83,9 +84,9 @@ class Tally:
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start = time.process_time()
         yield
-        self.seconds[step] += time.perf_counter() - start
+        self.seconds[step] += time.process_time() - start
 
 
 @dataclass(frozen=True)
@@ -460,10 +461,10 @@ def _here(jobs: Sequence[Job], pipeline: ViewCrafterPipeline, tick: Tick) -> Tal
 
 
 def _in_processes(jobs: Sequence[Job], workers: int, device: str, tick: Tick) -> Tally:
-    """Shards side by side. Spawned, not forked: torch's threads and a GPU do not survive a fork."""
-    context, tally = multiprocessing.get_context("spawn"), Tally()
+    """Shards side by side, in processes that share no threads and no GPU with this one: these do not survive a fork."""
+    context, tally = clean_context("fvgen.prepare"), Tally()
     done = context.Value("q", 0)
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(done, os.getpid()))
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(done,))
     try:
         waiting = {pool.submit(_work, job, device) for job in jobs}
         while waiting:
@@ -479,15 +480,14 @@ def _in_processes(jobs: Sequence[Job], workers: int, device: str, tick: Tick) ->
 _DONE: Any = None  # the counter that a worker shares with its parent
 
 
-def _begin(done: Any, parent: int) -> None:
+def _begin(done: Any) -> None:
     """A worker must not outlive a parent that was killed: its files would collide with those of the next run."""
     global _DONE
     _DONE = done
     torch.set_num_threads(1)
 
     def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(0.2)
+        multiprocessing.parent_process().join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

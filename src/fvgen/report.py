@@ -101,13 +101,8 @@ def render_page(
     curves: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> str:
     """The page as HTML; every text in it, such as a scene's name, is escaped by the template engine."""
-    environment = jinja2.Environment(
-        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["short"] = lambda value: "–" if value is None else f"{value:.3g}"
-    template = environment.from_string(files("fvgen").joinpath("report.html.jinja").read_text(encoding="utf-8"))
     header, rows, notes = table(report["rows"])
-    return template.render(
+    return page_template("report.html.jinja").render(
         report=report,
         rows=report["rows"],
         header=header,
@@ -118,6 +113,15 @@ def render_page(
         extras=EXTRAS,
         curves={stage: loss_curves(metrics) for stage, metrics in curves.items()},
     )
+
+
+def page_template(name: str) -> jinja2.Template:
+    """One of the package's pages, escaping texts by itself."""
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["short"] = lambda value: "–" if value is None else f"{value:.3g}"
+    return environment.from_string(files("fvgen").joinpath(name).read_text(encoding="utf-8"))
 
 
 def table(
@@ -138,18 +142,21 @@ def table(
 def pictures(clips: Sequence[ReportClip]) -> list[dict]:
     """For each clip its name, frame count, size, and the videos as contact sheets in data addresses."""
     for shrink, options in ENCODINGS:
-        sheets = [{key: _sheet(video, shrink, options) for key, video in clip.videos.items()} for clip in clips]
+        sheets = [{key: sheet_of(video, shrink, options) for key, video in clip.videos.items()} for clip in clips]
         if sum(len(data) for sheet in sheets for data in sheet.values()) <= PICTURE_BYTES:
             break
     out = []
     for clip, sheet in zip(clips, sheets, strict=True):
         frames, _, height, width = next(iter(clip.videos.values())).shape
-        addresses = {
-            key: "data:image/webp;base64," + base64.b64encode(sheet[key]).decode() for key in LABELS if key in sheet
-        }
+        addresses = {key: data_address(sheet[key]) for key in LABELS if key in sheet}
         size = {"frames": frames, "columns": _sheet_columns(frames), "height": height, "width": width}
         out.append({"name": clip.name, **size, "sheets": addresses})
     return out
+
+
+def data_address(webp: bytes) -> str:
+    """An image that stands in the page itself."""
+    return "data:image/webp;base64," + base64.b64encode(webp).decode()
 
 
 def loss_curves(metrics: Sequence[Mapping[str, float]]) -> list[Curve]:
@@ -176,12 +183,12 @@ def _sheet_columns(frames: int) -> int:
     return math.ceil(math.sqrt(frames))
 
 
-def _sheet(video: Tensor, shrink: int, options: dict) -> bytes:
-    """The frames [F, 3, H, W] on one WebP image, line by line."""
+def sheet_of(video: Tensor, shrink: int, options: dict, columns: int | None = None) -> bytes:
+    """The frames [F, 3, H, W] on one WebP image, line by line; near square if ``columns`` are not given."""
     video = video.detach().cpu().float()
     if shrink > 1:
         video = interpolate(video, scale_factor=1 / shrink, mode="bicubic", antialias=True)
-    columns = _sheet_columns(len(video))
+    columns = columns or _sheet_columns(len(video))
     missing = -len(video) % columns
     frames = torch.cat([video, video.new_zeros(missing, *video.shape[1:])]).clamp(0, 1).mul(255).round().byte()
     sheet = rearrange(frames, "(line column) c h w -> (line h) (column w) c", column=columns)

@@ -8,6 +8,7 @@ many they are, nor does the place at which a run goes on.
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -63,8 +64,7 @@ class ShardLoader:
             sampler=self._indices(self.consumed),
             batch_size=None,
             num_workers=self.workers,
-            # a fork would share file positions and locks of what is open
-            multiprocessing_context="spawn" if self.workers else None,
+            multiprocessing_context=clean_context("fvgen.data.order") if self.workers else None,
         )
         for batch in loader:
             self.consumed += self.batch_size * self.world_size
@@ -92,6 +92,16 @@ class ShardLoader:
                 batch.append(int(order[place]))
             yield batch
             start += self.batch_size * self.world_size
+
+
+def clean_context(module: str) -> multiprocessing.context.BaseContext:
+    """For processes that inherit nothing of this one, no threads, locks or open files; what ``module`` imports is
+    imported once for all of them, where the system allows that."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([module])
+    return context
 
 
 class _Batches(torch.utils.data.Dataset):

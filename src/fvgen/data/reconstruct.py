@@ -1,18 +1,52 @@
-"""Unposed photographs to a posed scene by COLMAP's incremental structure-from-motion (pycolmap): a CPU, no weights."""
+"""Unposed photographs to a posed scene: by COLMAP's incremental structure-from-motion (pycolmap: a CPU, no weights), or
+by a user's own DUSt3R, which also does with one or two photographs and brings depth maps.
+"""
 
 from __future__ import annotations
 
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
+from fvgen.data.points import dust3r
+from fvgen.data.points.dust3r_model import missing
 from fvgen.data.posed import Scene
 from fvgen.data.readers.photographs import Photographs
 from fvgen.data.scenes import read_scene
-from fvgen.errors import UserError, first_line
+from fvgen.errors import UserError, did_you_mean, first_line
 from fvgen.storage import atomic_path
 
 FEWEST = 3  # views: two can be posed, but by chance
 LEAST_POSED = 0.5  # share of the photographs
+
+BACKENDS = ("colmap", "dust3r")
+
+
+class Posed(NamedTuple):
+    """``backend``: who found the poses of the scene."""
+
+    scene: Scene
+    backend: str
+
+
+def pose_photographs(
+    photographs: Photographs, folder: str | Path, backend: str = "auto", in_order: bool = False
+) -> Posed:
+    """A posed scene in ``folder`` by one of `BACKENDS`; "auto": COLMAP, and DUSt3R where that fails and this is there.
+
+    ``in_order`` is for `reconstruct`. Raises UserError where none or not the given one can.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise UserError(f"unknown way to pose photographs {backend!r}{did_you_mean(backend, [*BACKENDS, 'auto'])}")
+    if backend == "dust3r" or (backend == "auto" and not find_spec("pycolmap") and missing() is None):
+        return Posed(dust3r.reconstruct(photographs, folder), "dust3r")
+    try:
+        return Posed(reconstruct(photographs, folder, in_order), "colmap")
+    except UserError:
+        if backend == "colmap" or missing() is not None or Path(folder).exists():
+            raise
+        return Posed(dust3r.reconstruct(photographs, folder), "dust3r")
 
 
 def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = False) -> Scene:

@@ -13,7 +13,7 @@ def align_inverse_depth(inverse: Tensor, depth: Tensor, shift: bool = True) -> t
     """(a, b) such that a * inverse + b is about 1 / depth; both [M], positive.
 
     Least sum of absolute *relative* errors, |(a x + b) d - 1|, by iteratively reweighted least squares from the median
-    of the ratios: up to half of the points may be wrong. A network's inverse depth is right up to scale and shift
+    of the ratios: a minority of wrong points hardly moves it. A network's inverse depth is right up to scale and shift
     (Ranftl et al. 2020); with fewer than `FEW` points, or where a would not be positive, b is 0.
     """
     x, d = inverse.double(), depth.double()

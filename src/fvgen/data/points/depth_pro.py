@@ -25,7 +25,6 @@ from fvgen.data.points.sparse import anchors, lacks_anchors
 from fvgen.data.posed import Scene
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.alignment import align_inverse_depth
-from fvgen.hub import fetch_folder
 
 REPOSITORY = "apple/DepthPro-hf"
 FILES = ("*.json", "*.safetensors")
@@ -86,6 +85,8 @@ def in_scene_units(inverse: Tensor, pixels: Tensor, true: Tensor) -> Tensor:
 def _weights() -> Path:
     named = os.environ.get("FVGEN_DEPTH_PRO")
     if not named:
+        from fvgen.hub import fetch_folder  # it imports diffusers, which takes seconds
+
         return fetch_folder(REPOSITORY, FILES)
     if not Path(named).is_dir():
         raise UserError(f"FVGEN_DEPTH_PRO names {named}, which is not a folder; correct or unset the variable")

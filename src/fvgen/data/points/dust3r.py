@@ -57,7 +57,9 @@ def lacks(scene: Scene) -> str | None:
 
 def run(scene: Scene, views: Sequence[int], height: int, width: int) -> Tensor:
     """A single view gets the company of the one beside it. Raises UserError where all were taken from one place."""
-    chosen = list(views) if len(set(views)) > 1 else [views[0], _beside(scene, views[0])]
+    chosen = list(dict.fromkeys(views))
+    if len(chosen) == 1:
+        chosen.append(_beside(scene, chosen[0]))
     centers = scene.cameras.centers[chosen]
     if not (centers - centers[0]).any():
         raise UserError(
@@ -68,7 +70,7 @@ def run(scene: Scene, views: Sequence[int], height: int, width: int) -> Tensor:
     size = working_size(height, width, dust3r.side)
     images = torch.stack([fit_image(scene.image(view), *size) for view in chosen])
     depth = align(dust3r, images, scene.cameras[chosen].fitted(*size)).depth
-    return torch.stack([fit_depth(one, height, width) for one in depth[: len(views)]])
+    return torch.stack([fit_depth(depth[chosen.index(view)], height, width) for view in views])
 
 
 def reconstruct(photographs: Photographs, folder: str | Path) -> Scene:
@@ -94,8 +96,9 @@ def reconstruct(photographs: Photographs, folder: str | Path) -> Scene:
 def choose_pairs(views: int) -> list[tuple[int, int]]:
     """Directed pairs, each both ways, (1, 0) before (0, 1): all of them for up to `COMPLETE` views.
 
-    A pair at 512x384 takes about 30 MB while aligning, so that thirty views all with all would need 26 GB; beyond
-    `COMPLETE` views each is paired with those `OFFSETS` places further, around the end: at most six times V pairs.
+    A directed pair at 512x288 takes 31 MB while aligning, so that thirty views all with all would need 27 GB; beyond
+    `COMPLETE` views each is paired with those `OFFSETS` places further, around the end: at most six times V pairs,
+    and 6 GB for thirty views.
     """
     if views <= COMPLETE:
         one_way = [(i, j) for i in range(views) for j in range(i)]
@@ -138,7 +141,7 @@ def align(dust3r: Dust3r, images: Tensor, cameras: Cameras | None = None) -> Ali
         {"img": 2 * image[None] - 1, "true_shape": np.int32([image.shape[-2:]]), "idx": i, "instance": str(i)}
         for i, image in enumerate(whole)
     ]
-    device = next(dust3r.network.parameters()).device
+    device = next(dust3r.network.parameters()).device.type  # mini-dust3r takes no torch.device
     pairs = [(views[i], views[j]) for i, j in choose_pairs(len(views))]
     output = dust3r.inference(pairs, dust3r.network, device, batch_size=1, verbose=False)
     with torch.random.fork_rng(), torch.enable_grad():
@@ -151,15 +154,16 @@ def align(dust3r: Dust3r, images: Tensor, cameras: Cameras | None = None) -> Ali
             center = cameras.intrinsics[:, :2, 2] - 0.5 + torch.tensor([left, top])
             scene.preset_focal(cameras.intrinsics[:, [0, 1], [0, 1]].mean(1).tolist())
             scene.preset_principal_point(center.numpy())
-            scene.preset_pose(cameras.world_from_cam)
+            scene.preset_pose(cameras.world_from_cam.numpy())
         init = "mst" if cameras is None else "known_poses"
         scene.compute_global_alignment(init=init, niter=ITERATIONS, schedule="linear", lr=RATE)
     inner = (slice(None), slice(top, top + height), slice(left, left + width))
     depth = torch.stack([one.detach().cpu() for one in scene.get_depthmaps()])
     confidence = torch.stack([one.detach().cpu() for one in scene.im_conf])
     points = torch.stack([one.detach().cpu() for one in scene.get_pts3d()])
-    size = whole.shape[-2:]
-    found = Cameras(scene.get_im_poses().detach().cpu(), scene.get_intrinsics().detach().cpu(), *size)
+    found = Cameras(scene.get_im_poses().detach().cpu(), scene.get_intrinsics().detach().cpu(), *whole.shape[-2:])
+    if not all(part.isfinite().all() for part in (depth, found.world_from_cam, found.intrinsics)):
+        raise UserError(f"DUSt3R could not align the {len(images)} photographs; give some that show more in common")
     if len(images) > 2:  # ViewCrafter draws all points of one or two views
         confidence = clean_confidence(confidence, depth, points, found)
         depth = torch.where(confidence > LEAST, depth, 0.0)

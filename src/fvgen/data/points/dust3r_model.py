@@ -29,7 +29,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fvgen.errors import UserError, first_line
-from fvgen.hub import fetch_file, fetch_folder
 
 LICENCE = "DUSt3R and its weights are CC BY-NC-SA 4.0: what you make with them is for non-commercial use only"
 CLASS = "AsymmetricCroCo3DStereo"
@@ -95,6 +94,8 @@ def _located(weights: str) -> Path:
     path = Path(weights)
     if path.exists():
         return path
+    from fvgen.hub import fetch_file, fetch_folder  # it imports diffusers, which takes seconds
+
     if path.suffix in (".pth", ".safetensors") or weights.startswith(("http://", "https://")):
         return fetch_file(weights)
     if weights.count("/") == 1:
@@ -115,7 +116,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
         return parse_arguments(content["args"].model), content["model"]
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, SyntaxError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no weights of DUSt3R ({first_line(error)}); download them again") from error
     except (UnpicklingError, SafetensorError) as error:
         raise UserError(f"{path} is damaged or not DUSt3R's ({first_line(error)}); download it again") from error

@@ -33,9 +33,8 @@ def triangulated(scene: Scene, view: int) -> tuple[Tensor, Tensor]:
     """Pixels [M, 2] of the whole photograph and depths [M] of features that its neighbours show as well."""
     images, cameras = _small(scene, scene.cameras.height, scene.cameras.width, FEATURE_SIDE)
     pixels, depth = triangulated_features(images.mean(1), cameras, view)
-    return pixels * pixels.new_tensor(
-        [scene.cameras.width / cameras.width, scene.cameras.height / cameras.height]
-    ), depth
+    larger = (scene.cameras.width / cameras.width, scene.cameras.height / cameras.height)
+    return pixels * pixels.new_tensor(larger), depth
 
 
 def _small(scene: Scene, height: int, width: int, side: int) -> tuple[Tensor, Cameras]:
