@@ -208,15 +208,15 @@ def test_another_run_and_a_cut_checkpoint(stage, settings, tmp_path):
     words = [GAN, "--config", settings, *words_of(config)]
     expect(run([*words, "seed=5"], tmp_path), "holds another run (seed is 0 there and 5 here)")
     assert listing(tmp_path) == before
-    cut(tmp_path / "run" / "checkpoint.pt")
+    cut(tmp_path / "run" / "checkpoints" / "00000002" / "student.pt")
     before = listing(tmp_path)
-    expect(run([*words, "iterations=3"], tmp_path), "checkpoint.pt is damaged or cut short")
+    expect(run([*words, "iterations=3"], tmp_path), "00000002 is damaged or cut short")
     assert listing(tmp_path) == before
 
 
 # --- A full disk: no file may grow beyond a limit, which is a real error of the system ---
 
-PHASES = {"config.yaml": 700, "latents": 20_000, "metrics.jsonl": 3_000, "checkpoint.pt": 1_000_000, "student": 500_000}
+PHASES = {"config.yaml": 700, "latents": 20_000, "metrics.jsonl": 3_000, "checkpoints": 1_000_000, "student": 500_000}
 
 
 @pytest.mark.parametrize("name", PHASES)
@@ -243,7 +243,7 @@ def test_a_full_disk(stage, settings, tmp_path, clip_folder, name):
         assert not new
     elif name == "metrics.jsonl":
         assert new == {"run", "run/config.yaml", "run/metrics.jsonl"}
-    if name in ("metrics.jsonl", "checkpoint.pt"):
+    if name in ("metrics.jsonl", "checkpoints"):
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert 0 < len(rows) < 12
 

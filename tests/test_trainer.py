@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -94,10 +95,10 @@ def test_the_student_is_the_average_and_the_head_goes_with_it(stage):
     trainer = Trainer(stage(ema_decay=0.5))
     folder = trainer.train()
     student = load_pipeline(folder, FVGenPipeline)
-    averaged, last, first = trainer.ema.module.unet, trainer.players.student.unet, trainer.base.unet
+    averaged, last, first = trainer.ema.weights(), trainer.players.student.unet, trainer.base.unet
     name = "middle_block.0.conv1.weight"
     saved = student.unet.get_parameter(name)
-    assert torch.equal(saved, averaged.get_parameter(name))
+    assert torch.equal(saved, averaged[f"unet.{name}"])
     assert not torch.equal(saved, last.get_parameter(name)) and not torch.equal(saved, first.get_parameter(name))
     for part in ("vae", "image_encoder", "image_projector", "prompts"):
         theirs = getattr(trainer.base, part).state_dict()
@@ -208,11 +209,17 @@ def moments(out: Path, generator: random.Random) -> Iterator[Callable[[], bool]]
     """Moments in the life of a run: a number of rows and a little later, and while each kind of file is written."""
     for kill in count():
         if kill % 2:
-            name = generator.choice(
-                ["checkpoint.pt", "student", "head", "summary.json", "metrics.jsonl", "config.yaml"]
-            )
-            partial = out / f"{name}.partial"
-            yield lambda partial=partial: partial.exists()
+            names = [
+                "checkpoints/*",
+                "checkpoints/*",
+                "student",
+                "head",
+                "summary.json",
+                "metrics.jsonl",
+                "config.yaml",
+            ]
+            name = generator.choice(names)
+            yield lambda name=name: any(out.glob(f"{name}.partial"))
         else:
             rows, delay = generator.randrange(4), generator.uniform(0, 0.3)
             yield after_rows(out / "metrics.jsonl", rows, delay)
@@ -330,38 +337,87 @@ def test_an_init_that_is_damaged_or_does_not_fit(stage, finished, tmp_path):
     assert not out.exists()
 
 
-def test_a_checkpoint_that_is_cut_short(finished, tmp_path):
+@pytest.mark.parametrize("name", ["student.pt", "ema.pt", "clock.pt", "checkpoint.json"])
+def test_a_checkpoint_that_is_cut_short(finished, tmp_path, name):
     config, out = finished(tmp_path, iterations=4)
-    file = out / "checkpoint.pt"
+    folder = out / "checkpoints" / "00000003"
+    file = folder / name
     whole = file.read_bytes()
-    for length in (0, 10, len(whole) // 2, len(whole) - 100):
-        file.write_bytes(whole[:length])
+    flipped = whole[: len(whole) // 2] + bytes([whole[len(whole) // 2] ^ 1]) + whole[len(whole) // 2 + 1 :]
+    for damaged in (b"", whole[:10], whole[: len(whole) // 2], whole[:-100], flipped):
+        file.write_bytes(damaged)
         sentence = refused(config)
-        assert f"checkpoint {file} is damaged or cut short" in sentence and f"delete {file}" in sentence
+        assert f"checkpoint {folder} is damaged" in sentence and f"delete {folder}" in sentence
+    file.unlink()
+    assert "is damaged" in refused(config)
     file.write_bytes(whole)
     run(config)
     assert len(read_metrics(out)) == 4
 
 
-@pytest.mark.parametrize("content", [{"iteration": 3}, [1, 2], torch.zeros(3), {"iteration": "x"}, {}])
+def test_without_its_newest_checkpoint_a_run_goes_on_from_the_one_before(finished, tmp_path):
+    config, out = finished(tmp_path, iterations=4)
+    whole, _ = finished(tmp_path / "whole", iterations=4)
+    run(whole)
+    shutil.rmtree(out / "checkpoints" / "00000003")
+    (out / "summary.json").unlink()
+    run(config)
+    assert same_files(Path(whole.out), out)
+
+
+def rewrite(folder: Path, name: str, content: object) -> None:
+    """Replace a file of a checkpoint, checksum included, as no accident can."""
+    torch.save(content, folder / name)
+    index = json.loads((folder / "checkpoint.json").read_text())
+    index["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    (folder / "checkpoint.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("content", [{"iteration": 3}, [1, 2], torch.zeros(3), {"step": "x", "module": {}}, {}])
 def test_a_checkpoint_of_something_else(finished, tmp_path, content):
     config, out = finished(tmp_path, iterations=4)
-    torch.save(content, out / "checkpoint.pt")
+    rewrite(out / "checkpoints" / "00000003", "student.pt", content)
     assert "does not fit this run's networks; delete" in refused(config)
 
 
-def test_a_checkpoint_of_other_networks(stage, finished, tmp_path):
+def test_a_checkpoint_of_other_networks_or_of_another_stage(stage, finished, tmp_path):
     config, out = finished(tmp_path, iterations=4)
-    other = stage(head_channels=16, iterations=1, out=str(tmp_path / "other"))
-    run(other)
-    shutil.copy(Path(other.out) / "checkpoint.pt", out)
-    assert "does not fit this run's networks" in refused(config)
+    for other, what in ((stage(head_channels=16, iterations=1), "model"), (stage("dmd", iterations=1), "stage")):
+        run(other)
+        shutil.rmtree(out / "checkpoints")
+        shutil.copytree(Path(other.out) / "checkpoints", out / "checkpoints")
+        assert f"is of another {what} (" in refused(config)
+
+
+@pytest.mark.parametrize(
+    "index", ["[]", "{}", '{"format": 2}', '{"format": 1, "iteration": 3, "facts": {}, "sha256": []}']
+)
+def test_a_checkpoint_without_a_proper_index(finished, tmp_path, index):
+    config, out = finished(tmp_path, iterations=4)
+    (out / "checkpoints" / "00000003" / "checkpoint.json").write_text(index)
+    sentence = refused(config)
+    assert "checkpoint" in sentence and "delete" in sentence
 
 
 def test_a_checkpoint_with_code_in_it(finished, tmp_path):
     config, out = finished(tmp_path, iterations=4)
-    torch.save({"iteration": 3, "student": Path}, out / "checkpoint.pt")
+    rewrite(out / "checkpoints" / "00000003", "student.pt", {"module": Path})
     assert "is damaged or cut short" in refused(config)
+
+
+def test_the_newest_checkpoints_stay_and_the_best(stage):
+    config = stage(iterations=6, checkpoint_every=1, keep_checkpoints=2, keep_best_by="loss_student")
+    run(config)
+    rows = read_metrics(config.out)
+    best = min(rows, key=lambda row: row["loss_student"])["iteration"]
+    kept = sorted(int(path.name) for path in (Path(config.out) / "checkpoints").iterdir())
+    assert kept == sorted({best, 5, 6})
+
+
+def test_a_metric_that_is_none(stage):
+    assert "keep_best_by='loss_studnt' is no metric; did you mean 'loss_student'?" in refused(
+        stage(keep_best_by="loss_studnt")
+    )
 
 
 def test_metrics_that_are_cut_short(finished, tmp_path):
@@ -380,11 +436,12 @@ def test_metrics_that_are_cut_short(finished, tmp_path):
 
 
 def test_training_that_diverges(stage):
-    config = stage(student_lr=1e30, iterations=5)
+    config = stage(student_lr=1e30, iterations=8)
     sentence = refused(config)
-    assert "training diverged" in sentence and "is not finite at iteration" in sentence
+    assert "training diverged" in sentence and "is not finite at iteration 4, the last of 3 in a row" in sentence
     assert "lower the learning rates" in sentence
     assert not (Path(config.out) / "student").exists()
+    assert [("not_finite" in row) for row in read_metrics(config.out)] == [False, True, True, True]
 
 
 def test_a_device_that_is_not_there(stage):

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fvgen.errors import Stopped, UserError
 
-QUIET_SECONDS = 3.0
+QUIET_SECONDS = 10.0
 
 app = typer.Typer(
     add_completion=False,
@@ -50,6 +50,74 @@ def _demo(out: Path, data: Path | None, seed: int, device: str) -> None:
     report = run_demo(out, data, seed, device)
     print_table(report, console)
     console.print(f"Pictures: {out / 'report.html'}")
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a stage: the out=DIR of its recipe.")],
+    out: Annotated[Path, typer.Option(help="Folder for the student, in the format of diffusers.")],
+    iteration: Annotated[int | None, typer.Option(min=1, help="Which checkpoint; the newest if not given.")] = None,
+) -> None:
+    """Write the averaged student of a checkpoint as a model folder; the run may still be going on."""
+    guarded(partial(_export, run, out, iteration))
+
+
+def _export(run: Path, out: Path, iteration: int | None) -> None:
+    from fvgen.distill import export_checkpoint
+
+    print(f"Student: {export_checkpoint(run, out, iteration)}")
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Option(help="YAML file of settings, as for the recipes.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Processes, one GPU each.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GB of one GPU.")] = 80.0,
+    stage: Annotated[str, typer.Option(help="gan or dmd")] = "dmd",
+    frames: Annotated[int | None, typer.Option(min=1, help="Of a clip; those of the data if not given.")] = None,
+    height: Annotated[int | None, typer.Option(min=1)] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    tflops: Annotated[float, typer.Option(min=0.001, help="Peak rate of one GPU.")] = 989.0,
+    utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of it that is reached.")] = 0.35,
+    settings: Annotated[list[str] | None, typer.Argument(help="key=value that differ from the file")] = None,
+) -> None:
+    """Predict memory and seconds per iteration for every way to train, and recommend one; nothing is trained.
+
+    teacher=viewcrafter plans for the published model without its weights.
+    """
+    guarded(partial(_plan, config, gpus, gpu_memory, stage, (frames, height, width), (tflops, utilisation), settings))
+
+
+def _plan(
+    file: Path,
+    gpus: int,
+    memory: float,
+    stage: str,
+    clip: tuple[int | None, int | None, int | None],
+    rate: tuple[float, float],
+    words: list[str] | None,
+) -> None:
+    from fvgen.distill import read_stage_config
+    from fvgen.plan import Hardware, clip_size, print_plan, unet_settings
+    from fvgen.plan import plan as make_plan
+    from fvgen.simulate import Size
+
+    if stage not in ("gan", "dmd"):
+        raise UserError(f"--stage {stage}: there are gan and dmd")
+    given = [] if any(word.startswith("out=") for word in words or []) else ["out=unused"]
+    config = read_stage_config(stage, file, [*given, *(words or [])])
+    unet, factor = unet_settings(config.teacher)
+    frames, height, width = clip_size(config.data, *clip)
+    parts = gpus * config.accumulation
+    if config.batch_size % parts:
+        raise UserError(f"batch_size={config.batch_size} does not divide among {gpus} GPUs; give a multiple of {parts}")
+    levels = len(unet.get("channel_mult", (1, 2, 4, 4)))
+    multiple = factor * 2 ** (levels - 1)
+    if height % multiple or width % multiple:
+        raise UserError(f"frames of {height}x{width} do not fit this model; use multiples of {multiple}")
+    size = Size(config.batch_size // parts, frames, height // factor, width // factor)
+    hardware = Hardware(gpus, memory, *rate)
+    print_plan(make_plan(config, unet, size, hardware), hardware, Console())
 
 
 def guarded(call: Callable[[], object]) -> None:

@@ -83,8 +83,8 @@ def load_checkpoint(folder: Path, things: Mapping[str, Stateful], facts: Mapping
         try:
             thing.load_state_dict(_read(folder / f"{name}.pt", cure))
         except UserError:
-            raise
-        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise  # the file itself is bad
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             raise UserError(f"checkpoint {folder} does not fit this run's networks; {cure}") from error
     return index["iteration"]
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,13 +15,13 @@ from torch import nn
 
 from fvgen.distill.config import StageConfig
 from fvgen.distill.ema import EMA
-from fvgen.distill.engines import make_engine, shard_frozen
+from fvgen.distill.engines import Engine, make_engine, shard_frozen
 from fvgen.distill.steps import Players
 from fvgen.distributed import ALONE, World
 from fvgen.errors import UserError, first_line
 from fvgen.models.discriminator import DiscriminatorHead
 from fvgen.models.lora import RoleUNet, SharedBackbone
-from fvgen.models.teacher import Denoiser
+from fvgen.models.teacher import Denoiser, Teacher
 from fvgen.objectives import divergences
 from fvgen.objectives.ratio import RatioNormalizer
 from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
@@ -36,19 +38,10 @@ def build_players(
 
     All networks stay in evaluation mode: the teacher's dropout would add noise to every target.
     """
-    schedule = base.schedule
     teacher = base.teacher(config.guidance)
     torch.manual_seed(config.seed)  # the head's initial weights
     width = teacher.unet.config.model_channels * teacher.unet.config.channel_mult[-1]
     head = DiscriminatorHead(width, config.head_channels)
-    matching = config.stage == "dmd"
-    student_unet: nn.Module | None = None
-    if not config.student_lora:
-        folder = start_from and start_from / "student"
-        student_unet = copy.deepcopy(teacher.unet) if folder is None else load_pipeline(folder, FVGenPipeline).unet
-    fake_unet: nn.Module | None = None
-    if matching and not config.share_backbone:
-        fake_unet = copy.deepcopy(teacher.unet)
     if start_from is not None:
         expected, head = head.config, load_head(start_from / "head")
         for key in ("in_channels", "channels"):
@@ -57,42 +50,65 @@ def build_players(
                     f"the head in init={start_from} has {key}={head.config[key]}, this stage needs {expected[key]}; "
                     "set teacher and head_channels as they were there"
                 )
+    engine = partial(make_engine, config=config, world=world)
+    at_equality = divergences.weight(config.divergence, torch.zeros(1)).item()
+    players = assemble(config, teacher, head.to(config.device), start_from, engine, world, at_equality)
+    ema = EMA(players.student_engine, config.ema_decay)
+    shard_frozen(teacher, config, world)
+    return players, ema
+
+
+def assemble(
+    config: StageConfig,
+    teacher: Teacher,
+    head: DiscriminatorHead,
+    start_from: Path | None,
+    engine: Callable[[nn.Module, float], Engine],
+    world: World = ALONE,
+    at_equality: float = 1.0,
+) -> Players:
+    """The players around a teacher and a head, each learning one with its ``engine(module, lr)``. ``at_equality`` is
+    the divergence's weight where student and teacher agree."""
+    schedule, matching = teacher.schedule, config.stage == "dmd"
+    student_unet: nn.Module | None = None
+    if not config.student_lora and start_from is None:
+        student_unet = copy.deepcopy(teacher.unet)
+    elif not config.student_lora:
+        student_unet = load_pipeline(start_from / "student", FVGenPipeline).unet.to(config.device)
+    fake_unet = copy.deepcopy(teacher.unet) if matching and not config.share_backbone else None
     for unet in (teacher.unet, student_unet, fake_unet):
         if unet is not None and config.checkpoint_activations:
             unet.enable_gradient_checkpointing()
-        if unet is not None and config.precision == "bfloat16":
+        if unet is not None and config.precision == "bfloat16" != str(unet.dtype).removeprefix("torch."):
             unet.to(torch.bfloat16)
     roles = ["student"] * (student_unet is None) + ["fake_score"] * (matching and fake_unet is None)
     if roles:
         backbone = SharedBackbone(teacher.unet, roles, config.lora_rank)
         if config.checkpoint_activations:
             teacher.unet.enable_gradient_checkpointing(backbone.checkpointed)
-        student_unet = student_unet or RoleUNet(backbone, "student")
+        student_unet = RoleUNet(backbone, "student") if student_unet is None else student_unet
         if matching:
-            fake_unet = fake_unet or RoleUNet(backbone, "fake_score")
+            fake_unet = RoleUNet(backbone, "fake_score") if fake_unet is None else fake_unet
     if config.student_lora and start_from is not None:
         _load_adapter(student_unet, start_from)
-    student, head = (
-        net.requires_grad_(True).eval().to(config.device) for net in (Denoiser(student_unet, schedule), head)
-    )
-    fake_score = Denoiser(fake_unet, schedule).requires_grad_(True).eval().to(config.device) if matching else None
 
-    at_equality = divergences.weight(config.divergence, torch.zeros(1)).item()
+    def ready(network: nn.Module) -> nn.Module:
+        return network.requires_grad_(True).eval()
+
+    student, head = ready(Denoiser(student_unet, schedule)), ready(head)
+    fake_score = ready(Denoiser(fake_unet, schedule)) if matching else None
     normalizer = RatioNormalizer(at_equality, config.ratio_bins, config.ratio_decay).to(config.device)
-    players = Players(
+    return Players(
         teacher=teacher,
         student=student,
         head=head,
         fake_score=fake_score,
         normalizer=normalizer if matching else None,
-        student_engine=make_engine(student, config.student_lr, config, world),
-        head_engine=make_engine(head, config.head_lr, config, world),
-        fake_score_engine=make_engine(fake_score, config.fake_score_lr, config, world) if matching else None,
+        student_engine=engine(student, config.student_lr),
+        head_engine=engine(head, config.head_lr),
+        fake_score_engine=engine(fake_score, config.fake_score_lr) if matching else None,
         world=world,
     )
-    ema = EMA(players.student_engine, config.ema_decay)
-    shard_frozen(teacher, config, world)
-    return players, ema
 
 
 def _load_adapter(unet: RoleUNet, start_from: Path) -> None:

@@ -183,8 +183,9 @@ class Trainer:
             clips, watched[MONITOR + "seed_spread"] = sample_clips(self.players.student, self.latents, self.config)
 
         def write() -> None:
-            if self.config.keep_best_by and self.config.keep_best_by not in row and "loss_student" in row:
-                raise UserError(f"keep_best_by={self.config.keep_best_by}{did_you_mean(self.config.keep_best_by, row)}")
+            best_by = self.config.keep_best_by
+            if best_by and best_by not in row and "loss_student" in row:
+                raise UserError(f"keep_best_by={best_by!r} is no metric{did_you_mean(best_by, row)}")
             append_line(self.out / "metrics.jsonl", json.dumps({"iteration": iteration, **row}))
             monitor.row(iteration, row, watched)
             if clips is not None:

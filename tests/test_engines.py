@@ -1,0 +1,329 @@
+"""Engines: what an update changes, what it skips, what it leaves alone, and what it never waits for."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from small_models import small_teacher
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fvgen.data.clips import ClipFolder
+from fvgen.data.latents import load_latents
+from fvgen.distill import StageConfig, Trainer
+from fvgen.distill.draws import Draws
+from fvgen.distill.ema import EMA
+from fvgen.distill.engines import Optimization, PlainEngine, join_world, zero_settings
+from fvgen.distill.players import build_players
+from fvgen.distill.steps import frozen, roll_out, update_critics, update_critics_and_look, update_student
+from fvgen.distributed import World
+from fvgen.errors import UserError
+
+
+def rng(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def engine_of(module: nn.Module, **changes) -> PlainEngine:
+    settings = {"lr": 0.1, "betas": (0.9, 0.999), "weight_decay": 0.0, "clip_norm": 1e9} | changes
+    return PlainEngine(module, Optimization(**settings))
+
+
+# --- Random numbers of a global batch ---
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_each_process_sees_its_rows_of_the_same_numbers(processes):
+    whole, size = Draws(rng()), 6 // processes
+    parts = [Draws(rng(), 6, slice(r * size, (r + 1) * size)) for r in range(processes)]
+    like = torch.zeros(6, 4, 3)
+    for name, arguments in (("normal", ()), ("integers", (0, 1000)), ("normal", ())):
+        expected = getattr(whole, name)(*arguments, like)
+        got = torch.cat([getattr(part, name)(*arguments, like[:size]) for part in parts])
+        assert torch.equal(got, expected) and len(expected.unique()) > 3
+    assert {part.shared_integer(1000) for part in parts} == {whole.shared_integer(1000)}
+
+
+def test_a_copy_gives_the_same_numbers_again():
+    draws = Draws(rng(), 4)
+    again, other = draws.copy(), draws.copy(slice(2, 4))
+    numbers = draws.normal(torch.zeros(4, 5))
+    assert torch.equal(again.normal(torch.zeros(4, 5)), numbers)
+    assert torch.equal(other.normal(torch.zeros(2, 5)), numbers[2:])
+
+
+# --- Updates ---
+
+
+def test_parts_add_up_to_the_whole():
+    torch.manual_seed(0)
+    x, whole = torch.randn(6, 3), nn.Linear(3, 2)
+    parts = copy.deepcopy(whole)
+    first, second = engine_of(whole), engine_of(parts, accumulation=3)
+    norm = first.update(whole(x).square().mean())
+    norms = [second.update(parts(x[i : i + 2]).square().mean()) for i in (0, 2, 4)]
+    assert norms[:2] == [None, None]
+    torch.testing.assert_close(norms[2], norm)
+    torch.testing.assert_close(parts.weight, whole.weight)
+
+
+def test_a_stage_in_parts_is_the_stage(stage, tmp_path):
+    rows = {}
+    for parts in (1, 2):
+        trainer = Trainer(stage(batch_size=4, accumulation=parts, out=str(tmp_path / str(parts)), critic_updates=2))
+        rows[parts] = [trainer.iterate(iteration) for iteration in (1, 2)]
+    for one, two in zip(rows[1], rows[2], strict=True):
+        assert one.keys() == two.keys()
+        for key in set(one) - {"student_std"}:  # the mean of the parts' spreads
+            assert two[key] == pytest.approx(one[key], rel=2e-4, abs=1e-6), key
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_an_update_that_is_not_finite_is_skipped(fused, bad):
+    torch.manual_seed(0)
+    module = nn.Linear(3, 2)
+    engine = engine_of(module, fused=fused)
+    engine.update(module(torch.ones(3)).sum())
+    before = copy.deepcopy(engine.state_dict())
+    norm = engine.update((module(torch.ones(3)) * bad).sum())
+    assert not norm.isfinite()
+    after = engine.state_dict()
+    assert after["step"] == before["step"] == 1
+    for key in ("module", "exp_avg", "exp_avg_sq"):
+        assert all(torch.equal(after[key][name], before[key][name]) for name in before[key])
+    assert engine.update(module(torch.ones(3)).sum()).isfinite() and engine.state_dict()["step"] == 2
+
+
+def test_one_bad_part_skips_the_whole_update():
+    module = nn.Linear(3, 2)
+    engine, before = engine_of(module, accumulation=2), module.weight.clone()
+    engine.update(module(torch.full((3,), torch.nan)).sum())
+    assert not engine.update(module(torch.ones(3)).sum()).isfinite() and torch.equal(module.weight, before)
+
+
+def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
+    torch.manual_seed(0)
+    module = nn.Linear(8, 8).bfloat16()
+    module.weight.data.fill_(1.0)  # whose neighbour below is 1 - 1/256
+    engine = engine_of(module, lr=1e-3, betas=(0.0, 0.999))
+    for step in range(1, 11):
+        engine.update(module(torch.ones(1, 8, dtype=torch.bfloat16)).float().sum())
+        torch.testing.assert_close(engine.masters[0], torch.full((8, 8), 1 - 1e-3 * step), rtol=1e-4, atol=0)
+        assert torch.equal(module.weight, engine.masters[0].bfloat16())
+    assert module.weight.max() < 1
+
+
+def test_a_stage_in_bfloat16(stage):
+    trainer = Trainer(stage("dmd", precision="bfloat16", iterations=2))
+    folder = trainer.train()
+    assert trainer.players.student.unet.dtype == torch.bfloat16 and folder.is_dir()
+    masters, average = trainer.players.student_engine.masters, trainer.ema.weights()
+    assert all(master.dtype == torch.float32 for master in masters)
+    assert all(tensor.dtype == torch.float32 for tensor in average.values())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_state_goes_on_where_it_was(fused):
+    torch.manual_seed(0)
+    first, x = nn.Linear(3, 2), torch.randn(4, 3)
+    one = engine_of(first, fused=fused)
+    one.update(first(x).square().mean())
+    second = nn.Linear(3, 2)
+    two = engine_of(second, fused=fused)
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for engine, module in ((one, first), (two, second)):
+        engine.update(module(x).square().mean())
+    assert torch.equal(first.weight, second.weight)
+    for wrong, error in (
+        ({"weight": torch.zeros(2, 3)}, KeyError),
+        ({"weight": torch.zeros(3), "bias": torch.zeros(2)}, RuntimeError),
+    ):
+        with pytest.raises(error):
+            two.scatter(wrong)
+
+
+def test_the_average_follows_by_the_rule():
+    module = nn.Linear(1, 1, bias=False)
+    engine = engine_of(module)
+    ema, expected = EMA(engine, 0.9), module.weight.item()
+    for n in range(1, 6):
+        module.weight.data.fill_(float(n))
+        ema.update()
+        decay = min(0.9, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    assert ema.weights()["weight"].item() == pytest.approx(expected)
+
+
+def test_frozen_lets_gradients_through_but_not_in():
+    head, x = nn.Linear(3, 1), torch.ones(3, requires_grad=True)
+    with frozen(head):
+        loss = head(x).sum()
+    loss.backward()
+    assert torch.equal(x.grad, head.weight[0]) and head.weight.grad is None and head.weight.requires_grad
+
+
+# --- What never happens inside an update ---
+
+
+class Waits(TorchDispatchMode):
+    """Operations that make Python wait for a value of a tensor."""
+
+    names = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal", "aten.masked_select")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        masked = str(func).startswith("aten.index.Tensor") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
+        if masked or str(func).startswith(self.names):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_counter_sees_what_it_should():
+    with Waits() as waits:
+        x = torch.ones(2)
+        _ = x.sum().item(), bool(x[0] > 0), x[x > 0], float(x[1])
+    assert len(waits.found) == 4
+
+
+@pytest.mark.parametrize("same_noise", [False, True])
+@pytest.mark.parametrize("kind", ["non_saturating", "relativistic"])
+def test_no_update_waits_for_a_tensor(stage, clip_folder, kind, same_noise):
+    # fused=True is what a GPU gets. The other AdamW keeps its counters on the CPU and reads them there.
+    config, base = stage("dmd", fused=True, r1_weight=0.1, gan_kind=kind, same_noise=same_noise), small_teacher()
+    players, ema = build_players(config, base, None)
+    batch = load_latents(ClipFolder(clip_folder), base).batch([0, 1])
+    draws = Draws(rng())
+    with Waits() as waits:
+        for _ in range(2):
+            rollout = roll_out(players, config, batch, draws)
+            if same_noise:
+                metrics, seen = update_critics_and_look(players, config, rollout, draws)
+            else:
+                metrics, seen = update_critics(players, config, rollout, draws), None
+            metrics |= update_student(players, config, rollout, draws, seen)
+            ema.update()
+    assert waits.found == []
+    assert all(isinstance(value, Tensor) for value in metrics.values())
+
+
+def test_one_look_serves_head_and_student(stage):
+    passes = {}
+    for same in (False, True):
+        trainer = Trainer(stage("dmd", same_noise=same, guidance=1.0, out=str(stage().out) + str(same)))
+        calls: list[bool] = []
+        handle = trainer.players.teacher.unet.register_forward_hook(lambda *_, calls=calls: calls.append(True))
+        row = trainer.iterate(1)
+        handle.remove()
+        passes[same] = len(calls)
+        assert row["loss_student_dmd"] >= 0
+    assert passes == {False: 3, True: 2}
+
+
+# --- What is refused, in one sentence, before any long work ---
+
+
+@pytest.fixture
+def refusal(stage, tmp_path) -> Callable[..., str]:
+    def call(content: object, processes: int = 2, **changes) -> str:
+        file = tmp_path / "zero.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        config = stage("dmd", deepspeed=str(file), **changes)
+        with pytest.raises(UserError) as error:
+            zero_settings(config, World(size=processes))
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    return call
+
+
+ZERO = {"zero_optimization": {"stage": 2}}
+
+
+@pytest.mark.parametrize(
+    ("content", "changes", "words"),
+    [
+        ("{", {}, "cannot be read"),
+        ([1], {}, "stage must be 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 0}}, {}, "stage must be 1, 2 or 3"),
+        ({"zero_optimization": {"stage": True}}, {"batch_size": 3}, "does not divide among 2 processes"),
+        (
+            ZERO | {"train_batch_size": 8},
+            {},
+            "train_batch_size follows from fvgen's own settings; remove it and set batch",
+        ),
+        (ZERO | {"optimizer": {"type": "Adam"}}, {}, "optimizer follows"),
+        (ZERO | {"fp16": {"enabled": True}}, {}, "set precision=bfloat16"),
+        (ZERO | {"bf16": {"enabled": True}}, {}, "bf16 is True but precision=float32"),
+        (ZERO | {"bf16": {"enabled": False}}, {"precision": "bfloat16"}, "bf16 is False but precision=bfloat16"),
+        ({"zero_optimization": {"stage": 3}}, {"share_backbone": True}, "take ZeRO-1 or 2"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {}}}, {}, "offload_param works with ZeRO-3 only"),
+        (
+            ZERO,
+            {"batch_size": 3},
+            "batch_size=3 does not divide among 2 processes x accumulation=1; give a multiple of 2",
+        ),
+        (ZERO, {"batch_size": 6, "accumulation": 2}, "give a multiple of 4"),
+    ],
+)
+def test_settings_of_deepspeed_that_cannot_work(refusal, content, changes, words):
+    assert words in refusal(content, **changes)
+
+
+def test_settings_of_deepspeed_are_completed(stage, tmp_path):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps(ZERO))
+    config = stage(deepspeed=str(file), batch_size=8, accumulation=2, clip_norm=0.5, precision="bfloat16")
+    settings = zero_settings(config, World(size=2))
+    assert settings["train_micro_batch_size_per_gpu"] == 2 and settings["gradient_accumulation_steps"] == 2
+    assert settings["gradient_clipping"] == 0.5 and settings["bf16"]["enabled"] is True
+    assert settings["zero_optimization"] == {"stage": 2}
+
+
+def test_processes_without_deepspeed(stage, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="2 processes were started without --deepspeed FILE"):
+        join_world(stage())
+
+
+def test_deepspeed_that_is_not_installed(stage, tmp_path, monkeypatch):
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps(ZERO))
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    with pytest.raises(UserError, match=r"needs the package deepspeed .* pip install 'fvgen\[train\]'"):
+        join_world(stage(deepspeed=str(file)))
+
+
+def test_parts_that_do_not_divide(stage):
+    config = stage(batch_size=3, accumulation=2)
+    with pytest.raises(UserError, match="batch_size=3 does not divide among 1 processes x accumulation=2"):
+        Trainer(config)
+    assert not Path(config.out).exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"student_lora": True}, "needs share_backbone=true"),
+        ({"offload_teacher": True}, "needs deepspeed=FILE"),
+        ({"same_noise": True, "accumulation": 2}, "same_noise=true needs accumulation=1"),
+    ],
+)
+def test_settings_that_contradict_each_other(stage, changes, words):
+    with pytest.raises(UserError, match=words):
+        stage(**changes)
+
+
+def test_settings_are_of_the_stage() -> None:
+    assert StageConfig(stage="gan", out="x").precision == "float32"

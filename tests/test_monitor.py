@@ -1,0 +1,71 @@
+"""What is seen of a run beside its metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from small_models import FRAMES, HEIGHT, WIDTH
+
+from fvgen.distill import Trainer, read_metrics, run
+from fvgen.distill.monitor import SEEDS, sample_clips
+
+
+def monitored(out: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "monitor.jsonl").read_text().splitlines()]
+
+
+def test_what_differs_between_equal_runs_stands_apart(stage):
+    config = stage(iterations=3)
+    run(config)
+    rows = monitored(config.out)
+    assert [row["iteration"] for row in rows] == [1, 2, 3]
+    for row, metrics in zip(rows, read_metrics(config.out), strict=True):
+        assert row["seconds"] > 0 and row["peak_memory_gb"] > 0.1 and row["logit_abs"] > 0
+        assert row["clips_per_second"] == pytest.approx(config.batch_size / row["seconds"], rel=0.05)
+        assert not row.keys() & metrics.keys() - {"iteration"} and not any("/" in key for key in metrics)
+
+
+def test_sample_clips_change_no_number(stage, tmp_path):
+    silent, seen = stage(iterations=4), stage(iterations=4, sample_every=2, out=str(tmp_path / "seen"))
+    run(silent)
+    run(seen)
+    assert (Path(silent.out) / "metrics.jsonl").read_bytes() == (Path(seen.out) / "metrics.jsonl").read_bytes()
+    pictures = sorted(path.name for path in (Path(seen.out) / "samples").iterdir())
+    assert pictures == ["00000002.png", "00000004.png"]
+    with Image.open(Path(seen.out) / "samples" / pictures[0]) as picture:
+        assert picture.size == (FRAMES * WIDTH, SEEDS * HEIGHT)
+    spreads = [row.get("seed_spread") for row in monitored(seen.out)]
+    assert spreads[0] is spreads[2] is None and spreads[1] > 0 and spreads[3] > 0
+
+
+def test_a_student_that_ignores_its_noise_has_no_spread(stage):
+    trainer = Trainer(stage())
+    clips, spread = sample_clips(trainer.players.student, trainer.latents, trainer.config)
+    assert clips.shape[0] == SEEDS and spread > 0.01
+
+    class Constant(torch.nn.Module):
+        schedule = trainer.players.student.schedule
+
+        def forward(self, x_t, t, condition):
+            return torch.ones_like(x_t)
+
+    assert sample_clips(Constant(), trainer.latents, trainer.config)[1] == 0
+
+
+def test_curves_for_tensorboard_where_it_is_installed(stage):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = stage(iterations=2, sample_every=2)
+    run(config)
+    events = EventAccumulator(str(Path(config.out) / "tensorboard"))
+    events.Reload()
+    scalars = [event.value for event in events.Scalars("loss_head")]
+    assert scalars == pytest.approx([row["loss_head"] for row in read_metrics(config.out)])
+    assert "clips_per_second" in events.Tags()["scalars"] and events.Tags()["images"] == ["sample"]
+    run(stage(iterations=2, track=False, out=config.out + "-untracked"))
+    assert not (Path(config.out + "-untracked") / "tensorboard").exists()

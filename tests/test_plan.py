@@ -1,0 +1,174 @@
+"""Predictions: fake tensors take what real ones take, and the arithmetic around them is the one of the papers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_models import small_teacher
+from typer.testing import CliRunner
+
+from fvgen import simulate as simulation
+from fvgen.cli import app
+from fvgen.distill import StageConfig
+from fvgen.plan import BUCKET, Choice, Hardware, choices, clip_size, estimate, plan, unet_settings
+from fvgen.simulate import Allocations, Profile, Size, simulate
+
+GB = 1e9
+SMALL = {k: v for k, v in small_teacher().unet.config.items() if not k.startswith("_")}
+SIZE = Size(2, 4, 4, 6)
+
+
+def config(**changes) -> StageConfig:
+    settings = {"stage": "dmd", "out": "unused", "batch_size": 2, "critic_updates": 1, "head_channels": 8}
+    return StageConfig(**settings | changes)
+
+
+def test_allocations_are_followed_until_they_are_freed():
+    with Allocations() as allocations:
+        a = torch.zeros(1000)
+        b = a + 1
+        view = b[:10]
+        del a
+        c = torch.zeros(10)
+        del b
+    assert view.shape == (10,) and c.shape == (10,)
+    totals = [activations for activations, _ in allocations.timeline()]
+    assert totals == [0, 4000, 8000, 4000, 4040]
+
+
+def test_work_is_torchs_own_count():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    layer, x = torch.nn.Conv2d(3, 5, 3), torch.randn(2, 3, 8, 8)
+    with FlopCounterMode(display=False) as counter:
+        layer(x).sum().backward()
+    with Allocations() as allocations:
+        layer(x).sum().backward()
+    assert allocations.flops == counter.get_total_flops() > 0
+
+
+@pytest.fixture(scope="module")
+def profile() -> Profile:
+    return simulate(config(), SMALL, SIZE)
+
+
+def test_fake_tensors_take_what_real_ones_take(profile, monkeypatch):
+    class NoFakes:
+        def __init__(self, **_: object) -> None: ...
+
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(simulation, "FakeTensorMode", NoFakes)
+    real = simulate(config(), SMALL, SIZE)
+    assert real.flops == profile.flops > 0 and real.parameters == profile.parameters
+    assert sum(real.peak()) == pytest.approx(sum(profile.peak()), rel=0.01)
+
+
+def test_parameters_are_counted(profile):
+    unet = sum(p.numel() for p in small_teacher().unet.parameters())
+    assert profile.parameters["teacher"] == profile.parameters["student"] == profile.parameters["fake_score"] == unet
+    shared = simulate(config(share_backbone=True, student_lora=True, lora_rank=2), SMALL, SIZE)
+    assert shared.parameters["teacher"] == unet and shared.parameters["student"] < unet / 2
+    assert "fake_score" not in simulate(config(stage="gan"), SMALL, SIZE).parameters
+
+
+def test_checkpointing_trades_memory_for_work(profile):
+    again = simulate(config(checkpoint_activations=True), SMALL, SIZE)
+    assert again.peak()[0] < 0.6 * profile.peak()[0]
+    assert 1.1 * profile.flops < again.flops < 1.5 * profile.flops
+
+
+def test_more_clips_take_more(profile):
+    double = simulate(config(), SMALL, Size(4, 4, 4, 6))
+    assert double.flops == pytest.approx(2 * profile.flops, rel=0.05)
+    assert double.peak()[0] == pytest.approx(2 * profile.peak()[0], rel=0.1)
+
+
+# --- Arithmetic, with 1 GB of parameters each in teacher and student and no activations ---
+
+BIG = Profile(1e15, ((0, 0), (0, 4 * 10**9)), {"teacher": 10**9, "student": 10**9})
+MACHINES = Hardware(gpus=8, memory_gb=80, runtime_gb=0.0)
+
+
+def parts(choice: Choice, **changes) -> tuple[float, ...]:
+    e = estimate(config(stage="gan", **changes), BIG, choice, MACHINES)
+    return e.weights, e.gradients, e.optimizer, e.activations, e.buffers
+
+
+def test_the_plain_engine_keeps_16_bytes_a_parameter_and_the_average():
+    assert parts(Choice(0, False, "three models")) == (8, 4, 8 + 4, 0, 0)
+
+
+def test_zero_divides_states_then_gradients_then_weights():
+    bucket = 2 * BUCKET * 4 / GB
+    one, two, three = (parts(Choice(zero, False, "three models")) for zero in (1, 2, 3))
+    assert one[:3] == (8, 4, (4 + 8) / 8 + 4 / 8) and two[:3] == (8, 0.5, 2.0) and three[:3] == (1, 0.5, 2.0)
+    assert one[4] == pytest.approx(bucket + 0.5)  # the step's float32 gradient of the own partition
+    assert two[4] == pytest.approx(bucket + 0.5) and three[4] == pytest.approx(bucket + 0.5 + 2)
+
+
+def test_offloading_empties_the_gpu():
+    assert parts(Choice(2, False, "three models", offload_optimizer=True))[2] == 0.5  # the average stays
+    assert parts(Choice(2, False, "three models", offload_teacher=True))[0] == 4
+
+
+def test_bfloat16_halves_weights_and_adds_masters():
+    weights, _, optimizer, _, _ = parts(Choice(0, False, "three models"), precision="bfloat16")
+    assert weights == 4 and optimizer == 12 + 4
+
+
+def test_time_follows_the_work():
+    choice = Choice(0, False, "three models")
+    slow, fast = (estimate(config(stage="gan"), BIG, choice, Hardware(8, 80, tflops)) for tflops in (100, 200))
+    assert slow.seconds == pytest.approx(1e15 / (100e12 * 0.35)) and fast.seconds == slow.seconds / 2
+
+
+def test_what_fits_comes_first_and_whole_models_before_adapters():
+    settings = config(batch_size=8)
+    roomy = plan(settings, SMALL, SIZE, Hardware(8, 80, runtime_gb=0.0))
+    assert roomy[0].choice.share == "three models" and roomy[0].total < 76
+    assert {e.choice for e in roomy} == set(choices(Hardware(8)))
+    tight = plan(settings, SMALL, SIZE, Hardware(8, 1e-4, runtime_gb=0.0))
+    assert tight[0].total == min(e.total for e in tight)
+
+
+def test_one_gpu_is_offered_the_plain_engine():
+    assert {choice.zero for choice in choices(Hardware(gpus=1))} == {0, 2}
+
+
+def test_the_published_model_needs_no_weights():
+    assert unet_settings("viewcrafter") == ({}, 8)
+    settings, factor = unet_settings("tiny")
+    assert settings["context_dim"] > 0 and factor == 4
+    assert clip_size("builtin", None, None, None)[1:] == (48, 64) and clip_size("builtin", 9, 16, 24) == (9, 16, 24)
+
+
+@pytest.fixture
+def settings_file(tmp_path, teacher_folder, clip_folder):
+    file = tmp_path / "settings.yaml"
+    file.write_text(f"teacher: {teacher_folder}\ndata: {clip_folder}\nbatch_size: 2\nhead_channels: 8\n")
+    return file
+
+
+def test_the_command_prints_a_table_and_a_recommendation(settings_file):
+    outcome = CliRunner().invoke(app, ["plan", "--config", str(settings_file), "--gpus", "2"], env={"COLUMNS": "200"})
+    assert outcome.exit_code == 0, outcome.output
+    assert "ZeRO-3, three models" in outcome.output and "Recommended: ZeRO-" in outcome.output
+    assert "--deepspeed recipes/deepspeed/zero" in outcome.output
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--gpus", "3"], "does not divide among 3 GPUs; give a multiple of 3"),
+        (["--gpus", "2", "--height", "20"], "frames of 20x24 do not fit this model; use multiples of 8"),
+        (["--gpus", "2", "--stage", "x"], "there are gan and dmd"),
+        (["--gpus", "2", "teacher=nowhere"], "nowhere is no model folder"),
+        (["--gpus", "2", "batch=3"], "unknown setting 'batch'"),
+    ],
+)
+def test_what_cannot_be_planned(settings_file, words, sentence):
+    outcome = CliRunner().invoke(app, ["plan", "--config", str(settings_file), *words])
+    assert outcome.exit_code == 2 and sentence in outcome.output and "Traceback" not in outcome.output

@@ -1,0 +1,149 @@
+"""DeepSpeed for real: two processes on the CPU, started by its launcher, against the plain engine.
+
+All stages run in one launch, because starting takes longer than they do; the very first start on a machine compiles an
+operator for a minute or more.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fvgen.distill import read_metrics, run, stage_config
+from fvgen.pipeline import FVGenPipeline
+from fvgen.presets import load_pipeline
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install 'fvgen[train]'")
+pytestmark = pytest.mark.slow
+REPOSITORY = Path(__file__).resolve().parents[1]
+ZERO = {stage: str(REPOSITORY / "recipes" / "deepspeed" / f"zero{stage}.json") for stage in (1, 2, 3)}
+TOLERANCE = 1e-5
+
+
+def launch(*words: object, port: int | None = None) -> subprocess.CompletedProcess:
+    """A script under DeepSpeed's launcher, with two processes."""
+    launcher = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    if port is None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "PATH": path, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, launcher, "--num_accelerators", "2", "--master_port", port, *words]
+    return subprocess.run(
+        [str(word) for word in command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=3000
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(teacher_folder, clip_folder, tmp_path_factory) -> Path:
+    """Both stages plain, then under each ZeRO stage, and some further settings."""
+    folder = tmp_path_factory.mktemp("zero")
+    common = {"teacher": str(teacher_folder), "data": str(clip_folder), "batch_size": 4, "head_channels": 8}
+    # Small steps: Adam's first ones have the size of the learning rate whatever the gradient, so that rounding grows.
+    common |= {"iterations": 20, "critic_updates": 1, "track": False, "checkpoint_every": 10, "head_lr": 1e-5}
+    jobs = []
+
+    def add(stage: str, name: str, **changes: object) -> dict:
+        settings = {"stage": stage, **common, "out": str(folder / f"{stage}-{name}")} | changes
+        if stage == "dmd":
+            settings |= {"init": str(folder / "gan-plain")}
+        return settings
+
+    for stage in ("gan", "dmd"):
+        run(stage_config(stage, add(stage, "plain")))
+        jobs += [add(stage, f"zero{z}", deepspeed=ZERO[z]) for z in ZERO]
+    jobs.append(add("gan", "checkpointed", deepspeed=ZERO[3], checkpoint_activations=True, iterations=3))
+    jobs.append(add("gan", "parts", deepspeed=ZERO[2], accumulation=2, iterations=3))
+    jobs.append(add("dmd", "bfloat16", deepspeed=ZERO[2], precision="bfloat16", iterations=3))
+    jobs.append(add("dmd", "offloaded", deepspeed=ZERO[2], offload_teacher=True, iterations=3))
+    jobs.append(add("gan", "diverging", deepspeed=ZERO[2], student_lr=1e30, iterations=8))
+    jobs.append(add("gan", "odd", deepspeed=ZERO[2], batch_size=3))
+    # ... half of it by the plain engine, the rest by two processes
+    run(stage_config("dmd", add("dmd", "handed", iterations=10)))
+    jobs.append(add("dmd", "handed", deepspeed=ZERO[3]))
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    outcome = launch("tests/zero_worker.py", folder / "jobs.json")
+    assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-3000:]
+    return folder
+
+
+def differences(one: Path, two: Path) -> dict[str, float]:
+    """The largest relative difference of each loss."""
+    worst: dict[str, float] = {}
+    rows = read_metrics(one), read_metrics(two)
+    for a, b in zip(rows[0][: len(rows[1])], rows[1], strict=True):
+        assert a.keys() == b.keys()
+        for key in (key for key in a if key.startswith("loss")):
+            worst[key] = max(worst.get(key, 0), abs(a[key] - b[key]) / abs(a[key]))
+    return worst
+
+
+@pytest.mark.parametrize("zero", ZERO)
+@pytest.mark.parametrize("stage", ["gan", "dmd"])
+def test_every_zero_stage_trains_as_one_process_does(runs, stage, zero):
+    plain, sharded = runs / f"{stage}-plain", runs / f"{stage}-zero{zero}"
+    assert len(read_metrics(sharded)) == 20
+    worst = differences(plain, sharded)
+    assert worst and max(worst.values()) < TOLERANCE, worst
+    first = [read_metrics(folder)[0] for folder in (plain, sharded)]  # gradients too, before rounding has grown
+    for key in set(first[0]) - {"student_std"}:  # the mean of the processes' spreads
+        assert first[1][key] == pytest.approx(first[0][key], rel=TOLERANCE, abs=1e-7), key
+    students = [load_pipeline(folder / "student", FVGenPipeline).unet.state_dict() for folder in (plain, sharded)]
+    gap = max((a - b).abs().max().item() for a, b in zip(students[0].values(), students[1].values(), strict=True))
+    assert gap < 5e-4
+
+
+@pytest.mark.parametrize("name", ["checkpointed", "parts"])
+def test_other_ways_to_save_memory_train_the_same(runs, name):
+    worst = differences(runs / "gan-plain", runs / f"gan-{name}")
+    assert max(worst.values()) < TOLERANCE, worst
+
+
+def test_an_offloaded_teacher_teaches_the_same(runs):
+    worst = differences(runs / "dmd-plain", runs / "dmd-offloaded")
+    assert max(worst.values()) < TOLERANCE, worst
+
+
+def test_bfloat16_is_near(runs):
+    worst = differences(runs / "dmd-plain", runs / "dmd-bfloat16")
+    assert 1e-4 < max(worst.values()) < 0.3, worst
+
+
+def test_a_checkpoint_goes_on_at_another_number_of_processes(runs):
+    worst = differences(runs / "dmd-plain", runs / "dmd-handed")
+    assert len(read_metrics(runs / "dmd-handed")) == 20 and max(worst.values()) < TOLERANCE, worst
+
+
+def test_divergence_stops_all_processes_with_a_reason(runs):
+    assert "is not finite at iteration" in (runs / "gan-diverging.refused").read_text()
+    rows = read_metrics(runs / "gan-diverging")
+    assert [("not_finite" in row) for row in rows] == [False, True, True, True]
+
+
+def test_a_batch_that_does_not_divide(runs):
+    sentence = (runs / "gan-odd.refused").read_text()
+    assert "batch_size=3 does not divide among 2 processes" in sentence
+    assert not (runs / "gan-odd").exists()
+
+
+def test_the_recipe_under_the_launcher(teacher_folder, clip_folder, tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text(
+        f"teacher: {teacher_folder}\ndata: {clip_folder}\niterations: 2\nbatch_size: 2\nhead_channels: 8\n"
+    )
+    words = ["recipes/stage1_gan.py", "--config", config, "--deepspeed", ZERO[2], f"out={tmp_path / 'run'}"]
+    outcome = launch(*words)
+    assert outcome.returncode == 0, outcome.stdout[-2000:] + outcome.stderr[-2000:]
+    assert outcome.stdout.replace("\n", "").count("Student after stage 1") == 1
+    assert load_pipeline(tmp_path / "run" / "student", FVGenPipeline).config.steps == 4
+    wrong = launch(*words, "seed=9")
+    assert wrong.returncode != 0 and "holds another run (seed is 0 there and 9 here)" in wrong.stderr
+    assert "Traceback" not in wrong.stderr

@@ -1,0 +1,29 @@
+"""Runs stages one after the other in the processes that the deepspeed launcher started: starting them takes longer than
+the stages.
+
+    deepspeed --num_accelerators 2 tests/zero_worker.py JOBS.json
+
+JOBS.json is a list of settings, each with its ``stage`` and ``out``. A refused one leaves its sentence in OUT.refused.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from fvgen.distill import Trainer, stage_config
+from fvgen.errors import UserError
+
+
+def main() -> None:
+    for settings in json.loads(Path(sys.argv[-1]).read_text()):
+        try:
+            trainer = Trainer(stage_config(settings["stage"], settings))
+            trainer.train()
+        except UserError as error:
+            Path(f"{settings['out']}.refused").write_text(str(error))
+
+
+if __name__ == "__main__":
+    main()
