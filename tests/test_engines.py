@@ -182,7 +182,9 @@ class Waits(TorchDispatchMode):
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        masked = str(func).startswith("aten.index.Tensor") and any(i is not None and i.dtype == torch.bool for i in args[1])
+        masked = str(func).startswith("aten.index.Tensor") and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
         if masked or str(func).startswith(self.names):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))

@@ -131,10 +131,11 @@ def test_an_adapter_goes_from_stage_to_stage(stage, tmp_path):
     assert not (tmp_path / "c").exists()
 
 
-def test_peft_that_is_not_installed(stage, monkeypatch):
+def test_peft_that_is_not_installed(monkeypatch):
+    unet = small_teacher().unet
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match="needs the package peft"):
-        Trainer(stage("dmd", share_backbone=True))
+    with pytest.raises(UserError, match=r"needs the package peft .* pip install 'fvgen\[train\]'"):
+        SharedBackbone(unet, ["student"], rank=2)
 
 
 def test_export_of_what_is_no_run(stage, tmp_path):

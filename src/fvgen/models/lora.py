@@ -5,6 +5,7 @@ Needs the package peft (the extra ``train``).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,7 +44,9 @@ class SharedBackbone:
         dtype = unet.conv_out.weight.dtype
         for role in roles:  # alpha = rank: the adapter's product is added as it is
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
-            inject_adapter_in_model(config, unet, adapter_name=role)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several roles are the point
+                inject_adapter_in_model(config, unet, adapter_name=role)
         self.layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
         for name, parameter in unet.named_parameters():
             parameter.requires_grad_(".lora_" in name)
