@@ -203,4 +203,4 @@ def test_any_text_is_a_setting_or_a_sentence(key, text):
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert getattr(config, key) is not None or key == "guidance"
+        assert getattr(config, key) is not None or key in ("guidance", "fused")

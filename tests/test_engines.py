@@ -18,7 +18,6 @@ from fvgen.data.clips import ClipFolder
 from fvgen.data.latents import load_latents
 from fvgen.distill import StageConfig, Trainer
 from fvgen.distill.draws import Draws
-from fvgen.distill.ema import EMA
 from fvgen.distill.engines import Optimization, PlainEngine, join_world, zero_settings
 from fvgen.distill.players import build_players
 from fvgen.distill.steps import frozen, roll_out, update_critics, update_critics_and_look, update_student
@@ -147,18 +146,6 @@ def test_a_state_goes_on_where_it_was(fused):
     ):
         with pytest.raises(error):
             two.scatter(wrong)
-
-
-def test_the_average_follows_by_the_rule():
-    module = nn.Linear(1, 1, bias=False)
-    engine = engine_of(module)
-    ema, expected = EMA(engine, 0.9), module.weight.item()
-    for n in range(1, 6):
-        module.weight.data.fill_(float(n))
-        ema.update()
-        decay = min(0.9, (1 + n) / (10 + n))
-        expected = decay * expected + (1 - decay) * n
-    assert ema.weights()["weight"].item() == pytest.approx(expected)
 
 
 def test_frozen_lets_gradients_through_but_not_in():
