@@ -1,7 +1,7 @@
 """What will training need? Memory by part and seconds per iteration, for every way to run it, before any of it starts.
 
 Activations, gradients and work come from `fvgen.simulate`; weights, optimiser states and buffers from arithmetic that
-follows what `fvgen.distill.engines` and DeepSpeed 0.19 keep (docs/scaling.md). Seconds come from counted work and given
+follows what `fvgen.distill.engines` and DeepSpeed 0.19 keep. Seconds come from counted work and given
 rates: they rank choices, and are no promise.
 """
 
