@@ -382,7 +382,8 @@ def test_a_checkpoint_of_something_else(finished, tmp_path, content):
 
 def test_a_checkpoint_of_other_networks_or_of_another_stage(stage, finished, tmp_path):
     config, out = finished(tmp_path, iterations=4)
-    for other, what in ((stage(head_channels=16, iterations=1), "model"), (stage("dmd", iterations=1), "stage")):
+    wider = stage(head_channels=16, iterations=1, out=str(tmp_path / "wider"))
+    for other, what in ((wider, "model"), (stage("dmd", iterations=1), "stage")):
         run(other)
         shutil.rmtree(out / "checkpoints")
         shutil.copytree(Path(other.out) / "checkpoints", out / "checkpoints")

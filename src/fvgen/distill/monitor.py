@@ -124,7 +124,7 @@ class Monitor:
     """Rows of monitor.jsonl, and the same to the trackers. Only the main process has one."""
 
     def __init__(self, out: Path, clips_per_iteration: int, device: str, trackers: list[Tracker]) -> None:
-        self.out, self.clips, self.device, self.trackers = out, clips_per_iteration, device, trackers
+        self.out, self.per_iteration, self.device, self.trackers = out, clips_per_iteration, device, trackers
         self.flops: float | None = None
         self.since = time.perf_counter()
 
@@ -133,7 +133,7 @@ class Monitor:
         now = time.perf_counter()
         seconds, self.since = now - self.since, now
         row: dict[str, Any] = {"iteration": iteration, "seconds": round(seconds, 4)}
-        row["clips_per_second"] = round(self.clips / seconds, 3)
+        row["clips_per_second"] = round(self.per_iteration / seconds, 3)
         if self.flops:
             row["flops_per_second"] = round(self.flops / seconds)
         row["peak_memory_gb"] = round(peak_memory_gb(self.device), 3)
