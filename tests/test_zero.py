@@ -147,3 +147,40 @@ def test_the_recipe_under_the_launcher(teacher_folder, clip_folder, tmp_path):
     wrong = launch(*words, "seed=9")
     assert wrong.returncode != 0 and "holds another run (seed is 0 there and 9 here)" in wrong.stderr
     assert "Traceback" not in wrong.stderr
+
+
+def test_a_port_in_use(teacher_folder, clip_folder, tmp_path):
+    config = tmp_path / "settings.yaml"
+    config.write_text(f"teacher: {teacher_folder}\ndata: {clip_folder}\nbatch_size: 2\n")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src"), "MASTER_PORT": str(port)}
+        words = ["recipes/stage1_gan.py", "--config", config, "--deepspeed", ZERO[2], f"out={tmp_path / 'run'}"]
+        outcome = subprocess.run(
+            [sys.executable, *map(str, words)],
+            cwd=REPOSITORY,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+    assert outcome.returncode == 2 and f"fvgen: port {port} is in use by another run" in outcome.stderr
+    assert "Traceback" not in outcome.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_process_that_dies_ends_the_run_and_says_why(runs, tmp_path):
+    script = tmp_path / "dies.py"
+    script.write_text(
+        "import os, sys\n"
+        "from fvgen.distill import Trainer, stage_config\n"
+        f"settings = {dict(stage='gan', out=str(tmp_path / 'run'), deepspeed=ZERO[2])!r}\n"
+        f"settings |= {json.loads((runs / 'jobs.json').read_text())[0]!r} | settings\n"
+        "trainer = Trainer(stage_config('gan', settings))\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    raise MemoryError('no more room in process 1')\n"
+        "trainer.train()\n"
+    )
+    outcome = launch(script)
+    assert outcome.returncode != 0 and "no more room in process 1" in outcome.stderr

@@ -201,7 +201,7 @@ def _plan(
     words: list[str] | None,
 ) -> None:
     from fvgen.distill import read_stage_config
-    from fvgen.plan import Hardware, clip_size, print_plan, unet_settings
+    from fvgen.plan import Hardware, clip_size, print_plan, profiles, unet_settings
     from fvgen.plan import plan as make_plan
     from fvgen.simulate import Size
 
@@ -220,7 +220,7 @@ def _plan(
         raise UserError(f"frames of {height}x{width} do not fit this model; use multiples of {multiple}")
     size = Size(config.batch_size // parts, frames, height // factor, width // factor)
     hardware = Hardware(gpus, memory, *rate)
-    print_plan(make_plan(config, unet, size, hardware), hardware, Console())
+    print_plan(make_plan(config, profiles(config, unet, size), hardware), hardware, Console())
 
 
 def guarded(call: Callable[[], object]) -> None:

@@ -149,20 +149,28 @@ def choices(hardware: Hardware, stages: Iterable[int] | None = None) -> list[Cho
     return found
 
 
-def plan(config: StageConfig, unet: dict[str, Any], size: Size, hardware: Hardware) -> list[Estimate]:
-    """Every choice's estimate, the fastest that fits first. ``size.batch`` is one process's part.
+Profiles = dict[tuple[str, bool], Profile]
 
-    What fits stays below 95 % of the memory. Full fine-tuning comes before adapters that are not clearly faster: they
-    are another training, not only another way to run the same one.
+
+def profiles(config: StageConfig, unet: dict[str, Any], size: Size) -> Profiles:
+    """By sharing and checkpointing, what an iteration takes; ``size.batch`` is one process's part."""
+    found: Profiles = {}
+    for share, checkpointing in product(SHARES, (False, True)):
+        changes = Choice(0, checkpointing, share).settings()
+        found[share, checkpointing] = simulate(config.model_copy(update=changes), unet, size)
+    return found
+
+
+def plan(config: StageConfig, found: Profiles, hardware: Hardware) -> list[Estimate]:
+    """Every choice's estimate, the fastest that fits first.
+
+    What fits stays below 95 % of the memory. Full fine-tuning comes before adapters: they are another training, not
+    only another way to run the same one.
     """
-    profiles: dict[tuple[str, bool], Profile] = {}
-    estimates = []
-    for choice in choices(hardware):
-        key = choice.share, choice.checkpoint_activations
-        if key not in profiles:
-            changes = choice.settings() | {"deepspeed": "", "offload_teacher": False}
-            profiles[key] = simulate(config.model_copy(update=changes), unet, size)
-        estimates.append(estimate(config, profiles[key], choice, hardware))
+    estimates = [
+        estimate(config, found[choice.share, choice.checkpoint_activations], choice, hardware)
+        for choice in choices(hardware)
+    ]
     return sorted(estimates, key=lambda e: _preference(e, hardware))
 
 

@@ -83,6 +83,8 @@ class Trainer:
             self.latents: LatentSet = (
                 data if isinstance(data, ShardSet) else self.world.main_first(lambda: load_latents(data, self.base))
             )
+        for part in (self.base.vae, self.base.image_encoder, self.base.image_projector, self.base.prompts):
+            part.to("cpu")  # gigabytes that training itself has no use for
         self.clock = Clock()
         self.checkpoints = CheckpointFolder(self.out / "checkpoints", config.keep_checkpoints)
         self.facts = {"stage": config.stage, "model": fingerprint(self.players)}
@@ -192,7 +194,7 @@ class Trainer:
             append_line(self.out / "metrics.jsonl", json.dumps({"iteration": iteration, **row}))
             monitor.row(iteration, row, watched)
             if clips is not None:
-                monitor.clips(self.base.decode_latents(clips), iteration)
+                monitor.clips(self.base.decode_latents(clips.cpu()), iteration)
 
         self.world.main_only(write)
 
