@@ -18,9 +18,10 @@ from fvgen.data.clips import ClipFolder
 from fvgen.data.latents import load_latents
 from fvgen.distill import StageConfig, Trainer
 from fvgen.distill.draws import Draws
-from fvgen.distill.engines import Optimization, PlainEngine, join_world, zero_settings
+from fvgen.distill.engines import Optimization, PlainEngine, join_world
 from fvgen.distill.players import build_players
 from fvgen.distill.steps import frozen, roll_out, update_critics, update_critics_and_look, update_student
+from fvgen.distill.zero_settings import zero_settings
 from fvgen.distributed import World
 from fvgen.errors import UserError
 

@@ -12,6 +12,8 @@ from small_models import FRAMES, HEIGHT, WIDTH
 
 from fvgen.distill import Trainer, read_metrics, run
 from fvgen.distill.monitor import SEEDS, sample_clips
+from fvgen.plan import unet_settings
+from fvgen.simulate import Size, simulate
 
 
 def monitored(out: str) -> list[dict]:
@@ -27,6 +29,17 @@ def test_what_differs_between_equal_runs_stands_apart(stage):
         assert row["seconds"] > 0 and row["peak_memory_gb"] > 0.1 and row["logit_abs"] > 0
         assert row["clips_per_second"] == pytest.approx(config.batch_size / row["seconds"], rel=0.05)
         assert not row.keys() & metrics.keys() - {"iteration"} and not any("/" in key for key in metrics)
+
+
+def test_the_reached_rate_is_counted_work_per_second(stage, teacher_folder):
+    config = stage("dmd", iterations=3, head_warmup=1, critic_updates=1)
+    run(config)
+    unet, factor = unet_settings(str(teacher_folder))
+    rows = monitored(config.out)
+    work = [row["flops_per_second"] * row["seconds"] for row in rows]
+    expected = simulate(config, unet, Size(config.batch_size, FRAMES, HEIGHT // factor, WIDTH // factor)).flops
+    assert work[1] == pytest.approx(expected, rel=0.01) and work[2] == pytest.approx(expected, rel=0.01)
+    assert work[0] < 0.7 * expected  # critics alone
 
 
 def test_sample_clips_change_no_number(stage, tmp_path):

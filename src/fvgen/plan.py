@@ -205,9 +205,10 @@ def clip_size(data: str, frames: int | None, height: int | None, width: int | No
         found = FRAMES, HEIGHT, WIDTH
     else:
         from fvgen.data.clips import ClipFolder
+        from fvgen.data.shards import ShardSet, holds_shards
 
-        clips = ClipFolder(Path(data))
-        found = clips[0].truth.shape[0], clips.height, clips.width
+        clips = ShardSet(data) if holds_shards(data) else ClipFolder(Path(data))
+        found = clips.frames, clips.height, clips.width
     return frames or found[0], height or found[1], width or found[2]
 
 

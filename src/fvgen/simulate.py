@@ -17,9 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 from fvgen.data.latents import LatentBatch
 from fvgen.distill.config import StageConfig
@@ -31,6 +29,7 @@ from fvgen.models.lora import RoleUNet
 from fvgen.models.teacher import Condition, Teacher
 from fvgen.models.unet import IMAGE_TOKENS_PER_FRAME, ViewCrafterUNet
 from fvgen.schedule import NoiseSchedule
+from fvgen.work import Work
 
 
 @dataclass(frozen=True)
@@ -60,22 +59,18 @@ class Profile:
         return activations, round(gradient_share * gradients)
 
 
-class Allocations(TorchDispatchMode):
-    """Follows the storages that operations make, until they are freed, and counts work (torch's own formulas; its
-    counter is not used because its hooks keep activations alive)."""
+class Allocations(Work):
+    """Follows the storages that operations make, until they are freed, and counts work."""
 
     def __init__(self) -> None:
         super().__init__()
         self.events: list[tuple[int, int]] = []  # (storage, bytes; negative when freed)
         self.alive: dict[int, tuple[int, weakref.ref]] = {}
         self.gradients: set[int] = set()
-        self.flops = 0.0
         self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        out = super().__torch_dispatch__(func, types, args, kwargs)
         for tensor in tree_iter(out):
             if isinstance(tensor, Tensor):
                 self._see(tensor)

@@ -105,10 +105,13 @@ def _verify(file: Path, expected: str, cure: str) -> None:
 
 def _read(file: Path, cure: str) -> dict[str, Any]:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
         reason = first_line(error)
         raise UserError(f"checkpoint {file.parent} is damaged or cut short ({reason}); {cure}") from error
+    if not isinstance(state, dict):
+        raise UserError(f"checkpoint {file.parent} does not fit this run's networks; {cure}")
+    return state
 
 
 def read_index(folder: Path, cure: str) -> dict[str, Any]:

@@ -9,11 +9,9 @@ checkpoint is the same file whatever wrote it, and can be read at another number
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -21,18 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from fvgen.distill.config import StageConfig
+from fvgen.distill.zero_settings import clips_at_a_time, zero_settings
 from fvgen.distributed import World
 from fvgen.errors import UserError, first_line
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-OURS = {  # DeepSpeed settings that follow from ours
-    "train_batch_size": "batch_size",
-    "train_micro_batch_size_per_gpu": "batch_size",
-    "gradient_accumulation_steps": "accumulation",
-    "gradient_clipping": "clip_norm",
-    "optimizer": "student_lr, head_lr, fake_score_lr, beta1, beta2 and weight_decay",
-    "scheduler": "constant learning rates",
-}
 
 
 @dataclass(frozen=True)
@@ -294,7 +285,7 @@ def join_world(config: StageConfig) -> World:
     if not config.deepspeed:
         if size > 1:
             raise UserError(f"{size} processes were started without --deepspeed FILE; give one, or start one process")
-        _check_division(config, 1)
+        clips_at_a_time(config, 1)
         return World()
     zero_settings(config, World(size=size))  # wrong settings first: connecting takes a while
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if config.device == "cpu" else "cuda")
@@ -322,57 +313,6 @@ def join_world(config: StageConfig) -> World:
                 raise UserError(f"port {port} is in use by another run; give deepspeed --master_port=OTHER") from error
             raise UserError(f"the {size} processes cannot connect ({reason}); check hosts and ports") from error
     return World(rank, size, local_rank)
-
-
-def zero_settings(config: StageConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's settings: the JSON file, completed from ``config``. Raises UserError for what contradicts it."""
-    file = config.deepspeed
-    try:
-        settings = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"DeepSpeed settings {file} cannot be read ({reason}); give a JSON file") from None
-    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
-        raise UserError(f"{file}: zero_optimization.stage must be 1, 2 or 3; for one process without ZeRO leave it out")
-    for key, ours in OURS.items():
-        if key in settings:
-            raise UserError(f"{file}: {key} follows from fvgen's own settings; remove it and set {ours}")
-    for key in ("fp16", "bf16"):
-        section = settings.get(key, {})
-        enabled = section.get("enabled", False) if isinstance(section, dict) else section
-        if key == "fp16" and enabled:
-            raise UserError(f"{file}: fp16 overflows in these networks; remove it and set precision=bfloat16")
-        if key == "bf16" and key in settings and enabled != (config.precision == "bfloat16"):
-            raise UserError(f"{file}: bf16 is {enabled} but precision={config.precision}; remove bf16 there")
-    if zero["stage"] == 3 and config.share_backbone:
-        raise UserError(
-            f"{file}: ZeRO-3 shards each network by itself, and share_backbone=true makes them one; take ZeRO-1 or 2"
-        )
-    if zero["stage"] < 3 and "offload_param" in zero:
-        raise UserError(f"{file}: offload_param works with ZeRO-3 only; remove it or set stage to 3")
-    if zero["stage"] == 1 and "offload_optimizer" in zero and config.accumulation > 1:
-        raise UserError(f"{file}: ZeRO-1 with offload_optimizer cannot accumulate; set stage to 2 or accumulation=1")
-    return settings | {
-        "train_micro_batch_size_per_gpu": _check_division(config, world.size),
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.clip_norm,
-        "bf16": {"enabled": config.precision == "bfloat16", "check_grad_overflow": config.precision == "bfloat16"},
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-
-
-def _check_division(config: StageConfig, processes: int) -> int:
-    """Clips of one process's one part."""
-    parts = processes * config.accumulation
-    if config.batch_size % parts:
-        raise UserError(
-            f"batch_size={config.batch_size} does not divide among {processes} processes x accumulation="
-            f"{config.accumulation}; give a multiple of {parts}"
-        )
-    return config.batch_size // parts
 
 
 def make_engine(module: nn.Module, lr: float, config: StageConfig, world: World) -> Engine:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,9 @@ class Trainer:
             with _progress(self.world.is_main) as bar:
                 task = bar.add_task(f"stage {self.config.stage}", total=total, completed=done, losses="")
                 for iteration in range(done + 1, total + 1):
-                    row = self.iterate(iteration)
+                    first = iteration in (done + 1, self.config.head_warmup + 1)  # ... of its kind: count its work
+                    with monitor.counting(self.world.size) if monitor and first else nullcontext():
+                        row = self.iterate(iteration)
                     self.log(iteration, row, monitor)
                     guard.judge(row, iteration)
                     bar.update(task, advance=1, losses=_brief(row, guard.total))

@@ -1,0 +1,71 @@
+"""DeepSpeed's settings file, judged and completed from ours before any work starts. (No import of deepspeed here.)"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from fvgen.distill.config import StageConfig
+from fvgen.distributed import World
+from fvgen.errors import UserError, first_line
+
+OURS = {  # DeepSpeed settings that follow from ours
+    "train_batch_size": "batch_size",
+    "train_micro_batch_size_per_gpu": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "gradient_clipping": "clip_norm",
+    "optimizer": "student_lr, head_lr, fake_score_lr, beta1, beta2 and weight_decay",
+    "scheduler": "constant learning rates",
+}
+
+
+def zero_settings(config: StageConfig, world: World) -> dict[str, Any]:
+    """DeepSpeed's settings: the JSON file, completed from ``config``. Raises UserError for what contradicts it."""
+    file = config.deepspeed
+    try:
+        settings = json.loads(Path(file).read_text())
+    except (OSError, ValueError) as error:
+        reason = first_line(error)
+        raise UserError(f"DeepSpeed settings {file} cannot be read ({reason}); give a JSON file") from None
+    zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
+    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+        raise UserError(f"{file}: zero_optimization.stage must be 1, 2 or 3; for one process without ZeRO leave it out")
+    for key, ours in OURS.items():
+        if key in settings:
+            raise UserError(f"{file}: {key} follows from fvgen's own settings; remove it and set {ours}")
+    for key in ("fp16", "bf16"):
+        section = settings.get(key, {})
+        enabled = section.get("enabled", False) if isinstance(section, dict) else section
+        if key == "fp16" and enabled:
+            raise UserError(f"{file}: fp16 overflows in these networks; remove it and set precision=bfloat16")
+        if key == "bf16" and key in settings and enabled != (config.precision == "bfloat16"):
+            raise UserError(f"{file}: bf16 is {enabled} but precision={config.precision}; remove bf16 there")
+    if zero["stage"] == 3 and config.share_backbone:
+        raise UserError(
+            f"{file}: ZeRO-3 shards each network by itself, and share_backbone=true makes them one; take ZeRO-1 or 2"
+        )
+    if zero["stage"] < 3 and "offload_param" in zero:
+        raise UserError(f"{file}: offload_param works with ZeRO-3 only; remove it or set stage to 3")
+    if zero["stage"] == 1 and "offload_optimizer" in zero and config.accumulation > 1:
+        raise UserError(f"{file}: ZeRO-1 with offload_optimizer cannot accumulate; set stage to 2 or accumulation=1")
+    return settings | {
+        "train_micro_batch_size_per_gpu": clips_at_a_time(config, world.size),
+        "gradient_accumulation_steps": config.accumulation,
+        "gradient_clipping": config.clip_norm,
+        "bf16": {"enabled": config.precision == "bfloat16", "check_grad_overflow": config.precision == "bfloat16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+def clips_at_a_time(config: StageConfig, processes: int) -> int:
+    """How many clips one process passes in one part. Raises UserError where ``batch_size`` does not divide."""
+    parts = processes * config.accumulation
+    if config.batch_size % parts:
+        raise UserError(
+            f"batch_size={config.batch_size} does not divide among {processes} processes x accumulation="
+            f"{config.accumulation}; give a multiple of {parts}"
+        )
+    return config.batch_size // parts
