@@ -53,10 +53,10 @@ PRESETS = {
 GIB = 2**30
 
 
-def cheap_weights(module: nn.Module, device: str) -> nn.Module:
+def cheap_weights(module: nn.Module, device: str, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
     """Fill a module on the meta device: norms as the identity, all else from one small pool of random numbers."""
-    module = module.bfloat16().to_empty(device=device)
-    pool = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).to(device, torch.bfloat16) * 0.02
+    module = nn.Module.to(module, dtype).to_empty(device=device)
+    pool = torch.randn(1_000_003, generator=torch.Generator().manual_seed(0)).to(device, dtype) * 0.02
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             if parameter.ndim == 1:

@@ -1,9 +1,9 @@
 """Peak memory of a stage-2 iteration, measured and predicted: three models, activation checkpointing, LoRA sharing.
 
-    python benchmarks/memory.py [--width 96] [--frames 4] [--side 16] [--rank 8] [--device cpu] [--out FILE.json]
+    python benchmarks/memory.py [--channels 96] [--frames 4] [--side 16] [--rank 8] [--device cpu] [--out FILE.json]
 
 Every way to run gets a process of its own, in which the plain engine trains random networks of ViewCrafter's
-architecture (``--width`` channels instead of 320) on random clips for two iterations. Measured is what the process's
+architecture (``--channels`` instead of 320) on random clips for two iterations. Measured is what the process's
 resident memory (on a GPU: its allocated memory) grew by from before the networks were made to its peak; predicted is
 what `fvgen plan` says. The last line of the output is JSON.
 """
@@ -24,61 +24,34 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from fvgen.cli import Parser, guarded, positive
 from fvgen.storage import write_json
 
-TOKENS, CONTEXT = 8, 64
-
-
-def unet_settings(width: int) -> dict[str, Any]:
-    """ViewCrafter's UNet, narrower."""
-    narrow = {"model_channels": width, "num_head_channels": 16, "norm_num_groups": 16}
-    return narrow | {"context_dim": CONTEXT, "text_tokens": TOKENS, "init_attn_heads": 2}
-
 
 def stage_settings(device: str, rank: int, **changes: object) -> dict[str, Any]:
     common = {"stage": "dmd", "out": "unused", "batch_size": 1, "critic_updates": 1, "guidance": 1.0, "device": device}
     return common | {"lora_rank": rank} | changes
 
 
-def measure(settings: dict[str, Any], width: int, frames: int, side: int) -> float:
+def measure(settings: dict[str, Any], channels: int, frames: int, side: int) -> float:
     """GB that two iterations need, in this process."""
     import torch
+    from stage2_iteration import iterate, make_players, random_batch, unet_of
 
-    from fvgen.data.latents import LatentBatch
     from fvgen.distill.config import StageConfig
-    from fvgen.distill.draws import Draws
-    from fvgen.distill.ema import EMA
-    from fvgen.distill.engines import make_engine
-    from fvgen.distill.players import assemble
-    from fvgen.distill.steps import roll_out, update_critics, update_student
     from fvgen.distributed import ALONE
-    from fvgen.models.discriminator import DiscriminatorHead
-    from fvgen.models.teacher import Condition, Teacher
-    from fvgen.models.unet import IMAGE_TOKENS_PER_FRAME, ViewCrafterUNet
-    from fvgen.schedule import NoiseSchedule
+    from fvgen.simulate import Size
 
-    config, device = StageConfig(**settings), settings["device"]
+    config = StageConfig(**settings)
     warm_up = torch.nn.Conv2d(4, 4, 3)  # libraries load their kernels at the first use
     torch.optim.AdamW(warm_up.parameters())
     warm_up(torch.randn(1, 4, 8, 8)).sum().backward()
     if config.share_backbone:
         import peft  # noqa: F401
-    on_gpu = device.startswith("cuda")
+    on_gpu = config.device.startswith("cuda")
     before = 0.0 if on_gpu else resident("VmRSS")
 
-    unet = ViewCrafterUNet(**unet_settings(width)).to(device)
-    tokens = TOKENS + IMAGE_TOKENS_PER_FRAME * frames
-    teacher = Teacher(unet, NoiseSchedule.viewcrafter(base_scale=0.7), guidance=1.0)
-    head = DiscriminatorHead(4 * width, config.head_channels).to(device)
-    players = assemble(config, teacher, head, None, lambda module, lr: make_engine(module, lr, config, ALONE))
-    ema = EMA(players.student_engine, config.ema_decay)
-    latents = torch.randn(1, 4, frames, side, side, device=device)
-    batch = LatentBatch(latents, Condition(torch.randn_like(latents), torch.randn(1, tokens, CONTEXT, device=device)))
-    for iteration in range(2):
-        draws = Draws(torch.Generator().manual_seed(iteration))
-        rollout = roll_out(players, config, batch, draws)
-        update_critics(players, config, rollout, draws)
-        update_student(players, config, rollout, draws)
-        del rollout
-        ema.update()
+    players, ema = make_players(config, unet_of(channels), frames, ALONE)
+    batch = random_batch(players.teacher.unet, Size(1, frames, side, side))
+    for number in range(2):
+        iterate(players, config, ema, batch, number)
     return torch.cuda.max_memory_allocated() / 1e9 if on_gpu else resident("VmHWM") - before
 
 
@@ -88,14 +61,16 @@ def resident(key: str) -> float:
     return int(line.split()[1]) * 1024 / 1e9
 
 
-def predict(settings: dict[str, Any], width: int, frames: int, side: int) -> tuple[float, float]:
+def predict(settings: dict[str, Any], channels: int, frames: int, side: int) -> tuple[float, float]:
     """(GB, TFLOP of an iteration) by `fvgen.plan`."""
+    from stage2_iteration import unet_of
+
     from fvgen.distill.config import StageConfig
     from fvgen.plan import SHARES, Choice, Hardware, estimate
     from fvgen.simulate import Size, simulate
 
     config = StageConfig(**settings)
-    profile = simulate(config, unet_settings(width), Size(1, frames, side, side))
+    profile = simulate(config, unet_of(channels), Size(1, frames, side, side))
     share = next(name for name, value in SHARES.items() if value == (config.share_backbone, config.student_lora))
     choice = Choice(0, config.checkpoint_activations, share)
     return estimate(config, profile, choice, Hardware(1, runtime_gb=0.0)).total, profile.flops / 1e12
@@ -103,7 +78,7 @@ def predict(settings: dict[str, Any], width: int, frames: int, side: int) -> tup
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--width", type=positive, default=96)
+    parser.add_argument("--channels", type=positive, default=96)
     parser.add_argument("--frames", type=positive, default=4)
     parser.add_argument("--side", type=positive, default=16, help="of the latents")
     parser.add_argument("--rank", type=positive, default=8)
@@ -121,7 +96,7 @@ def main() -> None:
             "checkpoint_activations": True,
         },
     }
-    size = (args.width, args.frames, args.side)
+    size = (args.channels, args.frames, args.side)
     rows = {}
     for name, changes in ways.items():
         settings = stage_settings(args.device, args.rank, **changes)
@@ -134,7 +109,7 @@ def main() -> None:
         rows[name]["tflop"] = round(tflop, 4)
         rows[name]["of_three_models"] = round(measured / rows["three models"]["measured_gb"], 3)
         print(f"{name:42s} {rows[name]}", flush=True)
-    result = {"width": args.width, "frames": args.frames, "side": args.side, "rank": args.rank, "rows": rows}
+    result = {"channels": args.channels, "frames": args.frames, "side": args.side, "rank": args.rank, "rows": rows}
     if args.out:
         write_json(args.out, result)
     print(json.dumps(result))

@@ -122,6 +122,17 @@ def test_a_checkpoint_goes_on_at_another_number_of_processes(runs):
     assert len(read_metrics(runs / "dmd-handed")) == 20 and max(worst.values()) < TOLERANCE, worst
 
 
+def test_one_process_goes_on_where_two_stopped(runs, tmp_path):
+    settings = next(job for job in json.loads((runs / "jobs.json").read_text()) if job["out"].endswith("gan-zero3"))
+    out = tmp_path / "alone"
+    shutil.copytree(settings["out"], out)
+    shutil.rmtree(out / "checkpoints" / "00000020")
+    (out / "summary.json").unlink()
+    run(stage_config("gan", settings | {"out": str(out), "deepspeed": ""}))
+    worst = differences(runs / "gan-plain", out)
+    assert len(read_metrics(out)) == 20 and max(worst.values()) < TOLERANCE, worst
+
+
 def test_divergence_stops_all_processes_with_a_reason(runs):
     assert "is not finite at iteration" in (runs / "gan-diverging.refused").read_text()
     rows = read_metrics(runs / "gan-diverging")

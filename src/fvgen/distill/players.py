@@ -80,7 +80,7 @@ def assemble(
         if unet is not None and config.checkpoint_activations:
             unet.enable_gradient_checkpointing()
         if unet is not None and config.precision == "bfloat16" != str(unet.dtype).removeprefix("torch."):
-            unet.to(torch.bfloat16)
+            nn.Module.to(unet, torch.bfloat16)  # diffusers' own warns of a list that is empty
     roles = ["student"] * (student_unet is None) + ["fake_score"] * (matching and fake_unet is None)
     if roles:
         backbone = SharedBackbone(teacher.unet, roles, config.lora_rank)
