@@ -1,6 +1,6 @@
 """What one training iteration costs: counted work, peak memory, seconds, on the fair step benchmark's network.
 
-    python benchmarks/training.py [--iterations 20] [--loop fvgen|fvgen-two-views|bare] [--out FILE.json]
+    python benchmarks/training.py [--iterations 20] [--loops fvgen fvgen-two-views bare] [--out FILE.json]
 
 One iteration is a student update and a critic update (fake score and discriminator) of stage "dmd" at guidance 5, with
 softened reverse KL, four-step timesteps, float32 and AdamW: the work for which FastGen's f-distillation was counted at
@@ -14,6 +14,7 @@ the machine; gate on the counters. The last line of the output is JSON.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import resource
 import statistics
 import time
@@ -37,6 +38,7 @@ from fvgen.models.teacher import Condition, Denoiser, Teacher
 from fvgen.objectives import RatioNormalizer, divergences, dmd, gan
 from fvgen.schedule import NoiseSchedule
 from fvgen.storage import write_json
+from fvgen.work import Work
 
 FASTGEN = {"gflop": 39.55, "operations": 5811, "peak_resident_gb": 1.23}
 SYNCHRONISING = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
@@ -158,38 +160,53 @@ LOOPS: dict[str, Callable[[], Callable[[int], None]]] = {
 }
 
 
-def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--iterations", type=positive, default=10)
-    parser.add_argument("--loop", choices=LOOPS, default="fvgen")
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    iterate = LOOPS[args.loop]()
+def measure(loop: str, iterations: int) -> dict[str, object]:
+    """One loop, in this process, whose peak memory counts."""
+    iterate = LOOPS[loop]()
     seconds = []
-    for iteration in range(args.iterations):
+    for iteration in range(iterations):
         start = time.perf_counter()
         iterate(iteration)
         seconds.append(time.perf_counter() - start)
     resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-    from torch.utils.flop_counter import FlopCounterMode  # imports 0.08 GB of what training does not need
-
-    with FlopCounterMode(display=False) as counter:
-        iterate(args.iterations)
+    with Work() as work:
+        iterate(iterations)
     with Operations() as operations:
-        iterate(args.iterations + 1)
-    result = {
-        "loop": args.loop,
-        "gflop": round(counter.get_total_flops() / 1e9, 2),
-        "gflop_over_fastgen": round(counter.get_total_flops() / 1e9 / FASTGEN["gflop"], 3),
+        iterate(iterations + 1)
+    return {
+        "loop": loop,
+        "gflop": round(work.flops / 1e9, 2),
+        "gflop_over_fastgen": round(work.flops / 1e9 / FASTGEN["gflop"], 3),
         "operations": operations.total,
         "synchronisations": len(operations.waits),
         "peak_resident_gb": round(resident, 3),
         "seconds_median": round(statistics.median(seconds), 3),
         "seconds_min": round(min(seconds), 3),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "fastgen": FASTGEN,
     }
+
+
+def floor() -> float:
+    """GB resident in a process that has imported torch and made one optimiser, and done nothing else."""
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--iterations", type=positive, default=10)
+    parser.add_argument("--loops", nargs="+", choices=LOOPS, default=list(LOOPS))
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = []
+    context = multiprocessing.get_context("spawn")  # a process each: peaks do not go down again
+    with context.Pool(1) as pool:
+        empty = pool.apply(floor)
+    for loop in args.loops:
+        with context.Pool(1) as pool:
+            rows.append(pool.apply(measure, (loop, args.iterations)))
+        print(rows[-1], flush=True)
+    result = {"rows": rows, "torch_alone_gb": round(empty, 3), "fastgen": FASTGEN}
+    result |= {"torch": torch.__version__, "threads": torch.get_num_threads()}
     if args.out:
         write_json(args.out, result)
     print(json.dumps(result))
