@@ -66,14 +66,15 @@ def predict(settings: dict[str, Any], channels: int, frames: int, side: int) -> 
     from stage2_iteration import unet_of
 
     from fvgen.distill.config import StageConfig
-    from fvgen.plan import SHARES, Choice, Hardware, estimate
+    from fvgen.plan import CPU_RUNTIME_GB, RUNTIME_GB, SHARES, Choice, Hardware, estimate
     from fvgen.simulate import Size, simulate
 
     config = StageConfig(**settings)
     profile = simulate(config, unet_of(channels), Size(1, frames, side, side))
     share = next(name for name, value in SHARES.items() if value == (config.share_backbone, config.student_lora))
     choice = Choice(0, config.checkpoint_activations, share)
-    return estimate(config, profile, choice, Hardware(1, runtime_gb=0.0)).total, profile.flops / 1e12
+    runtime = RUNTIME_GB if config.device.startswith("cuda") else CPU_RUNTIME_GB
+    return estimate(config, profile, choice, Hardware(1, runtime_gb=runtime)).total, profile.flops / 1e12
 
 
 def main() -> None:

@@ -28,7 +28,8 @@ MASTER = MOMENT = 4  # bytes of a float32: a master weight, and each of AdamW's 
 BUCKET = 200_000_000  # elements, as in recipes/deepspeed
 LIVE = 500_000_000  # most elements that ZeRO-3 gathers at once, as in recipes/deepspeed/zero3.json
 FITS = 0.95  # of the memory: the allocator needs some room
-RUNTIME_GB = 1.5  # CUDA context, kernels and communication on a GPU; nothing on a CPU
+RUNTIME_GB = 1.5  # CUDA context, kernels and communication on a GPU
+CPU_RUNTIME_GB = 0.09  # what libraries keep from their first use on: benchmarks/memory.py --channels 32
 SHARES = {"three models": (False, False), "LoRA fake score": (True, False), "LoRA both": (True, True)}
 
 
