@@ -1,4 +1,4 @@
-"""`fvgen prepare`: posed photographs to shards of encoded training clips.
+"""`fvgen prepare`: photographs to shards of encoded training clips.
 
 The work is cut into shards beforehand: each is a fixed run of (scene, clip) pairs, and everything random in a clip
 comes from (seed, scene, clip) alone. So any number of processes, in any order, killed and started again, write the same
@@ -31,7 +31,6 @@ from fvgen.data.photos import PhotoClip, photo_clip
 from fvgen.data.point_maps import BACKENDS, point_maps
 from fvgen.data.posed import Scene
 from fvgen.data.quality import LIMITS, measure, verdict
-from fvgen.data.scenes import find_scenes, read_scene, scene_format
 from fvgen.data.shards import (
     CLOUD_POINTS,
     FORMAT,
@@ -48,8 +47,9 @@ from fvgen.data.shards import (
     shard_file,
     write_shard,
 )
+from fvgen.data.sources import Opened, Source, find_sources, open_source
 from fvgen.data.windows import Window, clip_windows
-from fvgen.errors import UserError, did_you_mean
+from fvgen.errors import CannotWrite, UserError, did_you_mean
 from fvgen.pipeline import ViewCrafterPipeline
 from fvgen.presets import check_device, load_pipeline
 from fvgen.storage import TEMPORARY, recover, writable_folder, write_json
@@ -57,14 +57,6 @@ from fvgen.storage import TEMPORARY, recover, writable_folder, write_json
 FEW_WINDOWS = "no further smooth path"  # why a clip is missing, beside the reasons of `fvgen.data.quality`
 VIEWCRAFTER_RADIUS = 0.01  # normalised device units, at frames of 288 rows or more
 SMALL_RADIUS_PIXELS = 1.44  # in smaller frames: what 0.01 is at 288 rows, and the built-in scenes have
-
-
-@dataclass(frozen=True)
-class SceneEntry:
-    """A scene to take clips from: its name among all, and its folder."""
-
-    name: str
-    folder: Path
 
 
 @dataclass
@@ -96,7 +88,7 @@ class Job:
     path: Path
     settings: Settings
     teacher: str
-    clips: tuple[tuple[SceneEntry, int], ...]
+    clips: tuple[tuple[Source, int], ...]
 
 
 Tick = Callable[[int], None]  # is called with the number of clips that are done, one way or another
@@ -124,7 +116,7 @@ def prepare(
     """Write the shards of part i of n, ``part`` = (i, n), to the folder ``out``; the same call again resumes.
 
     Args:
-        sources: folders of posed scenes, or of folders of them.
+        sources: posed scenes, folders of photographs, videos, or folders of these, see `find_sources`.
         frames, size: of a clip (height, width); None is the teacher's own number, and 320x512 (48x64 for "tiny").
         max_stride: strides are drawn from 1 to this (FVGen: 4), see `clip_windows`.
         teacher: a preset or the folder of a `ViewCrafterPipeline`, whose encoders make latents and tokens.
@@ -143,7 +135,7 @@ def prepare(
     if not 1 <= index <= parts:
         raise UserError(f"part {index}/{parts} does not exist; count from 1/{parts} to {parts}/{parts}")
     check_device(device)
-    scenes = find_all(sources)
+    scenes = find_sources(sources)
     pipeline = load_pipeline(teacher, ViewCrafterPipeline)
     settings = judged_settings(
         scenes, pipeline, frames, size, max_stride, teacher, points, clips_per_scene, known_views, seed,
@@ -164,24 +156,8 @@ def prepare(
     return finish(out, jobs, settings, index, parts, tally.seconds)
 
 
-def find_all(sources: Sequence[str | Path]) -> list[SceneEntry]:
-    """All scenes of the sources, under names that differ: NAME, PARENT/NAME where that is taken, else with a number."""
-    entries: list[SceneEntry] = []
-    names: set[str] = set()
-    for source in sources:
-        for folder in find_scenes(source):
-            full = folder.resolve()
-            name = full.name if full.name not in names else f"{full.parent.name}/{full.name}"
-            copies = 2
-            while name in names:
-                name, copies = f"{full.parent.name}/{full.name}({copies})", copies + 1
-            names.add(name)
-            entries.append(SceneEntry(name, folder))
-    return entries
-
-
 def judged_settings(
-    scenes: Sequence[SceneEntry],
+    scenes: Sequence[Source],
     pipeline: ViewCrafterPipeline,
     frames: int | None,
     size: tuple[int, int] | None,
@@ -318,36 +294,38 @@ class Unencoded:
 
 
 def scene_clips(
-    entry: SceneEntry, numbers: Sequence[int], settings: Settings, tally: Tally
+    entry: Source, numbers: Sequence[int], settings: Settings, tally: Tally
 ) -> Iterator[Unencoded | Skipped | str]:
     """For each number a clip, or why it was dropped, or what was wrong with the input."""
     try:
         with tally.timed("read"):
-            scene = read_scene(entry.folder)
+            opened = open_source(entry.path, settings.points)
         with tally.timed("choose"):
             generator = _generator(settings.seed, entry.name, "views")
-            arguments = (scene, settings.clips_per_scene, settings.frames, settings.max_stride, generator)
+            arguments = (opened.scene, settings.clips_per_scene, settings.frames, settings.max_stride, generator)
             windows = clip_windows(*arguments)
+    except CannotWrite:
+        raise
     except UserError as error:
         yield from [Skipped(name=entry.name, reason=str(error))] * len(numbers)
         return
     known = _evenly(settings.known_views, settings.frames)
     wanted = [windows[number].views[frame] for number in numbers if number < len(windows) for frame in known]
     with tally.timed("points"):
-        maps = Depths(scene, settings, wanted)
+        maps = Depths(opened.scene, settings, wanted)
     for number in numbers:
         if number >= len(windows):
             yield FEW_WINDOWS
             continue
         try:
-            yield _clip(entry, scene, number, windows[number], known, maps, settings, tally)
+            yield _clip(entry, opened, number, windows[number], known, maps, settings, tally)
         except UserError as error:
             yield Skipped(name=f"{entry.name}-{number:02d}", reason=str(error))
 
 
 def _clip(
-    entry: SceneEntry,
-    scene: Scene,
+    entry: Source,
+    opened: Opened,
     number: int,
     window: Window,
     known: Sequence[int],
@@ -355,7 +333,7 @@ def _clip(
     settings: Settings,
     tally: Tally,
 ) -> Unencoded | str:
-    name = f"{entry.name}-{number:02d}"
+    name, scene = f"{entry.name}-{number:02d}", opened.scene
     depth = torch.stack([maps[window.views[frame]] for frame in known])
     with tally.timed("load"):
         size = (settings.height, settings.width)
@@ -369,7 +347,7 @@ def _clip(
     record = ClipRecord(
         name=name,
         scene=entry.name,
-        format=scene_format(entry.folder),
+        format=opened.format,
         frames=[scene.image_paths[view].name for view in window.views],
         known=list(known),
         stride=window.stride,
