@@ -15,10 +15,11 @@ from torch.nn.functional import normalize
 from fvgen.data.photos import fit_image, pose_distance, typical_depth
 from fvgen.data.posed import Scene
 from fvgen.data.quality import LIMITS
-from fvgen.data.shards import CLOUD_POINTS, ClipRecord, Settings, ShardSet, holds_shards
+from fvgen.data.shard_files import CLOUD_POINTS, ClipRecord, Settings
+from fvgen.data.shards import ShardSet, holds_shards
 from fvgen.data.sources import Source, open_source
 from fvgen.pipeline import ViewCrafterPipeline
-from fvgen.prepare import Tally, Unencoded, scene_clips
+from fvgen.prepare_shard import Tally, Unencoded, scene_clips
 from fvgen.presets import load_pipeline
 from fvgen.report import data_address, page_template, sheet_of
 from fvgen.storage import atomic_path
