@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fvgen.data.clips import Clip, render_clip
-from fvgen.data.photos import PhotoClip, photo_clip
+from fvgen.data.photo_clips import PhotoClip, photo_clip
 from fvgen.data.point_maps import point_maps
 from fvgen.data.posed import Scene
 from fvgen.data.quality import measure, verdict
