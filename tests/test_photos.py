@@ -12,7 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fvgen.data.photos import _paths, choose_views, fit_image, pose_distance, scene_clips, scene_cloud
+from fvgen.data.photo_clips import scene_clips
+from fvgen.data.photos import _paths, choose_views, fit_image, pose_distance
+from fvgen.data.point_maps import scene_cloud
 from fvgen.data.scenes import Scene, load_image, read_scene
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, fit_box, look_at, pinhole, project

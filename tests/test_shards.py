@@ -17,7 +17,8 @@ from fvgen.data.order import ShardLoader, epoch_order
 from fvgen.data.places import sha256_of
 from fvgen.data.shards import ShardSet, holds_shards
 from fvgen.errors import UserError
-from fvgen.prepare import Tally, prepare
+from fvgen.prepare import prepare
+from fvgen.prepare_shard import Tally
 from fvgen.presets import load_pipeline
 
 FRAMES, SIZE, SCENES, CLIPS = 3, (16, 24), 3, 2
@@ -171,6 +172,19 @@ def test_broken_inputs_are_skipped_and_listed(make, scenes, whole, tmp_path):
     assert {"scene2-00", "scene2-01"} <= set(clips.names) < set(good.names)
     for index, name in enumerate(clips.names):  # the others are what they would be without the broken ones
         assert same_clip(clips[index], good[good.names.index(name)])
+
+
+def test_a_part_may_come_out_empty(make, scenes, whole, tmp_path):
+    """Its scene cannot be read; the other parts of the array are a data set all the same."""
+    source = tmp_path / "scenes"
+    shutil.copytree(scenes, source)
+    (source / "scene1" / "transforms.json").write_text("{")
+    assert make(tmp_path / "out", source, part=(2, 3)).clips == 0
+    for part in (1, 3):
+        make(tmp_path / "out", source, part=(part, 3))
+    clips, good = ShardSet(tmp_path / "out"), ShardSet(whole)
+    assert clips.names == [name for name in good.names if not name.startswith("scene1")]
+    assert [entry.name for entry in clips.skipped()] == ["scene1"]
 
 
 def test_filters_count_what_they_drop(make, tmp_path):

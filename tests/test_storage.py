@@ -216,7 +216,7 @@ def test_writes_that_fail_for_want_of_space(tmp_path):
     assert lines == ("x" * 9_999 + "y" * 2_000 + "\n") * 4  # whole lines only
     (tmp_path / "lines").write_text("old")
     for name, (kind, sentence) in said.items():
-        assert kind == "UserError", (name, sentence)
+        assert kind == "CannotWrite", (name, sentence)
         assert sentence == (
             f"cannot write {tmp_path / name}: the disk is full; free some space and run the same command again"
         )

@@ -56,7 +56,7 @@ def convert(
 
 @app.command()
 def prepare(
-    sources: Annotated[list[Path], typer.Argument(help="Folders of posed scenes, or of such folders.")],
+    sources: Annotated[list[Path], typer.Argument(help="Posed scenes, photographs, videos, or folders of these.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards; run again to resume.")],
     frames: Annotated[int | None, typer.Option(min=2, help="Of a clip; the teacher's own number if not given.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; 320x512, or 48x64 for tiny, if not given.")] = None,
@@ -71,7 +71,7 @@ def prepare(
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
     device: Annotated[str, typer.Option(help="Of the encoders: cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
-    """Make shards of encoded training clips from posed photographs."""
+    """Make shards of encoded training clips from photographs and videos."""
     options = {
         "frames": frames, "max_stride": max_stride, "teacher": teacher, "points": points, "seed": seed,
         "clips_per_scene": clips_per_scene, "known_views": known_views, "workers": workers, "device": device,
@@ -82,7 +82,7 @@ def prepare(
 
 @app.command()
 def inspect(
-    path: Annotated[str, typer.Argument(help="Shard folder (or its address), or a posed scene.")],
+    path: Annotated[str, typer.Argument(help="Shard folder (or its address), a scene, photographs or a video.")],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
     clips: Annotated[int | None, typer.Option(min=1, help="To show; 8, or 2 of a scene, if not given.")] = None,
     teacher: Annotated[

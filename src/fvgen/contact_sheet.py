@@ -15,10 +15,11 @@ from torch.nn.functional import normalize
 from fvgen.data.photos import fit_image, pose_distance, typical_depth
 from fvgen.data.posed import Scene
 from fvgen.data.quality import LIMITS
-from fvgen.data.scenes import read_scene, scene_format
-from fvgen.data.shards import CLOUD_POINTS, ClipRecord, Settings, ShardSet, holds_shards
+from fvgen.data.shard_files import CLOUD_POINTS, ClipRecord, Settings
+from fvgen.data.shards import ShardSet, holds_shards
+from fvgen.data.sources import Source, open_source
 from fvgen.pipeline import ViewCrafterPipeline
-from fvgen.prepare import SceneEntry, Tally, Unencoded, scene_clips
+from fvgen.prepare_shard import Tally, Unencoded, scene_clips
 from fvgen.presets import load_pipeline
 from fvgen.report import data_address, page_template, sheet_of
 from fvgen.storage import atomic_path
@@ -50,7 +51,7 @@ class Row:
 
 
 def inspect(path: str | Path, out: str | Path, clips: int | None = None, teacher: str | None = None) -> Path:
-    """Write the page of a shard folder or of a posed scene to ``out``; returns it.
+    """Write the page of a shard folder or of a scene (`open_source`) to ``out``; returns it.
 
     ``clips`` are spread evenly over the shards; of a scene they are made for the page. ``teacher`` decodes shards; None
     is the preset that encoded them. Raises UserError for a path that is neither, damaged shards, and another teacher.
@@ -95,8 +96,8 @@ def _of_shards(path: str | Path, clips: int | None, teacher: str | None) -> dict
     return {"title": str(path), "facts": facts, "lost": lost, "rows": rows, "photographs": None, "plan": None}
 
 
-def _of_scene(folder: Path, clips: int | None) -> dict:
-    scene = read_scene(folder)
+def _of_scene(path: Path, clips: int | None) -> dict:
+    scene, format = open_source(path)
     height, width = _size(scene)
     chosen = torch.linspace(0, len(scene) - 1, min(PHOTOGRAPHS, len(scene))).round().long().tolist()
     shown = torch.stack([fit_image(scene.image(view), THUMBNAIL, _beside(scene)) for view in chosen])
@@ -106,7 +107,7 @@ def _of_scene(folder: Path, clips: int | None) -> dict:
         half_pixel_shift=False, teacher="", encoder="", limits=dict.fromkeys(LIMITS, 0.0),
     )  # fmt: skip
     rows, lost, clouds = [], [], []
-    entry, numbers = SceneEntry(scene.name, folder), range(settings.clips_per_scene)
+    entry, numbers = Source(scene.name, path), range(settings.clips_per_scene)
     results = scene_clips(entry, numbers, settings, Tally()) if settings.frames > 2 else []
     for result in results:
         if not isinstance(result, Unencoded):
@@ -129,7 +130,7 @@ def _of_scene(folder: Path, clips: int | None) -> dict:
     nearest = (distance + torch.eye(len(scene)) * 1e9).min(1).values if len(scene) > 1 else torch.zeros(1)
     angle = _half_angle(scene.cameras.intrinsics, scene.cameras.width)
     facts = [
-        ("format", scene_format(folder)),
+        ("format", format),
         ("photographs", f"{len(scene)} of {scene.cameras.height}x{scene.cameras.width}"),
         ("field of view", f"{2 * math.degrees(angle):.0f} degrees across"),
         ("lens", "distorted; undone" if scene.lenses is not None else "pinhole"),
@@ -139,7 +140,7 @@ def _of_scene(folder: Path, clips: int | None) -> dict:
     ]
     photographs = data_address(sheet_of(shown, 1, {"quality": 80}, min(8, len(shown))))
     plan = plan_view(scene.cameras.world_from_cam, points, colors, angle)
-    page = {"title": str(folder), "facts": facts, "lost": lost, "rows": rows}
+    page = {"title": str(path), "facts": facts, "lost": lost, "rows": rows}
     return page | {"photographs": photographs, "plan": plan}
 
 

@@ -13,6 +13,10 @@ class UserError(ValueError):
     """
 
 
+class CannotWrite(UserError):
+    """A full disk or a place that is closed: nothing goes on before it is mended, whatever else could be skipped."""
+
+
 class Stopped(Exception):
     """The run was asked to end and did, with everything saved. The command line exits with code 0."""
 

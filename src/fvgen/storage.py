@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from fvgen.errors import UserError
+from fvgen.errors import CannotWrite, UserError
 
 TEMPORARY = ".partial"
 ASIDE = TEMPORARY + ".old"  # no plain ".old": a user's own backup may be called that
@@ -45,7 +45,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with suppress(OSError):  # the first error is the one to tell
             recover(path)
         if reason := _disk_reason(error):
-            raise UserError(f"cannot write {path}: {reason}") from error
+            raise CannotWrite(f"cannot write {path}: {reason}") from error
         raise
 
 
@@ -89,7 +89,7 @@ def append_line(path: str | Path, line: str) -> None:
                 raise
     except OSError as error:
         if reason := _disk_reason(error):
-            raise UserError(f"cannot write {path}: {reason}") from error
+            raise CannotWrite(f"cannot write {path}: {reason}") from error
         raise
 
 
@@ -103,7 +103,7 @@ def writable_folder(path: str | Path) -> Path:
         probe.unlink()
     except OSError as error:
         reason = _in_words(error.errno)
-        raise UserError(f"output folder {path} cannot be written ({reason}); choose another one") from error
+        raise CannotWrite(f"output folder {path} cannot be written ({reason}); choose another one") from error
     return path
 
 

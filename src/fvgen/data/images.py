@@ -61,7 +61,16 @@ def _orientation(image: Image.Image) -> int:
     return image.getexif().get(EXIF_ORIENTATION, 1)
 
 
-def image_size(path: Path) -> tuple[int, int]:
+def is_plain(path: Path) -> bool:
+    """Whether a file is an upright 8-bit JPEG or PNG, grey or RGB, which every program reads alike."""
+    try:
+        with Image.open(path) as image:
+            return image.format in ("JPEG", "PNG") and image.mode in ("L", "RGB") and _orientation(image) == 1
+    except Exception:  # as in _decode: `load_image` will say what is wrong
+        return False
+
+
+def image_size(path: Path, posed: bool = True) -> tuple[int, int]:
     """(width, height) after the EXIF turn, from the header.
 
     With poses a turn must be certain: where the tag does not exchange width and height, sizes cannot tell if
@@ -75,7 +84,7 @@ def image_size(path: Path) -> tuple[int, int]:
     except Exception as error:  # as in _decode
         raise _unreadable(path, error) from error
     turned = size[::-1] if orientation in (5, 6, 7, 8) else size
-    if orientation in range(2, 9) and turned == size:
+    if posed and orientation in range(2, 9) and turned == size:
         raise UserError(
             f"image {path} has EXIF orientation {orientation}, which its pose may or may not allow for; "
             "write upright pixels or remove the tag"

@@ -1,14 +1,6 @@
-"""Clips from posed photographs: which views, in which order, and a point cloud that tells nothing of others.
-
-The first and last view of a clip are known, those between are to be synthesised. What leaves `scene_cloud`
-comes from the known photographs alone, except for one thing: the positions of triangulated points, which
-structure-from-motion solved for with all images. Colours never do.
-"""
+"""Posed photographs: which views make a path, and images and depths cut to the size of a clip."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,8 +9,7 @@ from torch import Tensor
 
 from fvgen.data.posed import Scene
 from fvgen.errors import UserError
-from fvgen.geometry.cameras import Cameras, fit_box, project
-from fvgen.geometry.pointcloud import unproject
+from fvgen.geometry.cameras import Cameras, fit_box
 
 # Radians of turn and parallax along a whole clip: on longer ones neither end shows much of the middle.
 LONGEST = 1.5
@@ -28,61 +19,6 @@ JUMP = 1.5
 AS_GOOD = 1.4
 # Entries in the step costs of all paths that are tried: 48 MB, and twice that while they are summed.
 TABLE = 6_000_000
-
-
-class PhotoClip(NamedTuple):
-    """A clip to be rendered: truth [F, 3, H, W] and colours [N, 3] in [0, 1], points [N, 3] in the world.
-
-    known: the frames that the points come from.
-    """
-
-    name: str
-    truth: Tensor
-    cameras: Cameras
-    points: Tensor
-    colors: Tensor
-    known: tuple[int, ...]
-
-
-def scene_clips(
-    scene: Scene, count: int, frames: int, height: int, width: int, seed: int, half_pixel_shift: bool = False
-) -> list[PhotoClip]:
-    """``count`` different clips of a scene, named NAME-00 and so on; the same seed gives the same clips.
-
-    The cloud of each comes from its first and last frame: see `scene_cloud`, and `unproject` for the shift.
-    Raises UserError when the scene has too few views, or neither depth maps nor points.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    clips = []
-    for index, views in enumerate(choose_views(scene, frames, count, generator)):
-        name = f"{scene.name}-{index:02d}"
-        clips.append(photo_clip(scene, name, views, (0, frames - 1), height, width, half_pixel_shift))
-    return clips
-
-
-def photo_clip(
-    scene: Scene,
-    name: str,
-    views: Sequence[int],
-    known: Sequence[int],
-    height: int,
-    width: int,
-    half_pixel_shift: bool = False,
-    depth: Tensor | None = None,
-) -> PhotoClip:
-    """The clip of these views, cut to height x width, with a cloud of its ``known`` frames (places in ``views``).
-
-    depth: [K, height, width] of the known frames, as `point_maps` gives it; None takes what came with the scene, depth
-    maps or points (`scene_cloud`). Raises UserError for damaged photographs, and where no point is left.
-    """
-    views, known = list(views), list(known)
-    truth = torch.stack([fit_image(scene.image(view), height, width) for view in views])
-    cameras = scene.cameras[views].fitted(height, width)
-    if depth is None:
-        points, colors = scene_cloud(scene, [views[frame] for frame in known], truth[known], half_pixel_shift)
-    else:
-        points, colors = unproject(depth, truth[known], cameras[known], half_pixel_shift)
-    return PhotoClip(name, truth, cameras, points, colors, tuple(known))
 
 
 # --- Choice of views ---
@@ -195,7 +131,7 @@ def path_score(distance: Tensor, paths: Tensor) -> Tensor:
     return score.masked_fill(largest > JUMP, torch.inf)
 
 
-# --- Images and clouds ---
+# --- Images ---
 
 
 def fit_image(image: np.ndarray, height: int, width: int) -> Tensor:
@@ -208,45 +144,6 @@ def fit_image(image: np.ndarray, height: int, width: int) -> Tensor:
     box = (max(left, 0.0), max(top, 0.0), min(right, old_width), min(bottom, old_height))  # rounding
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
-
-
-def scene_cloud(
-    scene: Scene, known: Sequence[int], images: Tensor, half_pixel_shift: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Points [N, 3] and colours [N, 3] in [0, 1] from the known views; ``images`` [K, 3, H, W] are theirs.
-
-    With depth maps: every pixel of the known views, at the size of ``images``, with or without ViewCrafter's
-    half-pixel shift (`unproject`), which triangulated points never have. Without depth maps: the triangulated
-    points that were found in a known view, coloured by bilinear look-up there (the mean, if several show a
-    point). Left out are points that only other views found, for nothing tells whether they are hidden here,
-    and COLMAP's own colours, which average over all photographs. Raises UserError when no point is left.
-    """
-    height, width = images.shape[-2:]
-    cameras = scene.cameras[list(known)].fitted(height, width)
-    if scene.depth_paths is not None:
-        depths = [scene.depth(view) for view in known]
-        fitted = torch.stack([fit_depth(depth, height, width) for depth in depths])
-        return unproject(fitted, images, cameras, half_pixel_shift)
-    if scene.points is None:
-        raise UserError(
-            f"scene {scene.name} has neither depth maps nor points, so nothing can be rendered; add "
-            "depth_file_path to transforms.json, or sparse/0 with points3D (`colmap point_triangulator`)"
-        )
-    pixels, depth = project(scene.points, cameras)
-    unit = 2 * pixels / pixels.new_tensor([width, height]) - 1  # the image spans -1..1
-    seen = torch.stack([scene.seen_by(view) for view in known])
-    seen &= (unit.abs() < 1).all(-1) & (depth > 0)
-    color = torch.nn.functional.grid_sample(images, unit[:, None], padding_mode="border", align_corners=False)
-    weight = seen.float()[..., None]  # [K, N, 1]
-    mean = (color[:, :, 0].transpose(1, 2) * weight).sum(0) / weight.sum(0).clamp(min=1)
-    found = seen.any(0)
-    if not found.any():
-        names = " nor ".join(scene.image_paths[view].name for view in known)
-        raise UserError(
-            f"scene {scene.name} has no point that was found in {names}, so nothing can be rendered; "
-            "check the tracks in points3D or add depth maps"
-        )
-    return scene.points[found], mean[found].clamp(0, 1)
 
 
 def fit_depth(depth: Tensor, height: int, width: int) -> Tensor:

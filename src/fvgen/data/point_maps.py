@@ -1,4 +1,4 @@
-"""Depth of chosen views of a scene, from whatever there is: one interface, one row of `BACKENDS` for each way.
+"""Where points come from: depth of chosen views of a scene, from whatever there is, one row of `BACKENDS` for each way.
 
 A backend that a later year brings is a module of `fvgen.data.points` with two functions, and a row here. Photographs
 without poses get them first, in `fvgen.data.reconstruct`.
@@ -15,9 +15,10 @@ from fvgen.data.points import depth_pro, dust3r, measured, sparse, stereo
 from fvgen.data.points.stereo import STEREO_SIDE
 from fvgen.data.posed import Scene
 from fvgen.errors import UserError, did_you_mean
+from fvgen.geometry.pointcloud import unproject
 from fvgen.geometry.stereo import TooFewFeatures
 
-__all__ = ["BACKENDS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps"]
+__all__ = ["BACKENDS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps", "scene_cloud"]
 
 
 class Backend(NamedTuple):
@@ -61,6 +62,29 @@ def _best(scene: Scene, views: Sequence[int], height: int, width: int) -> PointM
         reasons[name] = reason
     said = ", ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise UserError(f"no depth can be had for scene {scene.name} ({said}); mend one of these")
+
+
+def scene_cloud(
+    scene: Scene, known: Sequence[int], images: Tensor, half_pixel_shift: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Points [N, 3] and colours [N, 3] in [0, 1] from the known views and what came with the scene, nothing estimated;
+    ``images`` [K, 3, H, W] are those of the views.
+
+    For `fvgen demo --data`, where seconds count, and its published numbers. Depth maps: every pixel of the known views,
+    with or without ViewCrafter's half-pixel shift (`unproject`). Else the triangulated points themselves, which never
+    have that shift (`sparse.cloud`); `point_maps` would round them to pixels. Raises UserError for a scene without
+    either.
+    """
+    height, width = images.shape[-2:]
+    if BACKENDS["depth"].lacks(scene) is None:
+        cameras = scene.cameras[list(known)].fitted(height, width)
+        return unproject(point_maps(scene, known, height, width, "depth").depth, images, cameras, half_pixel_shift)
+    if BACKENDS["colmap"].lacks(scene) is None:
+        return sparse.cloud(scene, known, images)
+    raise UserError(
+        f"scene {scene.name} has neither depth maps nor points, so nothing can be rendered; add depth_file_path to "
+        "transforms.json, or sparse/0 with points3D (`colmap point_triangulator`)"
+    )
 
 
 BACKENDS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only where their weights were brought

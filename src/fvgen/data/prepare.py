@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.progress import track
 
 from fvgen.data.clips import Clip, ClipFolder, make_clip, save_clips
-from fvgen.data.photos import scene_clips
+from fvgen.data.photo_clips import scene_clips
 from fvgen.data.posed import Scene
 from fvgen.data.scenes import find_scenes, read_scene
 from fvgen.data.synthetic import RADIUS

@@ -5,14 +5,18 @@ by a user's own DUSt3R, which also does with one or two photographs and brings d
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from fvgen.data.points import dust3r
 from fvgen.data.points.dust3r_model import missing
 from fvgen.data.posed import Scene
-from fvgen.data.readers.photographs import Photographs
+from fvgen.data.readers.photographs import Photographs, copy_photograph
 from fvgen.data.scenes import read_scene
 from fvgen.errors import UserError, did_you_mean, first_line
 from fvgen.storage import atomic_path
@@ -53,7 +57,8 @@ def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = F
     """Poses, one shared lens, and sparse points; written to ``folder`` as a COLMAP scene, whole or not at all.
 
     ``in_order`` compares each photograph with those next to it only, for frames of a video; otherwise all are compared
-    with all. Photographs that cannot be posed are left out. The scale is arbitrary. Raises UserError where pycolmap is
+    with all. Photographs that cannot be posed are left out. The scale is arbitrary. The same photographs give the same
+    bits: features and matches on as many threads as torch has, the rest on one. Raises UserError where pycolmap is
     missing, and where fewer than half of the photographs, or fewer than three, could be posed.
     """
     try:
@@ -68,11 +73,10 @@ def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = F
         for place in (images, models):
             place.mkdir(parents=True)
         for path in photographs.image_paths:
-            shutil.copyfile(path, images / path.name)
+            copy_photograph(path, images)
         try:
-            pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE)
-            (pycolmap.match_sequential if in_order else pycolmap.match_exhaustive)(database)
-            found = pycolmap.incremental_mapping(database, images, models)
+            with _quiet(pycolmap):
+                found = _run(pycolmap, database, images, models, in_order)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"COLMAP failed on {photographs.name} ({first_line(error)}); check the photographs"
@@ -90,3 +94,31 @@ def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = F
         for left in [database, *temporary.glob("database.db-*")]:
             left.unlink(missing_ok=True)
     return read_scene(folder, "colmap")
+
+
+def _run(pycolmap, database: Path, images: Path, models: Path, in_order: bool) -> dict:
+    """Features, matches, models. Random numbers are seeded everywhere; where sums are threaded there is one thread."""
+    pycolmap.set_random_seed(0)
+    extraction, matching = pycolmap.FeatureExtractionOptions(), pycolmap.FeatureMatchingOptions()
+    extraction.num_threads = matching.num_threads = torch.get_num_threads()
+    extraction.use_gpu = matching.use_gpu = False
+    geometry, mapping = pycolmap.TwoViewGeometryOptions(), pycolmap.IncrementalPipelineOptions()
+    geometry.ransac.random_seed = 0
+    mapping.num_threads = mapping.mapper.num_threads = 1
+    mapping.random_seed = mapping.mapper.random_seed = mapping.triangulation.random_seed = 0
+    mapping.ba_use_gpu = False
+    pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE, extraction_options=extraction)
+    match = pycolmap.match_sequential if in_order else pycolmap.match_exhaustive
+    match(database, matching_options=matching, verification_options=geometry)
+    return pycolmap.incremental_mapping(database, images, models, mapping)
+
+
+@contextmanager
+def _quiet(pycolmap) -> Iterator[None]:
+    """Without COLMAP's lines about each image on stderr; what fails it tells by exceptions and empty results."""
+    before = pycolmap.logging.minloglevel
+    pycolmap.logging.minloglevel = int(pycolmap.logging.Level.FATAL)
+    try:
+        yield
+    finally:
+        pycolmap.logging.minloglevel = before

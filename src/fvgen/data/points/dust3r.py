@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +23,7 @@ from fvgen.data.images import load_image
 from fvgen.data.photos import fit_depth, fit_image, pose_distance
 from fvgen.data.points.dust3r_model import Dust3r, load_dust3r, missing
 from fvgen.data.posed import Scene
-from fvgen.data.readers.photographs import Photographs
+from fvgen.data.readers.photographs import Photographs, copy_photograph
 from fvgen.data.scenes import read_scene
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
@@ -181,13 +180,13 @@ def _write_scene(folder: Path, photographs: Photographs, aligned: Aligned) -> No
     unit = aligned.depth.max().item() / 65535
     frames = []
     for i, path in enumerate(photographs.image_paths):
-        shutil.copyfile(path, folder / "images" / path.name)
+        copy = copy_photograph(path, folder / "images")
         levels = (fit_depth(aligned.depth[i], height, width) / unit).round()
         Image.fromarray(levels.numpy().astype(np.uint16)).save(folder / "depth" / f"{i:04d}.png")
         matrix = cameras.intrinsics[i].tolist()
         frames.append(
             {
-                "file_path": f"images/{path.name}",
+                "file_path": f"images/{copy.name}",
                 "depth_file_path": f"depth/{i:04d}.png",
                 "transform_matrix": to_opengl(cameras.world_from_cam[[i]].double())[0].tolist(),
                 "fl_x": matrix[0][0],

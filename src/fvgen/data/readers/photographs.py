@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from fvgen.data.images import HEIC, image_size
+from fvgen.data.images import HEIC, image_size, is_plain, load_image
 from fvgen.errors import UserError, first_line
 from fvgen.storage import atomic_path
 
@@ -33,6 +34,11 @@ class Photographs:
         return len(self.image_paths)
 
 
+def holds_photographs(folder: Path) -> bool:
+    """Whether photographs are right in this folder."""
+    return any(path.suffix.lower() in PHOTOGRAPHS for path in folder.iterdir())
+
+
 def read_photographs(folder: str | Path) -> Photographs:
     """All photographs of a folder (or its sub-folder ``images``), numbers in their names in numerical order.
 
@@ -47,10 +53,10 @@ def read_photographs(folder: str | Path) -> Photographs:
     files = sorted((path for path in place.iterdir() if path.suffix.lower() in PHOTOGRAPHS), key=_natural)
     if not files:
         raise UserError(f"{place} holds no photographs ({', '.join(PHOTOGRAPHS)}); copy them there")
-    first = image_size(files[0])
+    first = image_size(files[0], posed=False)
     kept, duplicates = {}, []
     for file in files:
-        size = image_size(file)
+        size = image_size(file, posed=False)
         if size != first:
             raise UserError(
                 f"image {file} is {size[0]}x{size[1]}, {files[0].name} is {first[0]}x{first[1]}; all photographs of a "
@@ -68,11 +74,21 @@ def read_photographs(folder: str | Path) -> Photographs:
     )
 
 
-def extract_video(file: str | Path, folder: str | Path, frames: int) -> Photographs:
+def copy_photograph(path: Path, folder: Path) -> Path:
+    """The photograph in ``folder``: the same file where all programs see the same pixels in it, else a PNG of them."""
+    if is_plain(path):
+        return Path(shutil.copyfile(path, folder / path.name))
+    copy = folder / f"{path.name}.png"
+    Image.fromarray(load_image(path)).save(copy, compress_level=1)
+    return copy
+
+
+def extract_video(file: str | Path, folder: str | Path, frames: int, at_most: bool = False) -> Photographs:
     """``frames`` frames of a video, evenly spaced from its first to its last, as PNG files in ``folder``, upright.
 
-    The folder appears when all is written, or not at all; one that is there already must not be. Needs PyAV
-    (`pip install fvgen[photos]`). Raises UserError for a file that is no video, damaged or too short.
+    With ``at_most`` a shorter video will do. The folder appears when all is written, or not at all; one that is there
+    already must not be. Needs PyAV (`pip install fvgen[photos]`). Raises UserError for a file that is no video, damaged
+    or too short.
     """
     file, folder = Path(file), Path(folder)
     if not file.is_file():
@@ -82,6 +98,8 @@ def extract_video(file: str | Path, folder: str | Path, frames: int) -> Photogra
     if frames < 1:
         raise UserError(f"{frames} frames cannot be taken from {file}; ask for one or more")
     total = sum(1 for _ in _decode(file))
+    if total and at_most:
+        frames = min(frames, total)
     if total < frames:
         raise UserError(f"video {file} has {total} frames, not {frames}; ask for fewer")
     wanted = {round(place) for place in np.linspace(0, total - 1, frames)}
