@@ -58,7 +58,10 @@ def test_what_counts_as_a_scene(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "preview.png").write_bytes(b"x")
     (tmp_path / "list.txt").write_text("x")
+    plain(tmp_path / ".thumbnails")
+    (tmp_path / "d e" / "._0.png").write_bytes(b"x")  # what some systems leave beside each file
     assert names(tmp_path) == ["a", "b", "c", "d e", "f.MP4"]
+    assert len(read_photographs(tmp_path / "d e")) == 4
     for name in ("a", "b", "c", "d e", "f.MP4"):
         assert names(tmp_path / name) == [name]
 
