@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if TYPE_CHECKING:  # importing diffusers takes seconds, and most test files need none of it
     from fvgen.distill import StageConfig
     from fvgen.pipeline import ViewCrafterPipeline
+    from fvgen.prepare_shard import Tally
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -97,3 +98,42 @@ def stage(teacher_folder: Path, clip_folder: Path, tmp_path: Path) -> Callable[.
         return stage_config(name, settings | changes)
 
     return make
+
+
+# --- Shards ---
+
+
+@pytest.fixture(scope="session")
+def shard_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three small scenes with depth maps, below a space and an umlaut. Shared: never change them."""
+    from scene_files import document, write_depth, write_nerfstudio
+
+    folder = tmp_path_factory.mktemp("räume hier")
+    for index in range(3):
+        scene = folder / f"scene{index}"
+        scene.mkdir()
+        write_depth(scene)
+        write_nerfstudio(scene, document(depth=True))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def make_shards(shard_scenes: Path, teacher_folder: Path) -> Callable[..., Tally]:
+    """`prepare` on these scenes: two clips of each, three frames of 16x24, two clips a shard, nothing filtered."""
+    from fvgen.data.quality import LIMITS
+    from fvgen.prepare import prepare
+
+    def call(out: Path, source: Path | None = None, **changes: Any) -> Tally:
+        options = {"clips_per_scene": 2, "clips_per_shard": 2, "workers": 1, "limits": dict.fromkeys(LIMITS, 0.0)}
+        options |= {"teacher": str(teacher_folder), **changes}
+        return prepare([source or shard_scenes], out, 3, (16, 24), **options)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def shards(make_shards: Callable[..., Tally], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shards of all of them. Shared: never change them."""
+    out = tmp_path_factory.mktemp("shards") / "all"
+    assert make_shards(out).clips == 6
+    return out

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checks import hashes, refusal
 from PIL import Image
 from scene_files import document, save_turned, write_colmap, write_depth, write_images, write_nerfstudio
 
@@ -17,7 +18,7 @@ from fvgen.data.readers.photographs import copy_photograph, read_photographs
 from fvgen.data.scenes import load_image, read_scene
 from fvgen.data.shards import ShardSet
 from fvgen.data.sources import find_sources, open_source
-from fvgen.errors import CannotWrite, UserError
+from fvgen.errors import CannotWrite
 from fvgen.prepare import prepare
 
 KEEP_ALL = {"points": 0.0, "overlap": 0.0, "sharpness": 0.0, "motion": 0.0}
@@ -45,13 +46,6 @@ def names(*paths: Path) -> list[str]:
     return [source.name for source in find_sources(paths)]
 
 
-def refusal(call) -> str:
-    with pytest.raises(UserError) as caught:
-        call()
-    assert "\n" not in str(caught.value) and ";" in str(caught.value)
-    return str(caught.value)
-
-
 # --- Finding ---
 
 
@@ -64,7 +58,10 @@ def test_what_counts_as_a_scene(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "preview.png").write_bytes(b"x")
     (tmp_path / "list.txt").write_text("x")
+    plain(tmp_path / ".thumbnails")
+    (tmp_path / "d e" / "._0.png").write_bytes(b"x")  # what some systems leave beside each file
     assert names(tmp_path) == ["a", "b", "c", "d e", "f.MP4"]
+    assert len(read_photographs(tmp_path / "d e")) == 4
     for name in ("a", "b", "c", "d e", "f.MP4"):
         assert names(tmp_path / name) == [name]
 
@@ -176,10 +173,6 @@ def door(shared, tmp_path) -> Path:
     for path in photographs[:5]:
         Image.open(path).reduce(2).save(folder / path.name, quality=95)
     return folder
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {path.name: sha256_of(path) for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 A format is a row of `FORMATS`: how to tell it, and a function from a folder to a `Scene`. Whatever can be wrong with a
 folder is found by `read_scene`, before any work starts, and said in one sentence; only damaged pixels wait for
-`Scene.image`. docs/data.md says how each is laid out and where to get it. Photographs without poses are
-`fvgen.data.readers.photographs`.
+`Scene.image`. docs/data.md says how each is laid out and where to get it. Photographs without poses get them in
+`fvgen.data.sources`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def read_scene(folder: str | Path, format: str = "auto", images: str | None = No
         if not format:
             raise UserError(
                 f"{folder} has no camera poses (no transforms.json, no sparse/0/cameras.bin or .txt, no camera file "
-                f"{folder.resolve().name}.txt); run COLMAP on its images or give another folder"
+                f"{folder.resolve().name}.txt); run COLMAP on its images (`fvgen prepare` does) or give another folder"
             )
     if format not in FORMATS:
         raise UserError(f"unknown scene format {format!r}{did_you_mean(format, [*FORMATS, 'auto'])}")

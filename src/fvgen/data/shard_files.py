@@ -166,11 +166,16 @@ def read_content(path: Path, settings: Settings) -> Content | None:
     """What a shard of these settings says of itself; None where it is missing, damaged or of other settings."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            content = Content.model_validate_json((file.metadata() or {}).get("fvgen", ""))
+            content = read_header(file)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError, ValidationError):
         return None
     return content if (content.settings, content.digest) == (settings.digest(), _digest(tensors)) else None
+
+
+def read_header(file: safe_open) -> Content:
+    """Raises ValidationError for a file that is no shard."""
+    return Content.model_validate_json((file.metadata() or {}).get("fvgen", ""))
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:

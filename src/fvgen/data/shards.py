@@ -10,12 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fvgen.data.latents import LatentBatch, LatentSet
 from fvgen.data.places import Place, open_place, sha256_of
-from fvgen.data.shard_files import PER_CLIP, Part, ShardClip, Skipped, read_part
+from fvgen.data.shard_files import PER_CLIP, Part, ShardClip, Skipped, part_file, read_header, read_part
 from fvgen.errors import UserError, first_line
 from fvgen.models.teacher import Condition
 
@@ -110,9 +111,13 @@ class ShardSet(LatentSet):
                 raise self._damaged(shard.file, "was altered (its SHA-256 is not the recorded one)")
             self._verified.add(number)
         try:
-            self._open[number] = safe_open(str(path), framework="pt")
-        except (SafetensorError, OSError) as error:
+            file = safe_open(str(path), framework="pt")
+            content = read_header(file)
+        except (SafetensorError, OSError, ValidationError) as error:
             raise self._damaged(shard.file, f"cannot be read ({first_line(error)})") from error
+        if (content.settings, content.clips) != (self.settings.digest(), shard.clips):
+            raise self._damaged(shard.file, "was made of other clips or settings than its index says")
+        self._open[number] = file
         if len(self._open) > OPEN_FILES:
             self._open.popitem(last=False)
         return self._open[number]
@@ -144,10 +149,13 @@ def _read_parts(place: Place) -> list[Part]:
                 f"{place}: parts {parts[0].part} and {part.part} have different settings; prepare one again"
             )
         if not part.complete:
-            raise UserError(f"{place}: part {part.part} of {total} is unfinished; run its `fvgen prepare` again")
+            raise UserError(f"{place}/{part_file(part.part, total)} is unfinished; run its `fvgen prepare` again")
     missing = sorted(set(range(1, total + 1)) - {part.part for part in parts})
     if missing:
         raise UserError(f"{place} lacks part {missing[0]} of {total}; run `fvgen prepare --part {missing[0]}/{total}`")
+    listed = {shard.file for part in parts for shard in part.shards}
+    if unlisted := sorted(set(place.names("shard-*-of-*.safetensors")) - listed):
+        raise UserError(f"shard {place}/{unlisted[0]} is in no part-*.json; run its `fvgen prepare` again")
     if not any(shard.clips for part in parts for shard in part.shards):
         raise UserError(f"{place} holds no clip: all were dropped or skipped; prepare other scenes or settings")
     return parts

@@ -89,7 +89,7 @@ def _below(path: Path) -> list[Path]:
         raise UserError(f"data folder {path} {state}") from error
     if path.is_file() or _is_scene(path):
         return [path]
-    sources = [entry for entry in entries if is_source(entry)]
+    sources = [entry for entry in entries if not entry.name.startswith(".") and is_source(entry)]
     if holds_photographs(path) and not any(entry.is_dir() and _is_scene(entry) for entry in sources):
         return [path]
     if not sources:

@@ -35,8 +35,16 @@ class Photographs:
 
 
 def holds_photographs(folder: Path) -> bool:
-    """Whether photographs are right in this folder."""
-    return any(path.suffix.lower() in PHOTOGRAPHS for path in folder.iterdir())
+    """Whether photographs are right in this folder; not in one that cannot be read."""
+    try:
+        return any(_is_photograph(path) for path in folder.iterdir())
+    except OSError:
+        return False
+
+
+def _is_photograph(path: Path) -> bool:
+    """Hidden files are none: some systems leave a ._NAME.jpg beside each NAME.jpg."""
+    return path.suffix.lower() in PHOTOGRAPHS and not path.name.startswith(".")
 
 
 def read_photographs(folder: str | Path) -> Photographs:
@@ -50,7 +58,7 @@ def read_photographs(folder: str | Path) -> Photographs:
         state = "is a file, not a folder" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {state}; give a folder of photographs")
     place = folder / "images" if (folder / "images").is_dir() else folder
-    files = sorted((path for path in place.iterdir() if path.suffix.lower() in PHOTOGRAPHS), key=_natural)
+    files = sorted(filter(_is_photograph, place.iterdir()), key=_natural)
     if not files:
         raise UserError(f"{place} holds no photographs ({', '.join(PHOTOGRAPHS)}); copy them there")
     first = image_size(files[0], posed=False)
