@@ -19,7 +19,7 @@ from fvgen.data.shard_files import CLOUD_POINTS, ClipRecord, Settings
 from fvgen.data.shards import ShardSet, holds_shards
 from fvgen.data.sources import Source, open_source
 from fvgen.pipeline import ViewCrafterPipeline
-from fvgen.prepare_shard import Tally, Unencoded, scene_clips
+from fvgen.prepare_shard import Tally, Unencoded, one_thread, scene_clips
 from fvgen.presets import load_pipeline
 from fvgen.report import data_address, page_template, sheet_of
 from fvgen.storage import atomic_path
@@ -108,7 +108,8 @@ def _of_scene(path: Path, clips: int | None) -> dict:
     )  # fmt: skip
     rows, lost, clouds = [], [], []
     entry, numbers = Source(scene.name, path), range(settings.clips_per_scene)
-    results = scene_clips(entry, numbers, settings, Tally()) if settings.frames > 2 else []
+    with one_thread():
+        results = list(scene_clips(entry, numbers, settings, Tally())) if settings.frames > 2 else []
     for result in results:
         if not isinstance(result, Unencoded):
             reason = result if isinstance(result, str) else result.reason

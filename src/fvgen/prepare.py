@@ -38,7 +38,7 @@ from fvgen.data.shard_files import (
 from fvgen.data.sources import Source, find_sources
 from fvgen.errors import UserError, did_you_mean
 from fvgen.pipeline import ViewCrafterPipeline
-from fvgen.prepare_shard import Job, Tally, make_shard
+from fvgen.prepare_shard import Job, Tally, make_shard, one_thread
 from fvgen.presets import check_device, load_pipeline
 from fvgen.storage import TEMPORARY, recover, writable_folder, write_json
 
@@ -227,20 +227,17 @@ def finish(out: Path, jobs: Sequence[Job], settings: Settings, index: int, parts
 
 
 def _here(jobs: Sequence[Job], pipeline: ViewCrafterPipeline, tick: Tick) -> Tally:
-    """One after the other, on one thread: with more, sums come out in another order and bits differ."""
-    tally, done, threads = Tally(), 0, torch.get_num_threads()
+    """One after the other, in this process."""
+    tally, done = Tally(), 0
 
     def count() -> None:
         nonlocal done
         done += 1
         tick(done)
 
-    torch.set_num_threads(1)
-    try:
+    with one_thread():
         for job in jobs:
             tally.add(make_shard(job, pipeline, count))
-    finally:
-        torch.set_num_threads(threads)
     return tally
 
 

@@ -53,6 +53,17 @@ class Tally:
         self.seconds[step] += time.process_time() - start
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """With more, sums come out in another order and bits differ; and on a busy machine threads wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 @dataclass(frozen=True)
 class Job:
     """One shard: ``clips`` are (scene, number of the clip in it), scenes next to each other."""
