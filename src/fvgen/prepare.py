@@ -245,7 +245,7 @@ def _in_processes(jobs: Sequence[Job], workers: int, device: str, tick: Tick) ->
     """Shards side by side, in processes that share no threads and no GPU with this one: these do not survive a fork."""
     context, tally = clean_context("fvgen.prepare"), Tally()
     done = context.Value("q", 0)
-    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(done,))
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(done, dict(os.environ)))
     try:
         waiting = {pool.submit(_work, job, device) for job in jobs}
         while waiting:
@@ -261,10 +261,12 @@ def _in_processes(jobs: Sequence[Job], workers: int, device: str, tick: Tick) ->
 _DONE: Any = None  # the counter that a worker shares with its parent
 
 
-def _begin(done: Any) -> None:
-    """A worker must not outlive a parent that was killed: its files would collide with those of the next run."""
+def _begin(done: Any, environment: dict[str, str]) -> None:
+    """A worker must not outlive a parent that was killed: its files would collide with those of the next run. And a
+    fork server keeps the ``environment`` that it was started in, which may be an older one."""
     global _DONE
     _DONE = done
+    os.environ.update(environment)
     torch.set_num_threads(1)
 
     def watch() -> None:

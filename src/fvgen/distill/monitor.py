@@ -10,6 +10,7 @@ import importlib.util
 import json
 import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -44,23 +45,36 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in out/tensorboard."""
+    """An event file in out/tensorboard, written at once: torch's SummaryWriter writes in a thread of its own, whose
+    errors (a full disk) nobody can catch."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self.writer = SummaryWriter(str(folder))
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        self.records = RecordWriter((folder / name).open("ab", buffering=0))
+        self._add(0, file_version="brain.Event:2")
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:
+        from torch.utils.tensorboard.summary import scalar
+
         for name, value in values.items():
-            self.writer.add_scalar(name, value, iteration)
+            self._add(iteration, summary=scalar(name, value))
 
     def video(self, name: str, frames: Tensor, iteration: int) -> None:
         """``frames`` [F, 3, H, W] in [0, 1], as one strip of pictures: a video would need moviepy."""
-        self.writer.add_image(name, torch.cat(list(frames), dim=-1), iteration)
+        from torch.utils.tensorboard.summary import image
+
+        self._add(iteration, summary=image(name, torch.cat(list(frames), dim=-1), dataformats="CHW"))
+
+    def _add(self, iteration: int, **content: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        self.records.write(Event(wall_time=time.time(), step=iteration, **content).SerializeToString())
 
     def close(self) -> None:
-        self.writer.close()
+        self.records.close()
 
 
 class WeightsAndBiases:
