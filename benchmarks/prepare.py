@@ -141,7 +141,10 @@ def note(results: dict) -> str:
     """The results as a page of Markdown."""
     lines = ["# Preparing clips", "", "Written by benchmarks/prepare.py, which says what the columns are.", ""]
     lines += [f"- {key}: {value}" for key, value in results["settings"].items()]
-    lines += ["- seconds of steps are of processor time, per clip; other work ran on the machine where a share is low"]
+    lines += [
+        "- seconds of steps are of processor time, per clip",
+        "- where processor_share or had_a_core is far below 1, other work had the cores; the clock says little then",
+    ]
     for part, rows in results["parts"].items():
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines += ["", f"## {part.capitalize()}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
