@@ -6,8 +6,10 @@ What is measured, with the encoders of the tiny teacher (published ones take lon
 
 * memory: of the process, on the first of --scenes at the preset's size, after a tenth of --flat clips and at the end.
 * speed: of each of --scenes, clips per second of one process on one thread, and where the seconds go.
-* workers: the first of --scenes four times over, with one and with two processes: clips per second of the clock, and
-  how much of their cores' time the workers had. machine_idle is the share of all cores that nobody wanted meanwhile.
+* workers: the first of --scenes four times over, with one and with two processes: clips per second of the clock, the
+  shares of the time in which the workers had a core each, and wanted one (what is missing from 1 they idled), and the
+  share of all cores that nobody wanted. Where other work runs beside it, only wanted_a_core and the processor's seconds
+  say something of ours.
 * scenes: every scene of DIR with `--points auto` and the filters as they are: what became of the clips, and why. 16
   frames each; where a scene has fewer views or no clip comes out, 8, then 5.
 
@@ -75,22 +77,39 @@ def speed(folder: Path, size: tuple[int, int], frames: int, count: int) -> dict:
 
 
 def workers(folder: Path, size: tuple[int, int], frames: int, count: int, processes: int) -> dict:
-    """Clips per second of the clock; their start, seconds of imports, counts."""
+    """Clips per second of the clock; the start of the processes, seconds of imports, counts in that alone."""
+    seen: list[tuple[float, float]] = []
+    process = psutil.Process()
+
+    def watch(done: int, total: int) -> None:
+        ours = [process] if processes == 1 else [worker for child in process.children() for worker in child.children()]
+        if len(ours) == processes:  # all are there
+            seen.append((time.perf_counter(), sum(map(_wanted, ours))))
+
     with tempfile.TemporaryDirectory() as out:
         before, clock = psutil.cpu_times(), time.perf_counter()
         tally = prepare(
             [folder] * 4, Path(out) / "shards", frames, size, clips_per_scene=count, clips_per_shard=count,
-            workers=processes, limits=ALL_KEPT,
+            workers=processes, limits=ALL_KEPT, on_progress=watch,
         )  # fmt: skip
         clock, after = time.perf_counter() - clock, psutil.cpu_times()
+    (start, first), (end, last) = seen[0], seen[-1]
     return {
         "workers": processes,
         "clips": tally.clips,
         "seconds": round(clock, 1),
         "clips_per_second": round(tally.clips / clock, 3),
-        "share_of_their_cores": round(sum(tally.seconds.values()) / clock / processes, 2),
+        "processor_s_per_clip": round(sum(tally.seconds.values()) / tally.clips, 2),
+        "had_a_core": round(sum(tally.seconds.values()) / clock / processes, 2),
+        "wanted_a_core": round((last - first) / (end - start) / processes, 2),
         "machine_idle": round((after.idle - before.idle) / clock / psutil.cpu_count(), 2),
     }
+
+
+def _wanted(process: psutil.Process) -> float:
+    """Seconds in which a process of one thread ran, or stood in the queue for a core (Linux counts them)."""
+    ran, queued, _ = Path(f"/proc/{process.pid}/schedstat").read_text().split()
+    return (int(ran) + int(queued)) / 1e9
 
 
 def outcome(folder: Path, size: tuple[int, int], frames: int, count: int) -> dict:
@@ -122,7 +141,10 @@ def note(results: dict) -> str:
     """The results as a page of Markdown."""
     lines = ["# Preparing clips", "", "Written by benchmarks/prepare.py, which says what the columns are.", ""]
     lines += [f"- {key}: {value}" for key, value in results["settings"].items()]
-    lines += ["- seconds of steps are of processor time, per clip; other work ran on the machine where a share is low"]
+    lines += [
+        "- seconds of steps are of processor time, per clip",
+        "- where processor_share or had_a_core is far below 1, other work had the cores; the clock says little then",
+    ]
     for part, rows in results["parts"].items():
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines += ["", f"## {part.capitalize()}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]

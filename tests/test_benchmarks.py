@@ -1,4 +1,4 @@
-"""The benchmarks of the UNet, as far as seconds allow: the port gives our outputs, the tiny preset runs."""
+"""Benchmarks, as far as seconds allow: the port gives our outputs, the tiny preset runs, pages match their figures."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def test_full_size_runs_at_tiny_size(tmp_path, monkeypatch, capsys):
     assert [row["what"] for row in result["rows"]][1:] == ["forward", "forward and backward, activation checkpointing"]
     assert all(row["seconds"] > 0 and row["peak_gib"] > 0 for row in result["rows"])
     assert f"{result['parameters']:,} parameters" in out.with_suffix(".md").read_text()
+
+
+@pytest.mark.parametrize("name", ["prepare", "points"])
+def test_pages_say_what_was_measured(name):
+    """Nobody has edited one without the other, and the pages of past runs can still be written."""
+    results = REPOSITORY / "benchmarks" / "results" / name
+    page = import_module(name).note(json.loads(results.with_suffix(".json").read_text()))
+    assert page == results.with_suffix(".md").read_text()

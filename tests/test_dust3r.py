@@ -16,12 +16,14 @@ from safetensors.torch import load_file, save_file
 from scene_files import HEIGHT, WIDTH, write_images, write_nerfstudio
 from torch import Tensor, nn
 
+from fvgen.data import sources
 from fvgen.data.point_maps import point_maps
 from fvgen.data.points import dust3r, dust3r_model
 from fvgen.data.points.dust3r_model import Dust3r, parse_arguments, read_weights
 from fvgen.data.readers.photographs import read_photographs
 from fvgen.data.reconstruct import pose_photographs
 from fvgen.data.scenes import read_scene
+from fvgen.data.sources import open_source
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.pointcloud import unproject
@@ -202,6 +204,24 @@ def test_photographs_become_a_scene_with_depth(shared, tmp_path, monkeypatch):
     torch.testing.assert_close(points, recorded["pts3d"][kept], atol=2e-4, rtol=1e-4)
     with pytest.raises(UserError, match="already there"):
         dust3r.reconstruct(read_photographs(tmp_path / "photos"), tmp_path / "out")
+
+
+def test_photographs_as_a_source(shared, tmp_path, monkeypatch):
+    """Asked for, DUSt3R poses them and its depth stays with the scene; the next time nothing is run."""
+    recorded = recording(shared, THREE_VIEWS)
+    (tmp_path / "photos").mkdir()
+    for i, image in enumerate(recorded["images"]):
+        Image.fromarray((image * 255).round().byte().numpy()).save(tmp_path / "photos" / f"{i}.png")
+    monkeypatch.setenv("FVGEN_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(dust3r, "load_dust3r", lambda: played_back(recorded))
+    scene, found = open_source(tmp_path / "photos", "dust3r")
+    assert found == "photographs/dust3r" and scene.name == "photos"
+    torch.testing.assert_close(scene.cameras.world_from_cam, recorded["c2w"], atol=1e-6, rtol=1e-6)
+    assert point_maps(scene, [1], 48, 64).backend == "depth"
+    monkeypatch.setattr(dust3r, "load_dust3r", lambda: pytest.fail("posed a second time"))
+    sources._posed.cache_clear()  # as another process would find it
+    again = open_source(tmp_path / "photos", "dust3r").scene
+    assert torch.equal(again.cameras.world_from_cam, scene.cameras.world_from_cam)
 
 
 def test_one_photograph_is_its_own_neighbour(shared, tmp_path, monkeypatch):
