@@ -212,7 +212,7 @@ class Trainer:
         if self.world.is_main:
             self.checkpoints.clean()
         newest = self.world.tell(self.checkpoints.newest())
-        done = 0 if newest is None else load_checkpoint(newest, self.things, self.facts)
+        done = 0 if newest is None else load_checkpoint(newest, self.things, self.facts, self.world)
         self.world.main_only(lambda: self._cut_log(done))
         return done
 
