@@ -22,8 +22,8 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p) # not h
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000)) # jobs that share a machine need different ones
 export MASTER_ADDR MASTER_PORT OMP_NUM_THREADS=$SLURM_CPUS_PER_TASK
 
-# One process per GPU; srun passes signals on to all of them, which the deepspeed launcher does not. Since Slurm 22.05 it
-# must be told --cpus-per-task again, or each process gets one core.
+# One process per GPU; srun passes signals on to all of them, which the deepspeed launcher does not. Since Slurm 22.05
+# it must be told --cpus-per-task again, or each process gets one core.
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" --kill-on-bad-exit=1 bash -c '
     WORLD_SIZE=$SLURM_NTASKS RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec .venv/bin/python \
     recipes/stage2_dmd.py --config "$0" --deepspeed recipes/deepspeed/zero2.json \

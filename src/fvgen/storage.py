@@ -111,7 +111,7 @@ def writable_folder(path: str | Path) -> Path:
 def lock(path: str | Path) -> None:
     """Hold the lock of the file ``path`` until this process ends, however it does. Raises UserError where another
     process has it; a file system without locks gives it to everybody."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)  # closing it would give the lock away
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # closing it would give the lock away
     try:
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

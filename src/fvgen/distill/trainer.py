@@ -116,20 +116,21 @@ class Trainer:
         """Run (or finish) the stage; returns the student's folder. Raises Stopped after SIGTERM, all saved."""
         if self.world.tell(self._is_finished()):
             return self.out / "student"
-        total = self.config.iterations
+        total, per_iteration = self.config.iterations, self.config.critic_updates
         with stop_on_sigterm() as stop:
             done = self.resume()
             guard = SkipGuard(self.config.max_skips, self.world.tell(self._rows()))
             monitor = self._start_monitor()
             with _progress(self.world.is_main) as bar:
-                task = bar.add_task(f"stage {self.config.stage}", total=total, completed=done, losses="")
+                shown = {"total": total, "completed": done, "critics": done * per_iteration, "losses": ""}
+                task = bar.add_task(f"stage {self.config.stage}", **shown)
                 for iteration in range(done + 1, total + 1):
                     first = iteration in (done + 1, self.config.head_warmup + 1)  # ... of its kind: count its work
                     with monitor.counting(self.world.size) if monitor and first else nullcontext():
                         row = self.iterate(iteration)
                     self.log(iteration, row, monitor)
                     guard.judge(row, iteration)
-                    bar.update(task, advance=1, losses=_brief(row, guard.total))
+                    bar.update(task, advance=1, critics=iteration * per_iteration, losses=_brief(row, guard.total))
                     stopping = self.world.any(stop.requested, self.config.device)
                     if iteration % self.config.checkpoint_every == 0 or iteration == total or stopping:
                         self.save(iteration)
@@ -376,11 +377,12 @@ def _brief(row: dict[str, Any], skipped: int) -> str:
 
 
 def _progress(visible: bool) -> Progress:
-    """Both time scales: how long it has taken and how long it will."""
+    """Both time scales, the student's updates and the critics'; how long it has taken and how long it will."""
     columns: Sequence = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("(critics {task.fields[critics]})"),
         TextColumn("{task.fields[losses]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
