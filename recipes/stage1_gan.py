@@ -22,8 +22,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     config = distill.read_stage_config("gan", args.config, deepspeed_setting(args.deepspeed) + args.settings)
-    trainer = distill.Trainer(config)  # judges teacher, data and folders before any work
-    student = trainer.train()  # critics and student in turn: fvgen.distill.trainer.Trainer.iterate
+    with distill.stopped_by_sigterm():
+        trainer = distill.Trainer(config)  # judges teacher, data and folders before any work
+        student = trainer.train()  # critics and student in turn: fvgen.distill.trainer.Trainer.iterate
     if trainer.world.is_main:
         print(f"Student after stage 1: {student}. Next: python recipes/stage2_dmd.py ... init={config.out} out=DIR")
 

@@ -23,8 +23,9 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     config = distill.read_stage_config("dmd", args.config, deepspeed_setting(args.deepspeed) + args.settings)
-    trainer = distill.Trainer(config)  # judges teacher, data, init and folders before any work
-    student = trainer.train()  # critics and student in turn: fvgen.distill.trainer.Trainer.iterate
+    with distill.stopped_by_sigterm():
+        trainer = distill.Trainer(config)  # judges teacher, data, init and folders before any work
+        student = trainer.train()  # critics and student in turn: fvgen.distill.trainer.Trainer.iterate
     if trainer.world.is_main:
         print(f"Student after stage 2: {student}. It loads with fvgen.pipeline.FVGenPipeline.from_pretrained.")
 

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvgen.data.clips import ClipFolder
 from fvgen.data.latents import load_latents
-from fvgen.distill import StageConfig, Trainer
+from fvgen.distill import StageConfig, Trainer, run
 from fvgen.distill.draws import Draws
 from fvgen.distill.engines import Optimization, PlainEngine, join_world
 from fvgen.distill.players import build_players
@@ -24,6 +24,8 @@ from fvgen.distill.steps import frozen, roll_out, update_critics, update_critics
 from fvgen.distill.zero_settings import zero_settings
 from fvgen.distributed import World
 from fvgen.errors import UserError
+from fvgen.pipeline import FVGenPipeline
+from fvgen.presets import load_pipeline
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -118,6 +120,18 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
         torch.testing.assert_close(engine.masters[0], torch.full((8, 8), 1 - 1e-3 * step), rtol=1e-4, atol=0)
         assert torch.equal(module.weight, engine.masters[0].bfloat16())
     assert module.weight.max() < 1
+
+
+def test_masters_go_on_where_the_earlier_stage_ended(stage):
+    gan = stage("gan", precision="bfloat16", iterations=1)
+    run(gan)
+    trainer = Trainer(stage("dmd", precision="bfloat16", init=gan.out))
+    name = "middle_block.0.conv1.weight"
+    saved = load_pipeline(Path(gan.out) / "student", FVGenPipeline).unet.get_parameter(name)
+    start = trainer.players.student_engine.gather(trainer.players.student_engine.masters)[f"unet.{name}"]
+    assert torch.equal(start, saved) and torch.equal(trainer.ema.weights()[f"unet.{name}"], saved)
+    assert not torch.equal(saved, saved.bfloat16().float())
+    assert torch.equal(trainer.players.student.unet.get_parameter(name), saved.bfloat16())
 
 
 def test_a_stage_in_bfloat16(stage):
@@ -245,7 +259,15 @@ ZERO = {"zero_optimization": {"stage": 2}}
         ("{", {}, "cannot be read"),
         ([1], {}, "stage must be 1, 2 or 3"),
         ({"zero_optimization": {"stage": 0}}, {}, "stage must be 1, 2 or 3"),
-        ({"zero_optimization": {"stage": True}}, {"batch_size": 3}, "does not divide among 2 processes"),
+        ({"zero_optimization": {"stage": True}}, {}, "stage must be 1, 2 or 3"),
+        ({"zero_optimization": {"stage": 2.0}}, {}, "stage must be 1, 2 or 3"),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}},
+            {},
+            'offload_optimizer must read {"device": "cpu"}',
+        ),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, {}, "offload_param must read"),
+        (ZERO | {"amp": {"enabled": True}}, {}, "amp is not for these networks"),
         (
             ZERO | {"train_batch_size": 8},
             {},
@@ -277,6 +299,18 @@ def test_settings_of_deepspeed_are_completed(stage, tmp_path):
     assert settings["train_micro_batch_size_per_gpu"] == 2 and settings["gradient_accumulation_steps"] == 2
     assert settings["gradient_clipping"] == 0.5 and settings["bf16"]["enabled"] is True
     assert settings["zero_optimization"] == {"stage": 2}
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "offload_optimizer": None}}))
+    assert zero_settings(config, World(size=2))["zero_optimization"] == {"stage": 2}
+
+
+@pytest.mark.parametrize("wrong", [{"ofload_optimizer": {}}, {"reduce_bucket_size": "big"}, {"reduce_bucket_size": -1}])
+def test_names_and_values_that_deepspeed_refuses(stage, tmp_path, monkeypatch, wrong):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install 'fvgen[train]'")
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    file = tmp_path / "zero.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2} | wrong}))
+    with pytest.raises(UserError, match=f"DeepSpeed refuses zero_optimization.{next(iter(wrong))} "):
+        join_world(stage(deepspeed=str(file)))
 
 
 def test_processes_without_deepspeed(stage, monkeypatch):

@@ -41,6 +41,21 @@ def test_sigterm_sets_a_flag_and_nothing_else():
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_sigterm_while_the_student_is_written(stage, tmp_path):
+    config = stage(iterations=2)
+    settings = tmp_path / "settings.yaml"
+    settings.write_text(yaml.safe_dump({k: v for k, v in config.model_dump().items() if k != "stage"}))
+    words, out = ["recipes/stage1_gan.py", "--config", settings], Path(config.out)
+    command = processes.Command(words, tmp_path)
+    while command.running() and not (out / "student.partial").exists():
+        time.sleep(0.0005)
+    os.kill(command.process.pid, signal.SIGTERM)
+    outcome = command.finish()
+    assert (outcome.code, outcome.err) == (0, "fvgen: stopped by SIGTERM; the same command goes on\n")
+    assert not list(out.rglob("*.partial*")) and not (out / "summary.json").exists()
+    assert processes.run(words, tmp_path).code == 0 and (out / "summary.json").exists()
+
+
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(stage, tmp_path):
     whole = stage(iterations=6, checkpoint_every=100, out=str(tmp_path / "whole"))
     run(whole)

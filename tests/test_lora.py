@@ -147,8 +147,10 @@ def test_export_of_what_is_no_run(stage, tmp_path):
         export_checkpoint(config.out, tmp_path / "out", 7)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").touch()
-    with pytest.raises(UserError, match="is not empty and holds no model"):
-        export_checkpoint(config.out, tmp_path / "mine")
+    shutil.copytree(config.teacher, tmp_path / "teacher")
+    for taken in ("mine", "mine/notes.txt", "teacher"):
+        with pytest.raises(UserError, match="is no earlier student and not empty"):
+            export_checkpoint(config.out, tmp_path / taken)
     one = export_checkpoint(config.out, tmp_path / "one", 1)
     assert load_pipeline(one, FVGenPipeline).config.steps == 4
     file = Path(config.out) / "checkpoints" / "00000002" / "ema.pt"

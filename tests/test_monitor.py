@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from PIL import Image
 from small_models import FRAMES, HEIGHT, WIDTH
 
@@ -40,6 +41,15 @@ def test_the_reached_rate_is_counted_work_per_second(stage, teacher_folder):
     expected = simulate(config, unet, Size(config.batch_size, FRAMES, HEIGHT // factor, WIDTH // factor)).flops
     assert work[1] == pytest.approx(expected, rel=0.01) and work[2] == pytest.approx(expected, rel=0.01)
     assert work[0] < 0.7 * expected  # critics alone
+
+
+def test_curves_that_cannot_be_drawn_are_not_worth_a_run(stage, capsys):
+    config = stage(iterations=1)
+    Path(config.out).mkdir()
+    (Path(config.out) / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
+    (Path(config.out) / "tensorboard").write_text("in the way")
+    assert run(config).is_dir()
+    assert "fvgen: goes on without these curves" in capsys.readouterr().err
 
 
 def test_sample_clips_change_no_number(stage, tmp_path):

@@ -323,3 +323,12 @@ def test_did_you_mean():
     assert did_you_mean("sede", ["seed", "steps"]) == "; did you mean 'seed'?"
     assert did_you_mean("zzz", {"b": 1, "a": 2}) == "; known are a, b"
     assert issubclass(UserError, ValueError)
+
+
+def test_ctrl_c_leaves_no_new_folder(tmp_path):
+    new, old = tmp_path / "new", tmp_path / "old"
+    old.mkdir()
+    with pytest.raises(KeyboardInterrupt), no_leftovers(new, old):
+        new.mkdir()
+        raise KeyboardInterrupt
+    assert old.exists() and not new.exists()

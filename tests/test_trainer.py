@@ -173,6 +173,12 @@ def test_fewer_iterations_than_are_done_change_nothing(finished, tmp_path):
     assert (out / "metrics.jsonl").read_bytes() == metrics
 
 
+def test_a_finished_run_that_goes_on_is_not_finished(finished, tmp_path):
+    config, out = finished(tmp_path, iterations=5)
+    assert Trainer(config).resume() == 3
+    assert not (out / "summary.json").exists()  # what a job script and init= look at
+
+
 def test_rows_behind_the_checkpoint_are_dropped(stage, tmp_path):
     config, whole = stage(iterations=4, checkpoint_every=2), stage(iterations=4, out=str(tmp_path / "whole"))
     run(whole)
@@ -296,6 +302,30 @@ def test_the_folder_of_another_run(finished, tmp_path):
     assert "holds another run (seed is 0 there and 1 here)" in refused(config.model_copy(update={"seed": 1}))
     assert "holds another run (head_lr is" in refused(config.model_copy(update={"head_lr": 0.5}))
     assert before == {path: path.read_bytes() for path in files_of(out)}
+
+
+def test_the_folder_is_judged_before_anything_is_read(finished, tmp_path):
+    config, _ = finished(tmp_path)
+    assert "holds another run (teacher is" in refused(config.model_copy(update={"teacher": "/nowhere"}))
+
+
+def test_the_folder_of_a_run_at_work(stage, tmp_path):
+    config = stage(iterations=6)
+    first = Victim(config, tmp_path)
+    while first.command.running() and not (Path(config.out) / "metrics.jsonl").exists():
+        time.sleep(0.001)
+    second = Victim(config, tmp_path).command.finish()
+    assert second.code == 2 and second.err.startswith(f"fvgen: another process is at work in {config.out}; wait")
+    assert first.command.finish().code == 0
+    assert [row["iteration"] for row in read_metrics(config.out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_metric_to_keep_by_that_is_once_not_finite(stage):
+    trainer = Trainer(stage(keep_best_by="loss_head", track=False))
+    monitor = trainer._start_monitor()
+    trainer.log(1, {"loss_student": 1.0, "not_finite": ["loss_head"]}, monitor)
+    with pytest.raises(UserError, match="keep_best_by='loss_head' is no metric"):
+        trainer.log(2, {"loss_student": 1.0, "loss_heat": 2.0}, monitor)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "student/model.bin", "student.old/model.bin"])

@@ -107,7 +107,9 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Scaled latents [B, 4, F, h, w] to frames [B, F, 3, H, W] in [0, 1], clamped, float32."""
         decoder = self.vae if self.fast_decoder is None else self.fast_decoder
-        flat = rearrange(latents, "b c f h w -> (b f) c h w").to(self._execution_device, decoder.dtype)
+        # A decoder on a GPU stays there; one that waits on the CPU is fetched by its hook or is to work there.
+        device = decoder.device if decoder.device.type == "cuda" else self._execution_device
+        flat = rearrange(latents, "b c f h w -> (b f) c h w").to(device, decoder.dtype)
         flat = flat / decoder.config.scaling_factor
         flat = flat.contiguous(memory_format=torch.channels_last)
         pixels = flat.shape[2] * flat.shape[3] * self._vae_factor**2

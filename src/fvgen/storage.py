@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import re
@@ -70,7 +71,7 @@ def no_leftovers(*folders: Path) -> Iterator[None]:
     new = [folder for folder in folders if not folder.exists()]
     try:
         yield
-    except Exception:
+    except BaseException:  # Ctrl-C too
         for folder in new:
             remove(folder)
         raise
@@ -105,6 +106,20 @@ def writable_folder(path: str | Path) -> Path:
         reason = _in_words(error.errno)
         raise CannotWrite(f"output folder {path} cannot be written ({reason}); choose another one") from error
     return path
+
+
+def lock(path: str | Path) -> None:
+    """Hold the lock of the file ``path`` until this process ends, however it does. Raises UserError where another
+    process has it; a file system without locks gives it to everybody."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # closing it would give the lock away
+    try:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(descriptor)
+            raise UserError(
+                f"another process is at work in {Path(path).parent}; wait for it, stop it, or choose another folder"
+            ) from None
 
 
 def _disk_reason(error: BaseException) -> str | None:

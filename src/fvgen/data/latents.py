@@ -44,7 +44,7 @@ class LatentSet:
 
     def batch(self, indices: Tensor | list[int], device: str | torch.device = "cpu") -> LatentBatch:
         """The clips at ``indices`` as one batch."""
-        latents, render_latents, context = (self.tensors[key][indices].to(device) for key in KEYS)
+        latents, render_latents, context = (self.tensors[key][indices].to(device, non_blocking=True) for key in KEYS)
         return LatentBatch(latents, Condition(render_latents, context))
 
     def random_batch(

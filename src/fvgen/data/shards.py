@@ -64,9 +64,11 @@ class ShardSet(LatentSet):
     def batch(self, indices: Tensor | Sequence[int], device: str | torch.device = "cpu") -> LatentBatch:
         """The clips at ``indices`` as one batch."""
         clips = [self[int(index)] for index in indices]
-        latents, render_latents = (torch.stack(part).to(device) for part in list(zip(*clips, strict=True))[:2])
+        latents, render_latents = (
+            torch.stack(part).to(device, non_blocking=True) for part in list(zip(*clips, strict=True))[:2]
+        )
         context = torch.stack([torch.cat([clip.text_tokens, clip.image_tokens]) for clip in clips])
-        return LatentBatch(latents, Condition(render_latents, context.to(device)))
+        return LatentBatch(latents, Condition(render_latents, context.to(device, non_blocking=True)))
 
     def check_encoder(self, fingerprint: str, model: str) -> None:
         """Raises UserError where the latents were made by other encoders than those of ``model``."""

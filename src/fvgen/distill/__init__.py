@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fvgen.distill.config import RunConfig, StageConfig, read_stage_config, read_yaml, run_config, stage_config
     from fvgen.distill.export import export_checkpoint
+    from fvgen.distill.guards import stopped_by_sigterm
     from fvgen.distill.trainer import Trainer, read_metrics, run
 
 __all__ = [
@@ -24,8 +25,13 @@ __all__ = [
     "run",
     "run_config",
     "stage_config",
+    "stopped_by_sigterm",
 ]
-_HOMES = {"Trainer": "trainer", "read_metrics": "trainer", "run": "trainer", "export_checkpoint": "export"}
+_HOMES = {
+    **dict.fromkeys(("Trainer", "read_metrics", "run"), "trainer"),
+    "export_checkpoint": "export",
+    "stopped_by_sigterm": "guards",
+}
 
 
 def __getattr__(name: str) -> Any:

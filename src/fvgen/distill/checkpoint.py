@@ -11,7 +11,8 @@ import json
 import os
 import pickle
 import re
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -43,31 +44,45 @@ def save_checkpoint(
 ) -> None:
     """Write ``things`` as they stand after ``iteration``; ``facts`` say whose they are. Raises UserError when the disk
     is full. One thing is in memory at a time."""
-    if not world.is_main:
-        for thing in things.values():
-            thing.state_dict()
-        world.main_only(lambda: None)
-        return
+    states = ((name, thing.state_dict()) for name, thing in things.items())
 
     def write() -> None:
         with atomic_path(folder) as temporary:
             temporary.mkdir()
             checksums = {}
-            for name, thing in things.items():
+            for name, state in states:
                 file = temporary / f"{name}.pt"
-                torch.save(thing.state_dict(), file)
+                torch.save(state, file)
                 checksums[file.name] = checksum(file)
             index = {"format": FORMAT, "iteration": iteration, "facts": dict(facts or {}), "sha256": checksums}
             write_json(temporary / INDEX, index)
 
-    world.main_only(write)
+    def write_or_go_along() -> None:
+        try:
+            write()
+        except UserError:
+            _use_up(states)  # the other processes are in the collectives of the things that follow
+            raise
+
+    if not world.is_main:
+        _use_up(states)
+    world.main_only(write_or_go_along)
 
 
-def load_checkpoint(folder: Path, things: Mapping[str, Stateful], facts: Mapping[str, Any] | None = None) -> int:
+def _use_up(states: Iterable[object]) -> None:
+    deque(states, maxlen=0)
+
+
+def load_checkpoint(
+    folder: Path,
+    things: Mapping[str, Stateful],
+    facts: Mapping[str, Any] | None = None,
+    world: World = ALONE,
+) -> int:
     """Restore ``things`` in place and return the iteration.
 
-    Raises UserError for a checkpoint that is damaged (every checksum is verified first), of another run (``facts``
-    differ) or of other networks.
+    Raises UserError for a checkpoint that is damaged (every checksum is verified first, by the main process alone: the
+    files are tens of gigabytes), of another run (``facts`` differ) or of other networks.
     """
     cure = f"delete {folder} to start from an earlier one or again, or choose another out=DIR"
     index = read_index(folder, cure)
@@ -77,8 +92,12 @@ def load_checkpoint(folder: Path, things: Mapping[str, Stateful], facts: Mapping
             raise UserError(f"checkpoint {folder} is of another {key} ({theirs!r} there, {mine!r} here); {cure}")
     if index["sha256"].keys() != {f"{name}.pt" for name in things}:
         raise UserError(f"checkpoint {folder} does not fit this run's networks; {cure}")
-    for name, expected in index["sha256"].items():
-        _verify(folder / name, expected, cure)
+
+    def verify() -> None:
+        for name, expected in index["sha256"].items():
+            _verify(folder / name, expected, cure)
+
+    world.main_only(verify)
     for name, thing in things.items():
         try:
             thing.load_state_dict(_read(folder / f"{name}.pt", cure))

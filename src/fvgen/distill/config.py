@@ -98,7 +98,9 @@ class StageConfig(BaseModel):
         "", description="also keep the checkpoint before which this metric's mean was lowest, e.g. loss_student"
     )
     max_skips: int = Field(3, ge=1, description="iterations in a row with a loss or gradient that is not finite")
-    sample_every: int = Field(0, ge=0, description="iterations between sample clips of the student; 0 is never")
+    sample_every: int = Field(
+        100, ge=0, description="iterations between sample clips of the student and their spread; 0 is never"
+    )
     track: bool = Field(True, description="curves for TensorBoard and Weights & Biases where those are installed")
 
     @model_validator(mode="after")

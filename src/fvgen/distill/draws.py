@@ -21,12 +21,12 @@ class Draws:
     def normal(self, like: Tensor) -> Tensor:
         """Standard normal numbers in the shape [b, ...] of ``like``."""
         shape = (self.batch or like.shape[0], *like.shape[1:])
-        return torch.randn(shape, generator=self.generator)[self.rows].to(like.device)
+        return torch.randn(shape, generator=self.generator)[self.rows].to(like.device, non_blocking=True)
 
     def integers(self, low: int, high: int, like: Tensor) -> Tensor:
         """[b] integers low..high-1, one per row of ``like`` [b, ...]."""
         size = (self.batch or like.shape[0],)
-        return torch.randint(low, high, size, generator=self.generator)[self.rows].to(like.device)
+        return torch.randint(low, high, size, generator=self.generator)[self.rows].to(like.device, non_blocking=True)
 
     def shared_integer(self, high: int) -> int:
         """One integer 0..high-1 for all clips and processes. It never touches the device: no synchronisation."""

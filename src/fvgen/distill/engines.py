@@ -61,6 +61,9 @@ class Engine(Protocol):
     def scatter(self, whole: Mapping[str, Tensor]) -> list[Tensor]:
         """The inverse: own shards of named whole tensors. Raises KeyError or RuntimeError for tensors of others."""
 
+    def start_at(self, whole: Mapping[str, Tensor]) -> None:
+        """Take these named whole float32 tensors for the master weights."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -82,7 +85,7 @@ class _Optimized:
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         moments = {key: self.scatter(state[key]) for key in MOMENTS}
-        torch._foreach_copy_([m.data for m in self.masters], self.scatter(state["module"]))
+        self._copy(state["module"])
         for index, master in enumerate(self.masters):
             if state["step"] == 0:
                 self.optimizer.state.pop(master, None)
@@ -91,6 +94,14 @@ class _Optimized:
             own = {key: moments[key][index].to(master.device) for key in MOMENTS}
             self.optimizer.state[master] = {"step": torch.tensor(float(state["step"]), device=step_at), **own}
         self._publish()
+
+    @torch.no_grad()
+    def start_at(self, whole: Mapping[str, Tensor]) -> None:
+        self._copy(whole)
+        self._publish()
+
+    def _copy(self, whole: Mapping[str, Tensor]) -> None:
+        torch._foreach_copy_([m.data for m in self.masters], self.scatter(whole))
 
 
 class PlainEngine(_Optimized):
@@ -275,6 +286,18 @@ def import_deepspeed() -> ModuleType:
     return deepspeed
 
 
+def _judge_zero(file: str, settings: dict[str, Any]) -> None:
+    """Raises UserError for names and values that DeepSpeed does not take."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**settings)
+    except ValueError as error:
+        first = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": first_line(error)}
+        name = ".".join(["zero_optimization", *map(str, first["loc"])])
+        raise UserError(f"{file}: DeepSpeed refuses {name} ({first['msg']}); correct or remove it") from None
+
+
 def join_world(config: StageConfig) -> World:
     """This process among those that the launcher started. Raises UserError for settings that cannot work there.
 
@@ -291,6 +314,7 @@ def join_world(config: StageConfig) -> World:
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if config.device == "cpu" else "cuda")
     deepspeed = import_deepspeed()
     deepspeed.utils.logger.setLevel("WARNING")
+    _judge_zero(config.deepspeed, zero_settings(config, World(size=size))["zero_optimization"])
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if config.device.startswith("cuda"):
         if config.device != "cuda":

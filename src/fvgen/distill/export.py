@@ -15,8 +15,15 @@ from fvgen.models.discriminator import DiscriminatorHead
 from fvgen.models.lora import merged_weights
 from fvgen.models.unet import ViewCrafterUNet
 from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import load_pipeline, save_model
+from fvgen.presets import load_pipeline, model_kind, save_model
 from fvgen.storage import TEMPORARY, writable_folder
+
+
+def _replaceable(out: Path) -> bool:
+    """Whether ``out`` is a folder with an earlier student, or with nothing. A teacher is not to be lost."""
+    if (out / "model_index.json").is_file():
+        return model_kind(out) == FVGenPipeline.__name__
+    return out.is_dir() and all(TEMPORARY in path.name for path in out.iterdir())
 
 
 def write_student(config: StageConfig, base: ViewCrafterPipeline, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -55,12 +62,8 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
         raise UserError(f"{run} has no checkpoint yet; wait for iteration {config.checkpoint_every}")
     if iteration is not None and iteration not in kept:
         raise UserError(f"{run} keeps no checkpoint of iteration {iteration}; it has {', '.join(map(str, kept))}")
-    if (
-        out.exists()
-        and not (out / "model_index.json").is_file()
-        and any(TEMPORARY not in p.name for p in out.iterdir())
-    ):
-        raise UserError(f"output folder {out} is not empty and holds no model; choose another one")
+    if out.exists() and not _replaceable(out):
+        raise UserError(f"{out} is no earlier student and not empty; choose another --out")
     weights = load_checkpoint_part(checkpoints.path(iteration or kept[-1]), "ema")["module"]
     base = load_pipeline(config.teacher, ViewCrafterPipeline)
     writable_folder(out.parent)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from fvgen.errors import UserError
+from fvgen.errors import Stopped, UserError
 
 SKIPPED = "not_finite"
 """Key of a row of metrics.jsonl whose iteration had values that are no numbers: their names."""
@@ -35,6 +35,21 @@ def stop_on_sigterm() -> Iterator[Stop]:
     before = signal.signal(signal.SIGTERM, ask)
     try:
         yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def stopped_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block at once with `Stopped`: for what comes before and after the loop, where the files at
+    hand are whole or absent and the same command goes on. (`stop_on_sigterm` takes over inside.)"""
+
+    def end(number: int, frame: object) -> None:
+        raise Stopped("stopped by SIGTERM; the same command goes on")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -13,7 +13,7 @@ import resource
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from torch import Tensor
 from fvgen.data.latents import LatentSet
 from fvgen.distill.config import StageConfig
 from fvgen.distill.steps import MONITOR
+from fvgen.errors import first_line
 from fvgen.models.teacher import Denoiser
 from fvgen.samplers import few_step
 from fvgen.storage import append_line, atomic_path
@@ -103,12 +104,18 @@ class WeightsAndBiases:
 
 def available_trackers(folder: Path, settings: Mapping[str, Any]) -> list[Tracker]:
     """TensorBoard where it is installed, W&B where it is and its user has switched it on."""
-    trackers: list[Tracker] = []
+    wanted: list[Callable[[], Tracker]] = []
     if importlib.util.find_spec("tensorboard"):
-        trackers.append(TensorBoard(folder / "tensorboard"))
+        wanted.append(lambda: TensorBoard(folder / "tensorboard"))
     asked = os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE") or os.environ.get("WANDB_PROJECT")
     if asked and importlib.util.find_spec("wandb"):
-        trackers.append(WeightsAndBiases(folder, settings))
+        wanted.append(lambda: WeightsAndBiases(folder, settings))
+    trackers: list[Tracker] = []
+    for make in wanted:
+        try:
+            trackers.append(make())
+        except Exception as error:  # no network, a wrong key, a broken installation: curves are not worth a run
+            print(f"fvgen: goes on without these curves: {first_line(error)}", file=sys.stderr)
     return trackers
 
 
@@ -164,7 +171,7 @@ class Monitor:
         numbers = {key: value for key, value in {**metrics, **row}.items() if isinstance(value, int | float)}
         numbers.pop("iteration")
         for tracker in self.trackers:
-            with suppress(OSError):  # curves are not worth a run
+            with suppress(Exception):  # curves are not worth a run
                 tracker.scalars(numbers, iteration)
         return row
 
@@ -174,11 +181,11 @@ class Monitor:
         with atomic_path(self.out / "samples" / f"{iteration:08d}.png") as temporary:
             Image.fromarray((strips * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
         for tracker in self.trackers:
-            with suppress(OSError):
+            with suppress(Exception):
                 tracker.video("sample", videos[0], iteration)
         self.since = time.perf_counter()
 
     def close(self) -> None:
         for tracker in self.trackers:
-            with suppress(OSError):
+            with suppress(Exception):
                 tracker.close()

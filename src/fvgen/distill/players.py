@@ -76,6 +76,10 @@ def assemble(
     elif not config.student_lora:
         student_unet = load_pipeline(start_from / "student", FVGenPipeline).unet.to(config.device)
     fake_unet = copy.deepcopy(teacher.unet) if matching and not config.share_backbone else None
+    # Master weights go on where the earlier stage's ended, not at the next bfloat16, which is further than an update.
+    exact = {}
+    if student_unet is not None and start_from is not None and config.precision == "bfloat16":
+        exact = {f"unet.{name}": p.detach().cpu() for name, p in student_unet.named_parameters()}
     for unet in (teacher.unet, student_unet, fake_unet):
         if unet is not None and config.checkpoint_activations:
             unet.enable_gradient_checkpointing()
@@ -97,6 +101,9 @@ def assemble(
 
     student, head = ready(Denoiser(student_unet, schedule)), ready(head)
     fake_score = ready(Denoiser(fake_unet, schedule)) if matching else None
+    student_engine = engine(student, config.student_lr)
+    if exact:
+        student_engine.start_at(exact)
     normalizer = RatioNormalizer(at_equality, config.ratio_bins, config.ratio_decay).to(config.device)
     return Players(
         teacher=teacher,
@@ -104,7 +111,7 @@ def assemble(
         head=head,
         fake_score=fake_score,
         normalizer=normalizer if matching else None,
-        student_engine=engine(student, config.student_lr),
+        student_engine=student_engine,
         head_engine=engine(head, config.head_lr),
         fake_score_engine=engine(fake_score, config.fake_score_lr) if matching else None,
         world=world,

@@ -29,14 +29,26 @@ from fvgen.distill.config import RESUMABLE, RunConfig, StageConfig, read_yaml
 from fvgen.distill.draws import Draws
 from fvgen.distill.engines import join_world
 from fvgen.distill.export import write_head, write_student
-from fvgen.distill.guards import SkipGuard, finite_row, stop_on_sigterm
+from fvgen.distill.guards import SKIPPED, SkipGuard, finite_row, stop_on_sigterm
 from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
 from fvgen.distill.players import ADAPTER, build_players, fingerprint
 from fvgen.distill.steps import MONITOR, Metrics, roll_out, update_critics, update_critics_and_look, update_student
 from fvgen.errors import Stopped, UserError, did_you_mean
 from fvgen.pipeline import ViewCrafterPipeline
 from fvgen.presets import check_device, load_pipeline
-from fvgen.storage import TEMPORARY, append_line, atomic_path, no_leftovers, recover, writable_folder, write_json
+from fvgen.storage import (
+    TEMPORARY,
+    append_line,
+    atomic_path,
+    lock,
+    no_leftovers,
+    recover,
+    remove,
+    writable_folder,
+    write_json,
+)
+
+LOCK = ".lock"  # in the output folder: held by the process that writes there
 
 
 def run(config: RunConfig | StageConfig) -> Path:
@@ -76,6 +88,7 @@ class Trainer:
         self.world = join_world(config)
         check_device(config.device)
         self.start_from = _finished_stage(config.init) if config.init else None
+        self.world.main_only(self.judge_folder)  # before gigabytes are read
         self.base = load_pipeline(config.teacher, ViewCrafterPipeline).to(config.device)
         data = self.world.main_first(lambda: stage_data(config, self.base))
         self.players, self.ema = build_players(config, self.base, self.start_from, self.world)
@@ -85,7 +98,8 @@ class Trainer:
                 data if isinstance(data, ShardSet) else self.world.main_first(lambda: load_latents(data, self.base))
             )
         for part in (self.base.vae, self.base.image_encoder, self.base.image_projector, self.base.prompts):
-            part.to("cpu")  # gigabytes that training itself has no use for
+            # Gigabytes that training itself has no use for. The main process exports them with the student.
+            part.to("cpu" if self.world.is_main else "meta")
         self.clock = Clock()
         self.checkpoints = CheckpointFolder(self.out / "checkpoints", config.keep_checkpoints)
         self.facts = {"stage": config.stage, "model": fingerprint(self.players)}
@@ -102,20 +116,21 @@ class Trainer:
         """Run (or finish) the stage; returns the student's folder. Raises Stopped after SIGTERM, all saved."""
         if self.world.tell(self._is_finished()):
             return self.out / "student"
-        total = self.config.iterations
+        total, per_iteration = self.config.iterations, self.config.critic_updates
         with stop_on_sigterm() as stop:
             done = self.resume()
             guard = SkipGuard(self.config.max_skips, self.world.tell(self._rows()))
             monitor = self._start_monitor()
             with _progress(self.world.is_main) as bar:
-                task = bar.add_task(f"stage {self.config.stage}", total=total, completed=done, losses="")
+                shown = {"total": total, "completed": done, "critics": done * per_iteration, "losses": ""}
+                task = bar.add_task(f"stage {self.config.stage}", **shown)
                 for iteration in range(done + 1, total + 1):
                     first = iteration in (done + 1, self.config.head_warmup + 1)  # ... of its kind: count its work
                     with monitor.counting(self.world.size) if monitor and first else nullcontext():
                         row = self.iterate(iteration)
                     self.log(iteration, row, monitor)
                     guard.judge(row, iteration)
-                    bar.update(task, advance=1, losses=_brief(row, guard.total))
+                    bar.update(task, advance=1, critics=iteration * per_iteration, losses=_brief(row, guard.total))
                     stopping = self.world.any(stop.requested, self.config.device)
                     if iteration % self.config.checkpoint_every == 0 or iteration == total or stopping:
                         self.save(iteration)
@@ -192,14 +207,21 @@ class Trainer:
 
         def write() -> None:
             best_by = self.config.keep_best_by
-            if best_by and best_by not in row and "loss_student" in row:
+            if best_by and "loss_student" in row and best_by not in {*row, *row.get(SKIPPED, ())}:
                 raise UserError(f"keep_best_by={best_by!r} is no metric{did_you_mean(best_by, row)}")
             append_line(self.out / "metrics.jsonl", json.dumps({"iteration": iteration, **row}))
             monitor.row(iteration, row, watched)
             if clips is not None:
-                monitor.clips(self.base.decode_latents(clips.cpu()), iteration)
+                monitor.clips(self._decode(clips), iteration)
 
         self.world.main_only(write)
+
+    def _decode(self, clips: Tensor) -> Tensor:
+        """Where the student ran: on the CPU a clip of the full size takes minutes, for which all processes wait."""
+        self.base.vae.to(clips.device)
+        frames = self.base.decode_latents(clips)
+        self.base.vae.to("cpu")
+        return frames
 
     def save(self, iteration: int) -> None:
         """A checkpoint after ``iteration``; older ones go."""
@@ -212,8 +234,10 @@ class Trainer:
         if self.world.is_main:
             self.checkpoints.clean()
         newest = self.world.tell(self.checkpoints.newest())
-        done = 0 if newest is None else load_checkpoint(newest, self.things, self.facts)
+        done = 0 if newest is None else load_checkpoint(newest, self.things, self.facts, self.world)
         self.world.main_only(lambda: self._cut_log(done))
+        if self.world.is_main:
+            remove(self.out / "summary.json")  # a finished run that goes on for more iterations is not finished
         return done
 
     def _cut_log(self, done: int) -> None:
@@ -246,25 +270,28 @@ class Trainer:
         trackers = available_trackers(self.out, self.config.model_dump()) if self.config.track else []
         return Monitor(self.out, self.config.batch_size, self.config.device, trackers)
 
-    def claim_folder(self) -> None:
-        """Make the output folder ours, or recognise it as this very run; anything else in it is refused."""
+    def judge_folder(self) -> None:
+        """Refuse an output folder that holds anything but this very run."""
         file = self.out / "config.yaml"
-        mine = self.config.model_dump()
         if file.exists():
             theirs = read_yaml(file)
-            for key, value in mine.items():
+            for key, value in self.config.model_dump().items():
                 if key not in RESUMABLE and theirs.get(key) != value:
                     raise UserError(
                         f"output folder {self.out} holds another run ({key} is {theirs.get(key)!r} there and "
                         f"{value!r} here); choose another out=DIR or delete it"
                     )
-        elif self.out.is_dir() and any(TEMPORARY not in path.name for path in self.out.iterdir()):
+        elif self.out.is_dir() and any(TEMPORARY not in p.name and p.name != LOCK for p in self.out.iterdir()):
             raise UserError(f"output folder {self.out} is not empty and holds no run; choose another out=DIR")
+
+    def claim_folder(self) -> None:
+        """Make the output folder ours, for as long as this process lives."""
         writable_folder(self.out)
+        lock(self.out / LOCK)
         for name in ("student", "head"):
             recover(self.out / name)
-        with atomic_path(file) as temporary:
-            temporary.write_text(yaml.safe_dump(mine, sort_keys=False))
+        with atomic_path(self.out / "config.yaml") as temporary:
+            temporary.write_text(yaml.safe_dump(self.config.model_dump(), sort_keys=False))
 
     def export(self, iterations: int) -> Path:
         """Write the averaged student as a pipeline folder, the head beside it, and last the summary."""
@@ -350,11 +377,12 @@ def _brief(row: dict[str, Any], skipped: int) -> str:
 
 
 def _progress(visible: bool) -> Progress:
-    """Both time scales: how long it has taken and how long it will."""
+    """Both time scales, the student's updates and the critics'; how long it has taken and how long it will."""
     columns: Sequence = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
+        TextColumn("(critics {task.fields[critics]})"),
         TextColumn("{task.fields[losses]}"),
         TimeElapsedColumn(),
         TextColumn("left"),

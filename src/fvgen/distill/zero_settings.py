@@ -29,11 +29,19 @@ def zero_settings(config: StageConfig, world: World) -> dict[str, Any]:
         reason = first_line(error)
         raise UserError(f"DeepSpeed settings {file} cannot be read ({reason}); give a JSON file") from None
     zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
-    if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
+    stage = zero.get("stage") if isinstance(zero, dict) else None
+    if type(stage) is not int or stage not in (1, 2, 3):
         raise UserError(f"{file}: zero_optimization.stage must be 1, 2 or 3; for one process without ZeRO leave it out")
     for key, ours in OURS.items():
         if key in settings:
             raise UserError(f"{file}: {key} follows from fvgen's own settings; remove it and set {ours}")
+    zero = {key: value for key, value in zero.items() if value is not None}
+    for key in ("offload_optimizer", "offload_param"):
+        place = zero.get(key, {})
+        if not isinstance(place, dict) or place.get("device", "none") not in ("none", "cpu"):
+            raise UserError(f'{file}: {key} must read {{"device": "cpu"}}; correct it or leave it out')
+    if settings.get("amp"):
+        raise UserError(f"{file}: amp is not for these networks; remove it and set precision=bfloat16")
     for key in ("fp16", "bf16"):
         section = settings.get(key, {})
         enabled = section.get("enabled", False) if isinstance(section, dict) else section
@@ -50,6 +58,7 @@ def zero_settings(config: StageConfig, world: World) -> dict[str, Any]:
     if zero["stage"] == 1 and "offload_optimizer" in zero and config.accumulation > 1:
         raise UserError(f"{file}: ZeRO-1 with offload_optimizer cannot accumulate; set stage to 2 or accumulation=1")
     return settings | {
+        "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": clips_at_a_time(config, world.size),
         "gradient_accumulation_steps": config.accumulation,
         "gradient_clipping": config.clip_norm,
