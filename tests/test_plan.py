@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from io import StringIO
+
 import pytest
 import torch
+from rich.console import Console
 from small_models import small_teacher
 from typer.testing import CliRunner
 
@@ -11,7 +14,7 @@ from fvgen import simulate as simulation
 from fvgen.cli import app
 from fvgen.distill import StageConfig
 from fvgen.models.unet import ViewCrafterUNet
-from fvgen.plan import BUCKET, SHARES, Choice, Hardware, choices, clip_size, estimate, plan, unet_settings
+from fvgen.plan import BUCKET, SHARES, Choice, Hardware, choices, clip_size, estimate, plan, print_plan, unet_settings
 from fvgen.simulate import Allocations, Profile, Size, simulate
 
 GB = 1e9
@@ -159,10 +162,21 @@ def settings_file(tmp_path, teacher_folder, clip_folder):
 
 @pytest.mark.slow
 def test_the_command_prints_a_table_and_a_recommendation(settings_file):
-    outcome = CliRunner().invoke(app, ["plan", "--config", str(settings_file), "--gpus", "2"], env={"COLUMNS": "200"})
+    outcome = CliRunner().invoke(app, ["plan", "--config", str(settings_file), "--gpus", "2"], env={"COLUMNS": "80"})
     assert outcome.exit_code == 0, outcome.output
-    assert "ZeRO-3, three models" in outcome.output and "Recommended: ZeRO-" in outcome.output
-    assert "--deepspeed recipes/deepspeed/zero" in outcome.output
+    assert "Recommended: ZeRO-" in outcome.output and "--deepspeed recipes/deepspeed/zero" in outcome.output
+
+
+def test_the_table_has_a_line_for_each_choice_in_80_columns():
+    hardware, text = Hardware(8), StringIO()
+    found = {(share, again): BIG for share in SHARES for again in (False, True)}
+    estimates = plan(config(precision="bfloat16"), found, hardware)
+    print_plan(estimates, hardware, Console(file=text, width=80))
+    lines = text.getvalue().splitlines()
+    rows = [line.split() for line in lines if line.split()[-1:] in (["yes"], ["no"])]
+    assert len(rows) == len(choices(hardware)) and all(len(row) >= 12 for row in rows)
+    for row, e in zip(rows, estimates, strict=True):
+        assert row[0] == str(e.choice.zero) and float(row[-3]) == pytest.approx(e.total, abs=0.05)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from fvgen.distill.config import StageConfig
@@ -62,6 +64,12 @@ class Choice:
         words += ["activation checkpointing"] * self.checkpoint_activations
         words += ["optimiser on the CPU"] * self.offload_optimizer + ["teacher on the CPU"] * self.offload_teacher
         return ", ".join(words)
+
+    def on_cpu(self) -> str:
+        """What is offloaded, in a word."""
+        if self.offload_optimizer and self.offload_teacher:
+            return "both"
+        return "AdamW" if self.offload_optimizer else "teacher" if self.offload_teacher else "-"
 
     def settings(self) -> dict[str, Any]:
         """What differs in `StageConfig`."""
@@ -156,7 +164,7 @@ Profiles = dict[tuple[str, bool], Profile]
 def profiles(config: StageConfig, unet: dict[str, Any], size: Size) -> Profiles:
     """By sharing and checkpointing, what an iteration takes; ``size.batch`` is one process's part."""
     found: Profiles = {}
-    for share, checkpointing in product(SHARES, (False, True)):
+    for share, checkpointing in track(list(product(SHARES, (False, True))), "following iterations"):
         changes = Choice(0, checkpointing, share).settings()
         found[share, checkpointing] = simulate(config.model_copy(update=changes), unet, size)
     return found
@@ -215,13 +223,15 @@ def clip_size(data: str, frames: int | None, height: int | None, width: int | No
 
 def print_plan(estimates: list[Estimate], hardware: Hardware, console: Console) -> None:
     """The table, and the recommendation below it."""
-    table = Table(
-        "way to run", "weights", "gradients", "optimiser", "activations", "buffers", "GB", "s/iteration", "fits"
-    )
+    columns = ("ZeRO", "LoRA", "ckpt", "on CPU", *"WGOAB", "sum", "s", "fits")
+    table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 80 columns wide
+    table.caption = "GB on one GPU: Weights, Gradients, Optimiser, Activations, Buffers; s per iteration"
     for e in estimates:
         parts = (e.weights, e.gradients, e.optimizer, e.activations, e.buffers, e.total)
+        lora = e.choice.share.removeprefix("LoRA ").replace("three models", "-")
+        way = (str(e.choice.zero or "-"), lora, "yes" if e.choice.checkpoint_activations else "-")
         fits = "yes" if e.total <= FITS * hardware.memory_gb else "no"
-        table.add_row(e.choice.describe(), *(f"{part:.1f}" for part in parts), f"{e.seconds:.2f}", fits)
+        table.add_row(*way, e.choice.on_cpu(), *(f"{part:.1f}" for part in parts), f"{e.seconds:.2f}", fits)
     console.print(table)
     best = estimates[0]
     if best.total > FITS * hardware.memory_gb:
