@@ -44,6 +44,7 @@ def test_the_reached_rate_is_counted_work_per_second(stage, teacher_folder):
 
 
 def test_curves_that_cannot_be_drawn_are_not_worth_a_run(stage, capsys):
+    pytest.importorskip("tensorboard")
     config = stage(iterations=1)
     Path(config.out).mkdir()
     (Path(config.out) / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
