@@ -315,7 +315,7 @@ def test_the_folder_of_a_run_at_work(stage, tmp_path):
     while first.command.running() and not (Path(config.out) / "metrics.jsonl").exists():
         time.sleep(0.001)
     second = Victim(config, tmp_path).command.finish()
-    assert second.code == 2 and second.err.startswith(f"fvgen: another process is at work in {config.out}; wait")
+    assert second.code == 2 and second.err.startswith(f"fvgen: another run is at work in {config.out}; wait")
     assert first.command.finish().code == 0
     assert [row["iteration"] for row in read_metrics(config.out)] == [1, 2, 3, 4, 5, 6]
 

@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from zero_worker import train
 
 from fvgen.distill import read_metrics, run, stage_config
 from fvgen.pipeline import FVGenPipeline
@@ -66,6 +67,9 @@ def runs(teacher_folder, clip_folder, tmp_path_factory) -> Path:
     jobs.append(add("dmd", "offloaded", deepspeed=ZERO[2], offload_teacher=True, iterations=3))
     jobs.append(add("gan", "diverging", deepspeed=ZERO[2], student_lr=1e30, iterations=8))
     jobs.append(add("gan", "odd", deepspeed=ZERO[2], batch_size=3))
+    poison = {"poisoned": 0, "batch_size": 2, "iterations": 10, "max_skips": 10}  # one clip a process
+    train(add("gan", "poisoned", **poison))
+    jobs += [add("gan", f"poisoned{z}", deepspeed=ZERO[z], **poison) for z in ZERO]
     # ... half of it by the plain engine, the rest by two processes
     run(stage_config("dmd", add("dmd", "handed", iterations=10)))
     jobs.append(add("dmd", "handed", deepspeed=ZERO[3]))
@@ -137,6 +141,19 @@ def test_divergence_stops_all_processes_with_a_reason(runs):
     assert "is not finite at iteration" in (runs / "gan-diverging.refused").read_text()
     rows = read_metrics(runs / "gan-diverging")
     assert [("not_finite" in row) for row in rows] == [False, True, True, True]
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_what_is_no_number_in_one_process_is_skipped_by_both(runs, zero):
+    plain, sharded = (read_metrics(runs / f"gan-poisoned{z}") for z in ("", zero))
+    skipped = ["not_finite" in row for row in plain]
+    assert 0 < sum(skipped) < len(plain) and skipped == ["not_finite" in row for row in sharded]
+    for a, b in zip(plain, sharded, strict=True):
+        for key in a.keys() & b.keys() if "not_finite" not in a else ():
+            if key.startswith("loss"):
+                assert b[key] == pytest.approx(a[key], rel=TOLERANCE), key
+    weights = load_pipeline(runs / f"gan-poisoned{zero}" / "student", FVGenPipeline).unet.state_dict()
+    assert all(tensor.isfinite().all() for tensor in weights.values())
 
 
 def test_a_batch_that_does_not_divide(runs):

@@ -4,6 +4,7 @@ the stages.
     deepspeed --num_accelerators 2 tests/zero_worker.py JOBS.json
 
 JOBS.json is a list of settings, each with its ``stage`` and ``out``. A refused one leaves its sentence in OUT.refused.
+With ``poisoned`` that clip's latents are not numbers.
 """
 
 from __future__ import annotations
@@ -12,15 +13,24 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from fvgen.distill import Trainer, stage_config
 from fvgen.errors import UserError
+
+
+def train(settings: dict) -> None:
+    poisoned = settings.pop("poisoned", None)
+    trainer = Trainer(stage_config(settings["stage"], settings))
+    if poisoned is not None:
+        trainer.latents.tensors["latents"][poisoned] = torch.nan
+    trainer.train()
 
 
 def main() -> None:
     for settings in json.loads(Path(sys.argv[-1]).read_text()):
         try:
-            trainer = Trainer(stage_config(settings["stage"], settings))
-            trainer.train()
+            train(settings)
         except UserError as error:
             Path(f"{settings['out']}.refused").write_text(str(error))
 

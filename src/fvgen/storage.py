@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -11,6 +10,8 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from fvgen.errors import CannotWrite, UserError
 
@@ -103,23 +104,31 @@ def writable_folder(path: str | Path) -> Path:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        reason = _in_words(error.errno)
-        raise CannotWrite(f"output folder {path} cannot be written ({reason}); choose another one") from error
+        raise _closed(path, error) from error
     return path
 
 
-def lock(path: str | Path) -> None:
-    """Hold the lock of the file ``path`` until this process ends, however it does. Raises UserError where another
-    process has it; a file system without locks gives it to everybody."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)  # closing it would give the lock away
+def _closed(folder: Path, error: OSError) -> CannotWrite:
+    return CannotWrite(f"output folder {folder} cannot be written ({_in_words(error.errno)}); choose another one")
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold the lock of the file ``path``; the system gives it back when the process dies. Raises UserError where anyone
+    else has it."""
+    guard = FileLock(path)
     try:
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        guard.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            f"another run is at work in {Path(path).parent}; wait for it, stop it, or choose another folder"
+        ) from None
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            os.close(descriptor)
-            raise UserError(
-                f"another process is at work in {Path(path).parent}; wait for it, stop it, or choose another folder"
-            ) from None
+        raise _closed(Path(path).parent, error) from error
+    try:
+        yield
+    finally:
+        guard.release()
 
 
 def _disk_reason(error: BaseException) -> str | None:

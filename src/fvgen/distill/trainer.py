@@ -10,12 +10,13 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
 from torch import Tensor
@@ -40,7 +41,7 @@ from fvgen.storage import (
     TEMPORARY,
     append_line,
     atomic_path,
-    lock,
+    locked,
     no_leftovers,
     recover,
     remove,
@@ -48,7 +49,7 @@ from fvgen.storage import (
     write_json,
 )
 
-LOCK = ".lock"  # in the output folder: held by the process that writes there
+LOCK = ".lock"  # in the output folder: held while a run is at work there
 
 
 def run(config: RunConfig | StageConfig) -> Path:
@@ -116,6 +117,13 @@ class Trainer:
         """Run (or finish) the stage; returns the student's folder. Raises Stopped after SIGTERM, all saved."""
         if self.world.tell(self._is_finished()):
             return self.out / "student"
+        with ExitStack() as stack:
+            self.world.main_only(lambda: stack.enter_context(locked(self.out / LOCK)))
+            for name in ("student", "head") if self.world.is_main else ():
+                recover(self.out / name)
+            return self._train()
+
+    def _train(self) -> Path:
         total, per_iteration = self.config.iterations, self.config.critic_updates
         with stop_on_sigterm() as stop:
             done = self.resume()
@@ -281,15 +289,14 @@ class Trainer:
                         f"output folder {self.out} holds another run ({key} is {theirs.get(key)!r} there and "
                         f"{value!r} here); choose another out=DIR or delete it"
                     )
+            with locked(self.out / LOCK):  # is somebody at work?
+                pass
         elif self.out.is_dir() and any(TEMPORARY not in p.name and p.name != LOCK for p in self.out.iterdir()):
             raise UserError(f"output folder {self.out} is not empty and holds no run; choose another out=DIR")
 
     def claim_folder(self) -> None:
-        """Make the output folder ours, for as long as this process lives."""
+        """Make the output folder ours."""
         writable_folder(self.out)
-        lock(self.out / LOCK)
-        for name in ("student", "head"):
-            recover(self.out / name)
         with atomic_path(self.out / "config.yaml") as temporary:
             temporary.write_text(yaml.safe_dump(self.config.model_dump(), sort_keys=False))
 
@@ -371,18 +378,19 @@ def _reduction(name: str) -> int:
 
 
 def _brief(row: dict[str, Any], skipped: int) -> str:
-    names = {"loss_head": "D", "loss_student_gan": "G", "loss_student_dmd": "DMD", "loss_fake_score": "fake"}
-    losses = " ".join(f"{short} {row[key]:.3f}" for key, short in names.items() if key in row)
+    names = {"loss_head": "D", "loss_student_gan": "G", "loss_student_dmd": "M", "loss_fake_score": "F"}
+    losses = " ".join(f"{short} {row[key]:.2f}" for key, short in names.items() if key in row)
     return f"{losses} skipped {skipped}" if skipped else losses
 
 
 def _progress(visible: bool) -> Progress:
-    """Both time scales, the student's updates and the critics'; how long it has taken and how long it will."""
+    """Both time scales: the student's updates and, where there is room, the critics'; time so far and time left."""
+    wide = get_console().width >= 100
     columns: Sequence = (
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(None if wide else 4),
         MofNCompleteColumn(),
-        TextColumn("(critics {task.fields[critics]})"),
+        *([TextColumn("(critics {task.fields[critics]})")] if wide else []),
         TextColumn("{task.fields[losses]}"),
         TimeElapsedColumn(),
         TextColumn("left"),
