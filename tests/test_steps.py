@@ -14,6 +14,7 @@ from fvgen.data.clips import ClipFolder
 from fvgen.data.latents import LatentBatch, load_latents
 from fvgen.distill import StageConfig
 from fvgen.distill.draws import Draws
+from fvgen.distill.players import build_players
 from fvgen.distill.steps import (
     Players,
     noised_input,
@@ -24,7 +25,6 @@ from fvgen.distill.steps import (
     update_head,
     update_student,
 )
-from fvgen.distill.trainer import build_players
 from fvgen.models.discriminator import logits_of
 from fvgen.objectives.gan import approximate_r1, generator_loss
 from fvgen.samplers import few_step

@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from fvgen.distill.config import RunConfig, StageConfig, read_stage_config, read_yaml, run_config, stage_config
     from fvgen.distill.export import export_checkpoint
     from fvgen.distill.guards import stopped_by_sigterm
-    from fvgen.distill.trainer import Trainer, read_metrics, run
+    from fvgen.distill.run_folder import read_metrics
+    from fvgen.distill.trainer import Trainer, run
 
 __all__ = [
     "RunConfig",
@@ -28,7 +29,9 @@ __all__ = [
     "stopped_by_sigterm",
 ]
 _HOMES = {
-    **dict.fromkeys(("Trainer", "read_metrics", "run"), "trainer"),
+    "Trainer": "trainer",
+    "run": "trainer",
+    "read_metrics": "run_folder",
     "export_checkpoint": "export",
     "stopped_by_sigterm": "guards",
 }

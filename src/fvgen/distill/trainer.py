@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors.torch import save_file
@@ -25,31 +24,20 @@ from fvgen.data.builtin import builtin_clips
 from fvgen.data.clips import ClipFolder
 from fvgen.data.latents import LatentBatch, LatentSet, load_latents
 from fvgen.data.shards import ShardSet, holds_shards
-from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint, save_checkpoint
-from fvgen.distill.config import RESUMABLE, RunConfig, StageConfig, read_yaml
+from fvgen.distill.checkpoint import load_checkpoint, save_checkpoint
+from fvgen.distill.config import RunConfig, StageConfig
 from fvgen.distill.draws import Draws
 from fvgen.distill.engines import join_world
 from fvgen.distill.export import write_head, write_student
 from fvgen.distill.guards import SKIPPED, SkipGuard, finite_row, stop_on_sigterm
 from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
 from fvgen.distill.players import ADAPTER, build_players, fingerprint
+from fvgen.distill.run_folder import LOG, RunFolder, finished_stage
 from fvgen.distill.steps import MONITOR, Metrics, roll_out, update_critics, update_critics_and_look, update_student
 from fvgen.errors import Stopped, UserError, did_you_mean
 from fvgen.pipeline import ViewCrafterPipeline
 from fvgen.presets import check_device, load_pipeline
-from fvgen.storage import (
-    TEMPORARY,
-    append_line,
-    atomic_path,
-    locked,
-    no_leftovers,
-    recover,
-    remove,
-    writable_folder,
-    write_json,
-)
-
-LOCK = ".lock"  # in the output folder: held while a run is at work there
+from fvgen.storage import append_line, atomic_path, no_leftovers
 
 
 def run(config: RunConfig | StageConfig) -> Path:
@@ -85,16 +73,17 @@ class Trainer:
 
     def __init__(self, config: StageConfig) -> None:
         self.config = config
-        self.out = Path(config.out)
+        self.folder = RunFolder(config)
+        self.out = self.folder.root
         self.world = join_world(config)
         check_device(config.device)
-        self.start_from = _finished_stage(config.init) if config.init else None
-        self.world.main_only(self.judge_folder)  # before gigabytes are read
+        self.start_from = finished_stage(config.init) if config.init else None
+        self.world.main_only(self.folder.judge)  # before gigabytes are read
         self.base = load_pipeline(config.teacher, ViewCrafterPipeline).to(config.device)
         data = self.world.main_first(lambda: stage_data(config, self.base))
         self.players, self.ema = build_players(config, self.base, self.start_from, self.world)
         with no_leftovers(*([self.out] if self.world.is_main else [])):
-            self.world.main_only(self.claim_folder)
+            self.world.main_only(self.folder.claim)
             self.latents: LatentSet = (
                 data if isinstance(data, ShardSet) else self.world.main_first(lambda: load_latents(data, self.base))
             )
@@ -102,7 +91,6 @@ class Trainer:
             # Gigabytes that training itself has no use for. The main process exports them with the student.
             part.to("cpu" if self.world.is_main else "meta")
         self.clock = Clock()
-        self.checkpoints = CheckpointFolder(self.out / "checkpoints", config.keep_checkpoints)
         self.facts = {"stage": config.stage, "model": fingerprint(self.players)}
         self.things = {
             "student": self.players.student_engine,
@@ -115,19 +103,18 @@ class Trainer:
 
     def train(self) -> Path:
         """Run (or finish) the stage; returns the student's folder. Raises Stopped after SIGTERM, all saved."""
-        if self.world.tell(self._is_finished()):
+        if self.world.tell(self.folder.is_finished()):
             return self.out / "student"
         with ExitStack() as stack:
-            self.world.main_only(lambda: stack.enter_context(locked(self.out / LOCK)))
-            for name in ("student", "head") if self.world.is_main else ():
-                recover(self.out / name)
+            self.world.main_only(lambda: stack.enter_context(self.folder.lock()))
+            self.world.main_only(self.folder.mend)
             return self._train()
 
     def _train(self) -> Path:
         total, per_iteration = self.config.iterations, self.config.critic_updates
         with stop_on_sigterm() as stop:
             done = self.resume()
-            guard = SkipGuard(self.config.max_skips, self.world.tell(self._rows()))
+            guard = SkipGuard(self.config.max_skips, self.world.tell(self.folder.rows() if self.world.is_main else []))
             monitor = self._start_monitor()
             with _progress(self.world.is_main) as bar:
                 shown = {"total": total, "completed": done, "critics": done * per_iteration, "losses": ""}
@@ -217,7 +204,7 @@ class Trainer:
             best_by = self.config.keep_best_by
             if best_by and "loss_student" in row and best_by not in {*row, *row.get(SKIPPED, ())}:
                 raise UserError(f"keep_best_by={best_by!r} is no metric{did_you_mean(best_by, row)}")
-            append_line(self.out / "metrics.jsonl", json.dumps({"iteration": iteration, **row}))
+            append_line(self.out / LOG, json.dumps({"iteration": iteration, **row}))
             monitor.row(iteration, row, watched)
             if clips is not None:
                 monitor.clips(self._decode(clips), iteration)
@@ -233,44 +220,18 @@ class Trainer:
 
     def save(self, iteration: int) -> None:
         """A checkpoint after ``iteration``; older ones go."""
-        save_checkpoint(self.checkpoints.path(iteration), iteration, self.things, self.facts, self.world)
+        save_checkpoint(self.folder.checkpoints.path(iteration), iteration, self.things, self.facts, self.world)
         if self.world.is_main:
-            self.checkpoints.prune(self._scores())
+            self.folder.checkpoints.prune(self.folder.scores())
 
     def resume(self) -> int:
         """Restore the newest checkpoint, drop metrics written after it; returns the number of finished iterations."""
-        if self.world.is_main:
-            self.checkpoints.clean()
-        newest = self.world.tell(self.checkpoints.newest())
+        newest = self.world.tell(self.folder.checkpoints.newest())
         done = 0 if newest is None else load_checkpoint(newest, self.things, self.facts, self.world)
-        self.world.main_only(lambda: self._cut_log(done))
+        self.world.main_only(lambda: self.folder.cut_log(done))
         if self.world.is_main:
-            remove(self.out / "summary.json")  # a finished run that goes on for more iterations is not finished
+            self.folder.reopen()
         return done
-
-    def _cut_log(self, done: int) -> None:
-        log = self.out / "metrics.jsonl"
-        lines = log.read_bytes().decode(errors="replace").split("\n")[:done] if log.exists() else []
-        if not _are_rows(lines, done):
-            raise UserError(
-                f"{log} lacks rows of the {done} iterations that the checkpoint stands at; "
-                f"delete {self.out} to start this stage again, or choose another out=DIR"
-            )
-        with atomic_path(log) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines))
-
-    def _rows(self) -> list[dict[str, Any]]:
-        return read_metrics(self.out) if self.world.is_main else []
-
-    def _scores(self) -> dict[int, float]:
-        """What `keep_best_by` gives the checkpoints: the metric's mean over the iterations before each."""
-        name, every, rows = self.config.keep_best_by, self.config.checkpoint_every, self._rows()
-        scores = {}
-        for iteration in self.checkpoints.iterations() if name else []:
-            seen = [row[name] for row in rows[max(0, iteration - every) : iteration] if name in row]
-            if seen:
-                scores[iteration] = sum(seen) / len(seen)
-        return scores
 
     def _start_monitor(self) -> Monitor | None:
         if not self.world.is_main:
@@ -278,33 +239,10 @@ class Trainer:
         trackers = available_trackers(self.out, self.config.model_dump()) if self.config.track else []
         return Monitor(self.out, self.config.batch_size, self.config.device, trackers)
 
-    def judge_folder(self) -> None:
-        """Refuse an output folder that holds anything but this very run."""
-        file = self.out / "config.yaml"
-        if file.exists():
-            theirs = read_yaml(file)
-            for key, value in self.config.model_dump().items():
-                if key not in RESUMABLE and theirs.get(key) != value:
-                    raise UserError(
-                        f"output folder {self.out} holds another run ({key} is {theirs.get(key)!r} there and "
-                        f"{value!r} here); choose another out=DIR or delete it"
-                    )
-            with locked(self.out / LOCK):  # is somebody at work?
-                pass
-        elif self.out.is_dir() and any(TEMPORARY not in p.name and p.name != LOCK for p in self.out.iterdir()):
-            raise UserError(f"output folder {self.out} is not empty and holds no run; choose another out=DIR")
-
-    def claim_folder(self) -> None:
-        """Make the output folder ours."""
-        writable_folder(self.out)
-        with atomic_path(self.out / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(self.config.model_dump(), sort_keys=False))
-
     def export(self, iterations: int) -> Path:
         """Write the averaged student as a pipeline folder, the head beside it, and last the summary."""
         student, head = self.ema.weights(), self.players.head_engine.gather(self.players.head_engine.masters)
         seconds = self.clock.state_dict()["seconds"]
-        summary = {"stage": self.config.stage, "iterations": iterations, "seconds": round(seconds, 1)}
 
         def write() -> None:
             write_student(self.config, self.base, student, self.out / "student")
@@ -312,14 +250,10 @@ class Trainer:
                 with atomic_path(self.out / ADAPTER) as temporary:
                     save_file({name: tensor.contiguous() for name, tensor in student.items()}, temporary)
             write_head(self.players.head, head, self.out / "head")
-            write_json(self.out / "summary.json", summary)
+            self.folder.finish(iterations, seconds)
 
         self.world.main_only(write)
         return self.out / "student"
-
-    def _is_finished(self) -> bool:
-        file = self.out / "summary.json"
-        return file.exists() and json.loads(file.read_text())["iterations"] >= self.config.iterations
 
 
 def stage_data(config: StageConfig, base: ViewCrafterPipeline) -> ClipFolder | ShardSet:
@@ -340,27 +274,6 @@ def iteration_generator(seed: int, stage: str, iteration: int) -> torch.Generato
     """The random stream of one iteration."""
     digest = hashlib.sha256(f"fvgen distill {seed} {stage} {iteration}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-
-
-def read_metrics(stage_folder: str | Path) -> list[dict[str, float]]:
-    """The rows of a stage's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(stage_folder) / "metrics.jsonl").read_text().splitlines()]
-
-
-def _are_rows(lines: Sequence[str], count: int) -> bool:
-    """Whether these are the whole rows of iterations 1 to ``count``."""
-    try:
-        return [json.loads(line)["iteration"] for line in lines] == list(range(1, count + 1))
-    except (ValueError, KeyError, TypeError):
-        return False
-
-
-def _finished_stage(folder: str) -> Path:
-    path = Path(folder)
-    if not (path / "summary.json").exists():
-        state = "is not finished; run it again first" if path.is_dir() else "does not exist"
-        raise UserError(f"init={folder} {state}, or give the folder of another finished stage")
-    return path
 
 
 def _stack(row: Metrics, names: Sequence[str]) -> Tensor:
