@@ -177,7 +177,7 @@ def main() -> None:
         "--parts", default=["depth", "poses", "renders"], choices=["depth", "poses", "renders"], nargs="+"
     )
     parser.add_argument("--depth-scenes", default=["fox", "hololens_office", "vr_apartment"], nargs="+")
-    parser.add_argument("--pose-scenes", default=["lund_door", "hololens_office", "kitchen"], nargs="+")
+    parser.add_argument("--pose-scenes", nargs="+", help="default: all of DIR")
     parser.add_argument("--render-scenes", nargs="+", help="default: all of DIR")
     parser.add_argument("--views", default=2, type=positive, help="views of a scene whose depth is measured")
     parser.add_argument("--name", default="points", help="of the files in benchmarks/results")
@@ -188,15 +188,16 @@ def main() -> None:
     results = json.loads(file.read_text()) if file.exists() else {"parts": {}}
     results["settings"] = {"hardware": "2-core CPU, one thread", "torch": torch.__version__}
     data = Path(args.data)
-    scenes = args.render_scenes or sorted(path.name for path in data.iterdir() if path.is_dir())
+    everything = sorted(path.name for path in data.iterdir() if path.is_dir())
     for part in args.parts:
         rows = results["parts"][part] = []
         if part == "depth":
             tasks = [(measure_depth, name, args.views) for name in args.depth_scenes]
         elif part == "poses":
-            tasks = [(measure_poses, name) for name in args.pose_scenes]
+            tasks = [(measure_poses, name) for name in args.pose_scenes or everything]
         else:
-            tasks = [(measure_renders, name, source) for name in scenes for source in ("depth", "stereo", "colmap")]
+            sources = ("depth", "stereo", "colmap")
+            tasks = [(measure_renders, name, s) for name in args.render_scenes or everything for s in sources]
         for measure, name, *rest in tasks:
             scene = read_scene(data / name)
             if measure is measure_renders and BACKENDS[rest[0]].lacks(scene):
