@@ -25,6 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from pages import page
 from torch import Tensor
 
 from fvgen.cli import Parser, guarded, positive
@@ -156,20 +157,6 @@ def measure_renders(scene: Scene, source: str) -> dict:
     }
 
 
-# --- Report ---
-
-
-def note(results: dict) -> str:
-    """The results as a page of Markdown."""
-    lines = ["# Points from photographs", "", "Written by benchmarks/points.py, which says what the columns are.", ""]
-    lines += [f"- {key}: {value}" for key, value in results["settings"].items()] + [f"- {TARGETS}"]
-    for part, rows in results["parts"].items():
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        lines += ["", f"## {part.capitalize()}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        lines += [f"| {' | '.join(str(row.get(key, '')) for key in columns)} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of scenes")
@@ -206,7 +193,7 @@ def main() -> None:
             print(rows[-1], flush=True)
             write_json(file, results)
             with atomic_path(RESULTS / f"{args.name}.md") as temporary:
-                temporary.write_text(note(results))
+                temporary.write_text(page("Points from photographs", "points.py", [TARGETS], results))
     print(json.dumps(results))
 
 

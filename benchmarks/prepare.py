@@ -27,6 +27,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from pages import page
 
 from fvgen.cli import Parser, guarded, numbers, positive
 from fvgen.data.scenes import find_scenes, read_scene
@@ -39,6 +40,10 @@ RESULTS = Path(__file__).parent / "results"
 STEPS = ("read", "choose", "points", "load", "render", "filter", "encode", "write")
 ALL_KEPT = {"points": 0.0, "overlap": 0.0, "sharpness": 0.0, "motion": 0.0}
 FRAMES = (16, 8, 5)
+REMARKS = (
+    "seconds of steps are of processor time, per clip",
+    "where processor_share or had_a_core is far below 1, other work had the cores; the clock says little then",
+)
 
 
 def memory(folder: Path, clips: int) -> dict:
@@ -137,21 +142,6 @@ def _counts(words) -> str:
     return ", ".join(f"{word} ({number})" for word, number in sorted(Counter(words).items()))
 
 
-def note(results: dict) -> str:
-    """The results as a page of Markdown."""
-    lines = ["# Preparing clips", "", "Written by benchmarks/prepare.py, which says what the columns are.", ""]
-    lines += [f"- {key}: {value}" for key, value in results["settings"].items()]
-    lines += [
-        "- seconds of steps are of processor time, per clip",
-        "- where processor_share or had_a_core is far below 1, other work had the cores; the clock says little then",
-    ]
-    for part, rows in results["parts"].items():
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        lines += ["", f"## {part.capitalize()}", "", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        lines += [f"| {' | '.join(str(row.get(key, '')) for key in columns)} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
 def main() -> None:
     parser = Parser(__doc__)
     parts = ["memory", "speed", "workers", "scenes"]
@@ -186,7 +176,7 @@ def main() -> None:
             results["parts"][part] = rows
             write_json(file, results)
             with atomic_path(RESULTS / f"{args.name}.md") as temporary:
-                temporary.write_text(note(results))
+                temporary.write_text(page("Preparing clips", "prepare.py", REMARKS, results))
     print(json.dumps(results))
 
 

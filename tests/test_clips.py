@@ -291,13 +291,13 @@ def test_many_builtin_clips_are_made_by_several_processes(small):
     assert all(same(a, b) for a, b in zip(clips, alone, strict=True))
 
 
-def test_the_cache_folder_follows_the_environment(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/somebody")
+def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
     for ours, theirs, expected in (
-        (None, None, "/home/somebody/.cache/fvgen"),
+        (None, None, tmp_path / ".cache" / "fvgen"),
         (None, "/big/disk", "/big/disk/fvgen"),
         ("/mine", "/big/disk", "/mine"),
-        ("", "", "/home/somebody/.cache/fvgen"),
+        ("", "", tmp_path / ".cache" / "fvgen"),
     ):
         for name, value in (("FVGEN_CACHE", ours), ("XDG_CACHE_HOME", theirs)):
             monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)

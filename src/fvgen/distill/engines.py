@@ -310,11 +310,11 @@ def join_world(config: StageConfig) -> World:
             raise UserError(f"{size} processes were started without --deepspeed FILE; give one, or start one process")
         clips_at_a_time(config, 1)
         return World()
-    zero_settings(config, World(size=size))  # wrong settings first: connecting takes a while
+    settings = zero_settings(config, World(size=size))  # wrong settings first: connecting takes a while
     os.environ.setdefault("DS_ACCELERATOR", "cpu" if config.device == "cpu" else "cuda")
     deepspeed = import_deepspeed()
     deepspeed.utils.logger.setLevel("WARNING")
-    _judge_zero(config.deepspeed, zero_settings(config, World(size=size))["zero_optimization"])
+    _judge_zero(config.deepspeed, settings["zero_optimization"])
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if config.device.startswith("cuda"):
         if config.device != "cuda":
