@@ -157,6 +157,11 @@ def measure_renders(scene: Scene, source: str) -> dict:
     }
 
 
+def note(results: dict) -> str:
+    """The results as a page of Markdown."""
+    return page("Points from photographs", "points.py", [TARGETS], results)
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of scenes")
@@ -193,7 +198,7 @@ def main() -> None:
             print(rows[-1], flush=True)
             write_json(file, results)
             with atomic_path(RESULTS / f"{args.name}.md") as temporary:
-                temporary.write_text(page("Points from photographs", "points.py", [TARGETS], results))
+                temporary.write_text(note(results))
     print(json.dumps(results))
 
 

@@ -142,6 +142,11 @@ def _counts(words) -> str:
     return ", ".join(f"{word} ({number})" for word, number in sorted(Counter(words).items()))
 
 
+def note(results: dict) -> str:
+    """The results as a page of Markdown."""
+    return page("Preparing clips", "prepare.py", REMARKS, results)
+
+
 def main() -> None:
     parser = Parser(__doc__)
     parts = ["memory", "speed", "workers", "scenes"]
@@ -176,7 +181,7 @@ def main() -> None:
             results["parts"][part] = rows
             write_json(file, results)
             with atomic_path(RESULTS / f"{args.name}.md") as temporary:
-                temporary.write_text(page("Preparing clips", "prepare.py", REMARKS, results))
+                temporary.write_text(note(results))
     print(json.dumps(results))
 
 
