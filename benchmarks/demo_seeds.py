@@ -17,7 +17,7 @@ from pathlib import Path
 
 from fvgen.cli import guarded
 from fvgen.errors import UserError
-from fvgen.storage import write_json
+from fvgen.system.files import write_json
 
 METRICS = ("psnr", "ssim", "lpips", "kid_squeeze")
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, by number of seeds

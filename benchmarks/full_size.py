@@ -25,13 +25,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from fvgen.cli import Parser, guarded, positive
-from fvgen.models.convert import vae_config_from_lvdm
-from fvgen.models.teacher import Condition, Denoiser, Teacher
-from fvgen.models.unet import ViewCrafterUNet
-from fvgen.presets import check_device
-from fvgen.samplers import ddim, few_step
-from fvgen.schedule import NoiseSchedule, trailing_timesteps
-from fvgen.storage import atomic_path, write_json
+from fvgen.convert.names import vae_config_from_lvdm
+from fvgen.diffusion.samplers import ddim, few_step
+from fvgen.diffusion.schedule import NoiseSchedule, trailing_timesteps
+from fvgen.models.denoiser import Condition, Denoiser, Teacher
+from fvgen.models.viewcrafter.unet import ViewCrafterUNet
+from fvgen.pipelines.folders import check_device
+from fvgen.system.files import atomic_path, write_json
 
 VAE = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "in_channels": 3, "out_ch": 3, "z_channels": 4}
 PRESETS = {

@@ -22,7 +22,7 @@ os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "65536")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from fvgen.cli import Parser, guarded, positive
-from fvgen.storage import write_json
+from fvgen.system.files import write_json
 
 
 def stage_settings(device: str, rank: int, **changes: object) -> dict[str, Any]:
@@ -36,8 +36,8 @@ def measure(settings: dict[str, Any], channels: int, frames: int, side: int) -> 
     from stage2_iteration import iterate, make_players, random_batch, unet_of
 
     from fvgen.distill.config import StageConfig
-    from fvgen.distributed import ALONE
-    from fvgen.simulate import Size
+    from fvgen.planning.simulate import Size
+    from fvgen.system.processes import ALONE
 
     config = StageConfig(**settings)
     warm_up = torch.nn.Conv2d(4, 4, 3)  # libraries load their kernels at the first use
@@ -62,12 +62,12 @@ def resident(key: str) -> float:
 
 
 def predict(settings: dict[str, Any], channels: int, frames: int, side: int) -> tuple[float, float]:
-    """(GB, TFLOP of an iteration) by `fvgen.plan`."""
+    """(GB, TFLOP of an iteration) by `fvgen.planning.plan`."""
     from stage2_iteration import unet_of
 
     from fvgen.distill.config import StageConfig
-    from fvgen.plan import CPU_RUNTIME_GB, RUNTIME_GB, SHARES, Choice, Hardware, estimate
-    from fvgen.simulate import Size, simulate
+    from fvgen.planning.plan import CPU_RUNTIME_GB, RUNTIME_GB, SHARES, Choice, Hardware, estimate
+    from fvgen.planning.simulate import Size, simulate
 
     config = StageConfig(**settings)
     profile = simulate(config, unet_of(channels), Size(1, frames, side, side))

@@ -29,14 +29,14 @@ from pages import page
 from torch import Tensor
 
 from fvgen.cli import Parser, guarded, positive
-from fvgen.data.photos import choose_views, fit_depth, fit_image
-from fvgen.data.point_maps import BACKENDS, STEREO_SIDE, point_maps
-from fvgen.data.readers.photographs import Photographs
-from fvgen.data.reconstruct import pose_photographs
-from fvgen.data.scenes import Scene, read_scene
+from fvgen.clips.views import choose_views, fit_depth, fit_image
+from fvgen.depth.maps import BACKENDS, STEREO_SIDE, point_maps
 from fvgen.geometry.cameras import project
 from fvgen.geometry.pointcloud import render_points, unproject
-from fvgen.storage import atomic_path, write_json
+from fvgen.posing.reconstruct import pose_photographs
+from fvgen.scenes.formats import Scene, read_scene
+from fvgen.scenes.readers.photographs import Photographs
+from fvgen.system.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"
 TARGETS = "targets for depth at points: median error at most 5 %, coverage at least 60 %"

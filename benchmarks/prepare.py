@@ -30,11 +30,11 @@ import torch
 from pages import page
 
 from fvgen.cli import Parser, guarded, numbers, positive
-from fvgen.data.scenes import find_scenes, read_scene
-from fvgen.data.shards import ShardSet
 from fvgen.errors import UserError
-from fvgen.prepare import prepare
-from fvgen.storage import atomic_path, write_json
+from fvgen.scenes.formats import find_scenes, read_scene
+from fvgen.shards.prepare import prepare
+from fvgen.shards.reader import ShardSet
+from fvgen.system.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"
 STEPS = ("read", "choose", "points", "load", "render", "filter", "encode", "write")

@@ -17,12 +17,12 @@ from pathlib import Path
 import torch
 
 from fvgen.cli import Parser, guarded, positive
-from fvgen.data.builtin import FRAMES, HEIGHT, WIDTH, builtin_clips
-from fvgen.data.clips import ClipFolder
-from fvgen.data.prepare import prepare_scenes, read_scenes
-from fvgen.evaluate import Contestant, evaluate, score, score_renders, student_contestant
-from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import check_device, load_pipeline, model_folder, model_kind
+from fvgen.clips.builtin import FRAMES, HEIGHT, WIDTH, builtin_clips
+from fvgen.clips.clip import ClipFolder
+from fvgen.clips.from_scenes import prepare_scenes, read_scenes
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
+from fvgen.pipelines.folders import check_device, load_pipeline, model_folder, model_kind
+from fvgen.reports.evaluate import Contestant, evaluate, score, score_renders, student_contestant
 
 
 def clip_folder(data: str, prepared: str) -> ClipFolder:

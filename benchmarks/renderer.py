@@ -26,7 +26,7 @@ import torch
 from fvgen.cli import Parser, guarded, positive
 from fvgen.geometry.cameras import Cameras, look_at, pinhole
 from fvgen.geometry.pointcloud import render_points, unproject
-from fvgen.storage import atomic_path, write_json
+from fvgen.system.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--name", default="renderer", help="of the files in benchmarks/results")
     args = parser.parse_args()
 
-    from fvgen.presets import check_device  # imports much, which the processes that are measured must not
+    from fvgen.pipelines.folders import check_device  # imports much, which the processes that are measured must not
 
     check_device(args.device)
     fresh = multiprocessing.get_context("spawn")

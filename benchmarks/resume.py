@@ -27,7 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from fvgen.cli import Parser, guarded, positive
 from fvgen.distill.checkpoint import INDEX, CheckpointFolder, checksum
 from fvgen.errors import UserError
-from fvgen.storage import write_json
+from fvgen.system.files import write_json
 
 WRITTEN = (
     *("checkpoints/*.partial", "checkpoints/*.partial", "student.partial", "head.partial"),

@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from fvgen.cli import Parser, guarded
-from fvgen.data.builtin import builtin_clips
-from fvgen.demo import TEST_CLIPS
+from fvgen.clips.builtin import builtin_clips
 from fvgen.distill import read_yaml, run, stage_config
 from fvgen.distill.config import StageConfig
 from fvgen.errors import UserError, did_you_mean
-from fvgen.evaluate import evaluate, score, student_contestant
-from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import load_pipeline
-from fvgen.storage import atomic_path, write_json
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
+from fvgen.pipelines.folders import load_pipeline
+from fvgen.reports.demo import TEST_CLIPS
+from fvgen.reports.evaluate import evaluate, score, student_contestant
+from fvgen.system.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"
 METRICS = ("psnr", "ssim", "lpips", "kid_squeeze")

@@ -25,7 +25,8 @@ import torch
 from full_size import cheap_weights
 
 from fvgen.cli import Parser, deepspeed_setting, guarded, positive
-from fvgen.data.latents import LatentBatch
+from fvgen.clips.latents import LatentBatch
+from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill.config import StageConfig, parse_overrides, stage_config
 from fvgen.distill.draws import Draws
 from fvgen.distill.ema import EMA
@@ -34,14 +35,13 @@ from fvgen.distill.monitor import peak_memory_gb
 from fvgen.distill.players import assemble
 from fvgen.distill.steps import Players, roll_out, update_critics, update_student
 from fvgen.distill.zero_settings import clips_at_a_time
-from fvgen.distributed import World
-from fvgen.models.discriminator import DiscriminatorHead
-from fvgen.models.teacher import Condition, Teacher
-from fvgen.models.unet import IMAGE_TOKENS_PER_FRAME, ViewCrafterUNet
-from fvgen.presets import check_device
-from fvgen.schedule import NoiseSchedule
-from fvgen.simulate import Size, simulate
-from fvgen.storage import write_json
+from fvgen.models.critic import DiscriminatorHead
+from fvgen.models.denoiser import Condition, Teacher
+from fvgen.models.viewcrafter.unet import IMAGE_TOKENS_PER_FRAME, ViewCrafterUNet
+from fvgen.pipelines.folders import check_device
+from fvgen.planning.simulate import Size, simulate
+from fvgen.system.files import write_json
+from fvgen.system.processes import World
 
 WARM_UP = 2
 

@@ -2,7 +2,7 @@
 
 Sizes as in the comparison with FastGen: width 128, depth 4, 4 heads, patch (1, 2, 2), latents [2, 4, 8, 16, 16],
 context [2, 16, 64]; adaptive layer norms, self-attention over all 512 tokens, cross-attention, a GELU feed-forward:
-1.51 M parameters. It speaks the language of `fvgen.models.unet.ViewCrafterUNet`, so that fvgen's own updates drive it.
+1.51 M parameters. It speaks the language of ViewCrafter's UNet, so that fvgen's own updates drive it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TAP = 2  # the discriminator looks at what this block puts out
 
 @dataclass
 class Output:
-    """As `fvgen.models.unet.UNetOutput`."""
+    """As `fvgen.models.viewcrafter.unet.UNetOutput`."""
 
     sample: Tensor | None
     features: dict[str, Tensor]

@@ -28,24 +28,24 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvgen.cli import Parser, guarded, positive
+from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill.config import StageConfig
 from fvgen.distill.draws import Draws
 from fvgen.distill.ema import EMA
 from fvgen.distill.engines import make_engine
 from fvgen.distill.steps import Players, roll_out, update_critics, update_critics_and_look, update_student
-from fvgen.distributed import ALONE
-from fvgen.models.teacher import Condition, Denoiser, Teacher
+from fvgen.models.denoiser import Condition, Denoiser, Teacher
 from fvgen.objectives import RatioNormalizer, divergences, dmd, gan
-from fvgen.schedule import NoiseSchedule
-from fvgen.storage import write_json
-from fvgen.work import Work
+from fvgen.system.files import write_json
+from fvgen.system.processes import ALONE
+from fvgen.system.work import Work
 
 FASTGEN = {"gflop": 39.55, "operations": 5811, "peak_resident_gb": 1.23}
 SYNCHRONISING = ("aten._local_scalar_dense", "aten.nonzero", "aten.is_nonzero", "aten.equal")
 
 
 class Batch(NamedTuple):
-    """As `fvgen.data.latents.LatentBatch`, whose module would import the libraries of the whole package."""
+    """As `fvgen.clips.latents.LatentBatch`, whose module would import the libraries of the whole package."""
 
     latents: Tensor
     condition: Condition

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvgen.cli import Parser, guarded, positive
-from fvgen.models.convert import unet_to_lvdm
-from fvgen.models.unet import IMAGE_TOKENS_PER_FRAME, ViewCrafterUNet
-from fvgen.presets import SHIPPED
-from fvgen.storage import write_json
+from fvgen.convert.names import unet_to_lvdm
+from fvgen.models.viewcrafter.unet import IMAGE_TOKENS_PER_FRAME, ViewCrafterUNet
+from fvgen.pipelines.folders import SHIPPED
+from fvgen.system.files import write_json
 
 FRAMES, HEIGHT, WIDTH = 8, 12, 16  # of the tiny preset's latents
 

@@ -25,15 +25,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fvgen.data.clips import ClipFolder
+from fvgen.clips.clip import ClipFolder
 from fvgen.distill.checkpoint import load_checkpoint, save_checkpoint
 from fvgen.distill.trainer import iteration_generator
-from fvgen.models.conditioning import ImageProjector
-from fvgen.models.encoders import FixedPrompts
-from fvgen.models.unet import ViewCrafterUNet
-from fvgen.pipeline import ViewCrafterPipeline
-from fvgen.presets import load_pipeline, save_model
-from fvgen.storage import atomic_path
+from fvgen.models.viewcrafter.encoders import FixedPrompts
+from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
+from fvgen.models.viewcrafter.projector import ImageProjector
+from fvgen.models.viewcrafter.unet import ViewCrafterUNet
+from fvgen.pipelines.folders import load_pipeline, save_model
+from fvgen.system.files import atomic_path
 
 FRAMES, WIDTH = 8, 64
 DROPOUT = 0.1  # u < p drops the text, p <= u < 2p both, 2p <= u < 3p the image (FACTS.md: ViewCrafter has p = 0.05)

@@ -17,8 +17,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from fvgen.data.clips import ClipFolder
-from fvgen.presets import save_model
+from fvgen.clips.clip import ClipFolder
+from fvgen.pipelines.folders import save_model
 
 CROP = 32
 BATCH = 8

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fvgen.data.places import sha256_of
 from fvgen.errors import UserError
+from fvgen.system.places import sha256_of
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -15,8 +15,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and most test files need none of it
     from fvgen.distill import StageConfig
-    from fvgen.pipeline import ViewCrafterPipeline
-    from fvgen.prepare_shard import Tally
+    from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
+    from fvgen.shards.one_shard import Tally
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -39,7 +39,7 @@ def recorded() -> Path:
 @pytest.fixture(scope="session")
 def shipped() -> Path:
     """The tiny teacher that ships with the package."""
-    from fvgen.presets import SHIPPED
+    from fvgen.pipelines.folders import SHIPPED
 
     folder = SHIPPED / "tiny"
     if not (folder / "model_index.json").is_file():
@@ -58,7 +58,7 @@ def teacher() -> ViewCrafterPipeline:
 @pytest.fixture(scope="session")
 def teacher_folder(teacher: ViewCrafterPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same on disk."""
-    from fvgen.presets import save_model
+    from fvgen.pipelines.folders import save_model
 
     folder = tmp_path_factory.mktemp("models") / "teacher"
     save_model(teacher, folder)
@@ -70,7 +70,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five prepared clips of the small teacher's size."""
     from small_models import small_clips
 
-    from fvgen.data.clips import save_clips
+    from fvgen.clips.clip import save_clips
 
     folder = tmp_path_factory.mktemp("data") / "clips"
     save_clips(folder, small_clips(5), {"kind": "test"})
@@ -120,8 +120,8 @@ def shard_scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def make_shards(shard_scenes: Path, teacher_folder: Path) -> Callable[..., Tally]:
     """`prepare` on these scenes: two clips of each, three frames of 16x24, two clips a shard, nothing filtered."""
-    from fvgen.data.quality import LIMITS
-    from fvgen.prepare import prepare
+    from fvgen.clips.filters import LIMITS
+    from fvgen.shards.prepare import prepare
 
     def call(out: Path, source: Path | None = None, **changes: Any) -> Tally:
         options = {"clips_per_scene": 2, "clips_per_shard": 2, "workers": 1, "limits": dict.fromkeys(LIMITS, 0.0)}

@@ -9,10 +9,10 @@ import torch
 import yaml
 from torch import Tensor
 
-from fvgen.convert_checkpoint import BUFFERS, TO_THEIRS
-from fvgen.models.convert import PREFIXES
-from fvgen.models.lvdm_config import read_lvdm_config
-from fvgen.schedule import NoiseSchedule
+from fvgen.convert.command import BUFFERS, TO_THEIRS
+from fvgen.convert.lvdm_yaml import read_lvdm_config
+from fvgen.convert.names import PREFIXES
+from fvgen.diffusion.schedule import NoiseSchedule
 
 CLIP = {
     "embed_dim": 12,

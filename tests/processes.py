@@ -20,7 +20,7 @@ import torch
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["fvgen.demo", "fvgen.cli"])
+SERVER.set_forkserver_preload(["fvgen.reports.demo", "fvgen.cli"])
 
 
 @dataclass(frozen=True)

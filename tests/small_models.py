@@ -11,10 +11,10 @@ from torch import Tensor
 from transformers import CLIPTokenizer, CLIPVisionConfig, CLIPVisionModel
 from viewcrafter_reference import small_unet
 
-from fvgen.data.clips import Clip
-from fvgen.models.conditioning import ImageProjector
-from fvgen.models.encoders import FixedPrompts
-from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
+from fvgen.clips.clip import Clip
+from fvgen.models.viewcrafter.encoders import FixedPrompts
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
+from fvgen.models.viewcrafter.projector import ImageProjector
 
 FRAMES, HEIGHT, WIDTH = 4, 16, 24
 LATENTS = (4, FRAMES, 4, 6)  # of one clip

@@ -26,9 +26,9 @@ from scene_files import (
     write_nerfstudio,
 )
 
-from fvgen.data.scenes import find_scenes, load_depth, load_image, read_scene
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import pose_problem
+from fvgen.scenes.formats import find_scenes, load_depth, load_image, read_scene
 
 
 def expect(folder: Path, *words: str) -> None:

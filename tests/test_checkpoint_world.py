@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 
 from fvgen.distill.checkpoint import load_checkpoint, save_checkpoint
-from fvgen.distributed import World
 from fvgen.errors import UserError
+from fvgen.system.processes import World
 
 SIZE = 1 << 16
 

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fvgen.data import builtin
-from fvgen.data.builtin import builtin_clips, cache_folder
-from fvgen.data.clips import Clip, ClipFolder, depth_clip, make_clip, save_clips
-from fvgen.data.synthetic import synthetic_clip
+from fvgen.clips import builtin
+from fvgen.clips.builtin import builtin_clips, cache_folder
+from fvgen.clips.clip import Clip, ClipFolder, depth_clip, make_clip, save_clips
+from fvgen.clips.rooms import synthetic_clip
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, look_at, pinhole
 from fvgen.geometry.pointcloud import render_points

@@ -6,8 +6,8 @@ import torch
 from safetensors.torch import load_file
 from viewcrafter_reference import reference_folder
 
-from fvgen.models.conditioning import ImageProjector
-from fvgen.models.convert import projector_from_lvdm, projector_to_lvdm
+from fvgen.convert.names import projector_from_lvdm, projector_to_lvdm
+from fvgen.models.viewcrafter.projector import ImageProjector
 
 TINY = dict(
     dim=32, depth=2, dim_head=8, heads=3, num_queries=16, video_length=3, embedding_dim=40, output_dim=32, ff_mult=4

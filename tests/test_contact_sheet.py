@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from scene_files import document, write_depth, write_nerfstudio
 
-from fvgen.contact_sheet import inspect, plan_view
-from fvgen.data.shards import ShardSet
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import look_at
-from fvgen.pipeline import ViewCrafterPipeline
-from fvgen.prepare import prepare
-from fvgen.presets import load_pipeline
+from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
+from fvgen.pipelines.folders import load_pipeline
+from fvgen.reports.contact_sheet import inspect, plan_view
+from fvgen.shards.prepare import prepare
+from fvgen.shards.reader import ShardSet
 
 KEEP_ALL = {"points": 0.0, "overlap": 0.0, "sharpness": 0.0, "motion": 0.0}
 

@@ -21,9 +21,8 @@ from transformers import (
 from viewcrafter_reference import recording, reference_folder, reference_unet, tiny_clip_weights
 from viewcrafter_reference import settings as reference_settings
 
-from fvgen.errors import UserError
-from fvgen.models.conditioning import ImageProjector
-from fvgen.models.convert import (
+from fvgen.convert.lvdm_yaml import VIT_H_14
+from fvgen.convert.names import (
     PREFIXES,
     image_config_from_open_clip,
     image_encoder_from_lvdm,
@@ -40,7 +39,9 @@ from fvgen.models.convert import (
     vae_from_lvdm,
     vae_to_lvdm,
 )
-from fvgen.models.encoders import (
+from fvgen.errors import UserError
+from fvgen.models.denoiser import Condition
+from fvgen.models.viewcrafter.encoders import (
     EMPTY_IDS,
     PROMPT,
     PROMPT_IDS,
@@ -50,10 +51,9 @@ from fvgen.models.encoders import (
     resize_viewcrafter,
     token_ids,
 )
-from fvgen.models.lvdm_config import VIT_H_14
-from fvgen.models.teacher import Condition
-from fvgen.models.unet import ViewCrafterUNet
-from fvgen.pipeline import ViewCrafterPipeline
+from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
+from fvgen.models.viewcrafter.projector import ImageProjector
+from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 
 
 def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:

@@ -19,14 +19,14 @@ from small_models import small_tokenizer, student_of
 from torch import Tensor
 from viewcrafter_reference import recording, reference_weights, settings, tiny_clip_weights
 
-from fvgen.checkpoint_file import CheckpointFile
 from fvgen.cli import main
-from fvgen.convert_checkpoint import LEFTOVERS, convert, convert_back, newer_name
+from fvgen.convert.command import LEFTOVERS, convert, convert_back, newer_name
+from fvgen.convert.names import PREFIXES, unet_from_lvdm
+from fvgen.convert.weights_file import CheckpointFile
 from fvgen.errors import UserError
-from fvgen.models.convert import PREFIXES, unet_from_lvdm
-from fvgen.models.unet import ViewCrafterUNet
-from fvgen.pipeline import ViewCrafterPipeline
-from fvgen.presets import save_model
+from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
+from fvgen.models.viewcrafter.unet import ViewCrafterUNet
+from fvgen.pipelines.folders import save_model
 
 
 @pytest.fixture(scope="module")
@@ -352,8 +352,8 @@ def test_the_command_reports_mistakes(checkpoint, tmp_path, monkeypatch, capsys)
 
 MEASURE = """
 import resource, sys
-from fvgen import convert_checkpoint
-from fvgen.models import encoders
+from fvgen.convert import command as convert_checkpoint
+from fvgen.models.viewcrafter import encoders
 convert_checkpoint.read_lvdm_config(sys.argv[1])
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 convert_checkpoint.convert(sys.argv[1], sys.argv[2], sys.argv[3])

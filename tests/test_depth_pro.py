@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scene_files import FOCAL, HEIGHT, WIDTH, document, write_colmap, write_nerfstudio
 
-from fvgen.data.point_maps import point_maps
-from fvgen.data.points import depth_pro, sparse
-from fvgen.data.scenes import read_scene
+from fvgen.depth import depth_pro, sparse
+from fvgen.depth.maps import point_maps
 from fvgen.errors import UserError
 from fvgen.geometry.alignment import FEW, align_inverse_depth
 from fvgen.geometry.cameras import project
+from fvgen.scenes.formats import read_scene
 
 
 @given(st.floats(0.01, 100), st.floats(-0.05, 0.5), st.integers(40, 200), st.floats(0, 0.15), st.integers(0, 2**31 - 1))

@@ -7,10 +7,10 @@ import torch
 from small_models import LATENTS, random_latents
 from torch import nn
 
-from fvgen.models.discriminator import DiscriminatorHead, logits_of
-from fvgen.models.teacher import Condition
+from fvgen.models.critic import DiscriminatorHead, logits_of
+from fvgen.models.denoiser import Condition
+from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.objectives.gan import discriminator_loss
-from fvgen.pipeline import ViewCrafterPipeline
 
 
 def head_of(width: int = 32) -> DiscriminatorHead:

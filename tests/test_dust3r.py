@@ -16,17 +16,17 @@ from safetensors.torch import load_file, save_file
 from scene_files import HEIGHT, WIDTH, write_images, write_nerfstudio
 from torch import Tensor, nn
 
-from fvgen.data import sources
-from fvgen.data.point_maps import point_maps
-from fvgen.data.points import dust3r, dust3r_model
-from fvgen.data.points.dust3r_model import Dust3r, parse_arguments, read_weights
-from fvgen.data.readers.photographs import read_photographs
-from fvgen.data.reconstruct import pose_photographs
-from fvgen.data.scenes import read_scene
-from fvgen.data.sources import open_source
+from fvgen.depth import dust3r, dust3r_model
+from fvgen.depth.dust3r_model import Dust3r, parse_arguments, read_weights
+from fvgen.depth.maps import point_maps
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.pointcloud import unproject
+from fvgen.posing import sources
+from fvgen.posing.reconstruct import pose_photographs
+from fvgen.posing.sources import open_source
+from fvgen.scenes.formats import read_scene
+from fvgen.scenes.readers.photographs import read_photographs
 
 PUBLISHED = (
     "AsymmetricCroCo3DStereo(pos_embed='RoPE100', patch_embed_cls='ManyAR_PatchEmbed', img_size=(512, 512), "

@@ -14,18 +14,18 @@ from small_models import small_teacher
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fvgen.data.clips import ClipFolder
-from fvgen.data.latents import load_latents
+from fvgen.clips.clip import ClipFolder
+from fvgen.clips.latents import load_latents
 from fvgen.distill import StageConfig, Trainer, run
 from fvgen.distill.draws import Draws
 from fvgen.distill.engines import Optimization, PlainEngine, join_world
 from fvgen.distill.players import build_players
 from fvgen.distill.steps import frozen, roll_out, update_critics, update_critics_and_look, update_student
 from fvgen.distill.zero_settings import zero_settings
-from fvgen.distributed import World
 from fvgen.errors import UserError
-from fvgen.pipeline import FVGenPipeline
-from fvgen.presets import load_pipeline
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline
+from fvgen.pipelines.folders import load_pipeline
+from fvgen.system.processes import World
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from small_models import STEPS, small_clips, student_of
 
-from fvgen.data.clips import Clip
-from fvgen.evaluate import (
+from fvgen.clips.clip import Clip
+from fvgen.reports.evaluate import (
     Contestant,
     better,
     evaluate,

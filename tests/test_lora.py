@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fvgen.distill import Trainer, export_checkpoint, run
 from fvgen.errors import UserError
-from fvgen.models.unet import ViewCrafterUNet
-from fvgen.pipeline import FVGenPipeline
-from fvgen.presets import load_pipeline
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline
+from fvgen.models.viewcrafter.unet import ViewCrafterUNet
+from fvgen.pipelines.folders import load_pipeline
 
 pytest.importorskip("peft")
 from fvgen.models.lora import RoleUNet, SharedBackbone, merged_weights

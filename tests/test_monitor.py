@@ -13,8 +13,8 @@ from small_models import FRAMES, HEIGHT, WIDTH
 
 from fvgen.distill import Trainer, read_metrics, run
 from fvgen.distill.monitor import SEEDS, sample_clips
-from fvgen.plan import unet_settings
-from fvgen.simulate import Size, simulate
+from fvgen.planning.plan import unet_settings
+from fvgen.planning.simulate import Size, simulate
 
 
 def monitored(out: str) -> list[dict]:

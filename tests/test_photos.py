@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fvgen.data.photo_clips import scene_clips
-from fvgen.data.photos import _paths, choose_views, fit_image, pose_distance
-from fvgen.data.point_maps import scene_cloud
-from fvgen.data.scenes import Scene, load_image, read_scene
+from fvgen.clips.photographed import scene_clips
+from fvgen.clips.views import _paths, choose_views, fit_image, pose_distance
+from fvgen.depth.maps import scene_cloud
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, fit_box, look_at, pinhole, project
+from fvgen.scenes.formats import Scene, load_image, read_scene
 
 HEIGHT, WIDTH = 60, 90
 UP = torch.tensor([0.0, -1.0, 0.0])

@@ -14,12 +14,12 @@ import transformers
 from small_models import FRAMES, HEIGHT, LATENTS, STEPS, TEXT_TOKENS, WIDTH, small_clips, small_teacher, student_of
 from torch import Tensor
 
-from fvgen.data.clips import ClipFolder, save_clips
-from fvgen.data.latents import load_latents
+from fvgen.clips.clip import ClipFolder, save_clips
+from fvgen.clips.latents import load_latents
 from fvgen.errors import UserError
-from fvgen.models.encoders import CLIP_MEAN, CLIP_STD, FixedPrompts, clip_pixels
-from fvgen.pipeline import FVGenPipeline, NovelViewPipeline, ViewCrafterPipeline
-from fvgen.presets import check_device, load_head, load_pipeline, model_folder, save_model
+from fvgen.models.viewcrafter.encoders import CLIP_MEAN, CLIP_STD, FixedPrompts, clip_pixels
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline, NovelViewPipeline, ViewCrafterPipeline
+from fvgen.pipelines.folders import check_device, load_head, load_pipeline, model_folder, save_model
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -346,8 +346,8 @@ def test_the_shipped_teacher_is_small_and_loads(shipped):
 
 @pytest.mark.slow
 def test_the_shipped_teacher_beats_the_render_by_three_decibels(shipped):
-    from fvgen.data.builtin import builtin_clips
-    from fvgen.evaluate import evaluate, score, score_renders, teacher_contestant
+    from fvgen.clips.builtin import builtin_clips
+    from fvgen.reports.evaluate import evaluate, score, score_renders, teacher_contestant
 
     folder = builtin_clips("test", 16)
     clips = [folder[index] for index in range(6)]

@@ -26,11 +26,12 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
-from fvgen import hub, novel_view
 from fvgen.errors import UserError
-from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import save_model
-from fvgen.video import as_frames
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
+from fvgen.pipelines import base as novel_view
+from fvgen.pipelines import hub
+from fvgen.pipelines.folders import save_model
+from fvgen.pipelines.frames import as_frames
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -10,12 +10,23 @@ from rich.console import Console
 from small_models import small_teacher
 from typer.testing import CliRunner
 
-from fvgen import simulate as simulation
 from fvgen.cli import app
 from fvgen.distill import StageConfig
-from fvgen.models.unet import ViewCrafterUNet
-from fvgen.plan import BUCKET, SHARES, Choice, Hardware, choices, clip_size, estimate, plan, print_plan, unet_settings
-from fvgen.simulate import Allocations, Profile, Size, simulate
+from fvgen.models.viewcrafter.unet import ViewCrafterUNet
+from fvgen.planning import simulate as simulation
+from fvgen.planning.plan import (
+    BUCKET,
+    SHARES,
+    Choice,
+    Hardware,
+    choices,
+    clip_size,
+    estimate,
+    plan,
+    print_plan,
+    unet_settings,
+)
+from fvgen.planning.simulate import Allocations, Profile, Size, simulate
 
 GB = 1e9
 SMALL = {k: v for k, v in small_teacher().unet.config.items() if not k.startswith("_")}

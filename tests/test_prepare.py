@@ -9,11 +9,11 @@ import pytest
 import torch
 from scene_files import VIEWS, document, write_colmap, write_depth, write_nerfstudio
 
-from fvgen.data.photos import fit_image
-from fvgen.data.prepare import prepare_scenes, read_scenes, split_scenes
-from fvgen.data.scenes import Scene, load_image
+from fvgen.clips.from_scenes import prepare_scenes, read_scenes, split_scenes
+from fvgen.clips.views import fit_image
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
+from fvgen.scenes.formats import Scene, load_image
 
 SIZE = (3, 8, 12)  # frames, height, width
 

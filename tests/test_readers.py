@@ -28,12 +28,12 @@ from scene_files import (
 )
 from test_bad_scenes import check_sentence, mutate_bytes, survives
 
-from fvgen.data.images import distorted
-from fvgen.data.readers.photographs import extract_video, read_photographs
-from fvgen.data.scenes import read_scene
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.conventions import to_realestate10k
+from fvgen.scenes.formats import read_scene
+from fvgen.scenes.images import distorted
+from fvgen.scenes.readers.photographs import extract_video, read_photographs
 
 
 def expect(call, *words: str) -> None:

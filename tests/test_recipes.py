@@ -12,8 +12,8 @@ import processes
 import pytest
 from small_models import FRAMES, HEIGHT, WIDTH
 
-from fvgen.pipeline import FVGenPipeline
-from fvgen.presets import load_pipeline
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline
+from fvgen.pipelines.folders import load_pipeline
 
 pytestmark = pytest.mark.slow  # each test starts Python several times, and torch with it
 REPOSITORY = Path(__file__).resolve().parents[1]

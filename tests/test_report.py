@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fvgen.metrics import score_images
-from fvgen.report import LABELS, TABLE, ReportClip, loss_curves, pictures, table, write_report
+from fvgen.reports.page import LABELS, TABLE, ReportClip, loss_curves, pictures, table, write_report
 
 FRAMES, HEIGHT, WIDTH = 5, 24, 40
 NASTY = "attic <script>alert(1)</script> \"&' {{ 7 * 7 }}"
@@ -183,7 +183,7 @@ def test_clips_too_large_for_lossless_stay_below_three_megabytes():
 
 
 def test_pictures_are_shrunk_at_last(monkeypatch):
-    monkeypatch.setattr("fvgen.report.PICTURE_BYTES", 1200)
+    monkeypatch.setattr("fvgen.reports.page.PICTURE_BYTES", 1200)
     out = pictures([clip("attic", columns=("student",))])[0]
     data = base64.b64decode(out["sheets"]["student"].removeprefix("data:image/webp;base64,"))
     assert Image.open(io.BytesIO(data)).size in ((3 * WIDTH // 2, 2 * HEIGHT // 2), (3 * WIDTH // 4, 2 * HEIGHT // 4))

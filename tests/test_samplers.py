@@ -7,10 +7,17 @@ import torch
 from safetensors.torch import load_file
 from viewcrafter_reference import recording, reference_unet, settings
 
+from fvgen.diffusion.samplers import (
+    SamplerStep,
+    ddim,
+    few_step,
+    guided_velocity,
+    guided_velocity_three_way,
+    rescale_guidance,
+)
+from fvgen.diffusion.schedule import NoiseSchedule, trailing_timesteps, uniform_timesteps
 from fvgen.errors import UserError
-from fvgen.models.teacher import Condition, Teacher
-from fvgen.samplers import SamplerStep, ddim, few_step, guided_velocity, guided_velocity_three_way, rescale_guidance
-from fvgen.schedule import NoiseSchedule, trailing_timesteps, uniform_timesteps
+from fvgen.models.denoiser import Condition, Teacher
 
 SPACINGS = {"uniform_trailing": trailing_timesteps, "uniform": uniform_timesteps}
 BASE_SCALES = {"1024": 0.3, "512": 0.7}

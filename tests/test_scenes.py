@@ -24,8 +24,8 @@ from scene_files import (
     write_nerfstudio,
 )
 
-from fvgen.data.scenes import Scene, find_scenes, load_depth, load_image, read_scene
 from fvgen.geometry.cameras import project
+from fvgen.scenes.formats import Scene, find_scenes, load_depth, load_image, read_scene
 
 
 def check_cameras(scene: Scene) -> None:

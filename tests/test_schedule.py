@@ -4,14 +4,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fvgen.errors import UserError
-from fvgen.schedule import (
+from fvgen.diffusion.schedule import (
     NoiseSchedule,
     rescale_zero_terminal_snr,
     scaled_linear_betas,
     trailing_timesteps,
     uniform_timesteps,
 )
+from fvgen.errors import UserError
 
 ALL_T = torch.arange(1000)
 

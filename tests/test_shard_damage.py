@@ -13,8 +13,8 @@ import pytest
 import torch
 from checks import flip, hashes, refusal
 
-from fvgen.data.shards import ShardSet, holds_shards
 from fvgen.errors import UserError
+from fvgen.shards.reader import ShardSet, holds_shards
 
 FRAMES, CLIPS = 3, 2  # of the fixture `shards`
 

@@ -10,12 +10,12 @@ import pytest
 import torch
 from checks import hashes, refusal
 
-from fvgen.data.order import ShardLoader, epoch_order
-from fvgen.data.quality import LIMITS
-from fvgen.data.shards import ShardSet
+from fvgen.clips.filters import LIMITS
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, project
-from fvgen.presets import load_pipeline
+from fvgen.pipelines.folders import load_pipeline
+from fvgen.shards.order import ShardLoader, epoch_order
+from fvgen.shards.reader import ShardSet
 
 FRAMES, SIZE, SCENES, CLIPS = 3, (16, 24), 3, 2  # of the fixture `shards`
 
@@ -29,9 +29,9 @@ def same_clip(a, b) -> bool:
 
 def test_a_clip_holds_what_the_teacher_makes_of_the_photographs(shards, teacher_folder, shard_scenes):
     """Against the encoders themselves: the mean of the true frames' posterior, and the first photograph's tokens."""
-    from fvgen.data.photos import fit_image
-    from fvgen.data.scenes import read_scene
-    from fvgen.pipeline import ViewCrafterPipeline
+    from fvgen.clips.views import fit_image
+    from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
+    from fvgen.scenes.formats import read_scene
 
     pipeline, clips = load_pipeline(teacher_folder, ViewCrafterPipeline), ShardSet(shards)
     assert clips.names == [f"scene{s}-{n:02d}" for s in range(SCENES) for n in range(CLIPS)]
@@ -246,7 +246,7 @@ def test_shards_of_another_teacher_are_refused(shards, stage, tmp_path):
     from small_models import small_teacher
 
     from fvgen.distill import run
-    from fvgen.presets import save_model
+    from fvgen.pipelines.folders import save_model
 
     other = small_teacher()
     other.vae.encoder.conv_in.bias.data += 1

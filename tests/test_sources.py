@@ -11,15 +11,15 @@ from checks import hashes, refusal
 from PIL import Image
 from scene_files import document, save_turned, write_colmap, write_depth, write_images, write_nerfstudio
 
-from fvgen.contact_sheet import inspect
-from fvgen.data import sources
-from fvgen.data.places import sha256_of
-from fvgen.data.readers.photographs import copy_photograph, read_photographs
-from fvgen.data.scenes import load_image, read_scene
-from fvgen.data.shards import ShardSet
-from fvgen.data.sources import find_sources, open_source
 from fvgen.errors import CannotWrite
-from fvgen.prepare import prepare
+from fvgen.posing import sources
+from fvgen.posing.sources import find_sources, open_source
+from fvgen.reports.contact_sheet import inspect
+from fvgen.scenes.formats import load_image, read_scene
+from fvgen.scenes.readers.photographs import copy_photograph, read_photographs
+from fvgen.shards.prepare import prepare
+from fvgen.shards.reader import ShardSet
+from fvgen.system.places import sha256_of
 
 KEEP_ALL = {"points": 0.0, "overlap": 0.0, "sharpness": 0.0, "motion": 0.0}
 

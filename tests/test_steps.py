@@ -10,8 +10,10 @@ import torch
 from small_models import small_teacher
 from torch import Tensor, nn
 
-from fvgen.data.clips import ClipFolder
-from fvgen.data.latents import LatentBatch, load_latents
+from fvgen.clips.clip import ClipFolder
+from fvgen.clips.latents import LatentBatch, load_latents
+from fvgen.diffusion.samplers import few_step
+from fvgen.diffusion.schedule import trailing_timesteps
 from fvgen.distill import StageConfig
 from fvgen.distill.draws import Draws
 from fvgen.distill.players import build_players
@@ -25,10 +27,8 @@ from fvgen.distill.steps import (
     update_head,
     update_student,
 )
-from fvgen.models.discriminator import logits_of
+from fvgen.models.critic import logits_of
 from fvgen.objectives.gan import approximate_r1, generator_loss
-from fvgen.samplers import few_step
-from fvgen.schedule import trailing_timesteps
 
 
 def rng(seed: int = 0) -> torch.Generator:

@@ -10,13 +10,13 @@ import torch
 from PIL import Image
 from scene_files import HEIGHT, VIEWS, WIDTH, document, write_depth, write_images, write_nerfstudio
 
-from fvgen.data.point_maps import BACKENDS, Backend, point_maps
-from fvgen.data.readers.photographs import Photographs, read_photographs
-from fvgen.data.reconstruct import reconstruct
-from fvgen.data.scenes import read_scene
-from fvgen.data.synthetic import make_path, make_scene, render_scene, scene_generator
+from fvgen.clips.rooms import make_path, make_scene, render_scene, scene_generator
+from fvgen.depth.maps import BACKENDS, Backend, point_maps
 from fvgen.errors import UserError
 from fvgen.geometry.stereo import stereo_depth
+from fvgen.posing.reconstruct import reconstruct
+from fvgen.scenes.formats import read_scene
+from fvgen.scenes.readers.photographs import Photographs, read_photographs
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from fvgen.errors import UserError, did_you_mean
-from fvgen.storage import append_line, atomic_path, no_leftovers, recover, writable_folder, write_json
+from fvgen.system.files import append_line, atomic_path, no_leftovers, recover, writable_folder, write_json
 
 
 def write_file(path: Path, text: str) -> None:
@@ -116,7 +116,7 @@ def test_a_link_is_replaced_and_its_target_kept(tmp_path):
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from fvgen.storage import atomic_path
+from fvgen.system.files import atomic_path
 
 target, after = Path(sys.argv[1]), int(sys.argv[2])
 replace, calls = os.replace, []
@@ -175,7 +175,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from fvgen.errors import UserError
-from fvgen.storage import append_line, atomic_path
+from fvgen.system.files import append_line, atomic_path
 
 folder = Path(sys.argv[1])
 large = {"weight": torch.zeros(100_000)}

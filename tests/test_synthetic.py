@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fvgen.data.synthetic import (
+from fvgen.clips.rooms import (
     GENERATION,
     Room,
     Solid,
@@ -22,7 +22,7 @@ from fvgen.data.synthetic import (
     scene_generator,
     synthetic_clip,
 )
-from fvgen.data.textures import PATTERNS, Texture, color_at, fractal_noise, lattice_hash, value_noise
+from fvgen.clips.textures import PATTERNS, Texture, color_at, fractal_noise, lattice_hash, value_noise
 from fvgen.geometry.cameras import Cameras, look_at, pinhole, pose_problem
 from fvgen.geometry.pointcloud import render_points, unproject
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from viewcrafter_reference import recording, reference_unet, small_unet
 
+from fvgen.diffusion.samplers import guided_velocity, guided_velocity_three_way
+from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.errors import UserError
-from fvgen.models.teacher import Condition, Denoiser, Teacher
-from fvgen.samplers import guided_velocity, guided_velocity_three_way
-from fvgen.schedule import NoiseSchedule
+from fvgen.models.denoiser import Condition, Denoiser, Teacher
 
 SCHEDULE = NoiseSchedule.viewcrafter(0.3)
 T = torch.tensor([999, 300])

@@ -20,12 +20,12 @@ import torch
 import yaml
 from small_models import LATENTS, random_latents, small_clips
 
-from fvgen.data.clips import save_clips
+from fvgen.clips.clip import save_clips
 from fvgen.distill import RunConfig, StageConfig, Trainer, read_metrics, run
 from fvgen.errors import UserError
-from fvgen.models.discriminator import DiscriminatorHead
-from fvgen.pipeline import FVGenPipeline
-from fvgen.presets import load_pipeline
+from fvgen.models.critic import DiscriminatorHead
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline
+from fvgen.pipelines.folders import load_pipeline
 
 
 def same_files(first: Path, second: Path) -> bool:

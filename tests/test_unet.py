@@ -8,9 +8,9 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from viewcrafter_reference import recording, reference_folder, reference_unet, reference_weights, small_unet
 
+from fvgen.convert.names import unet_from_lvdm, unet_to_lvdm
 from fvgen.errors import UserError
-from fvgen.models.convert import unet_from_lvdm, unet_to_lvdm
-from fvgen.models.unet import ViewCrafterUNet
+from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 
 
 def small_inputs(batch: int = 2, frames: int = 3, image_tokens: int = 7) -> tuple[torch.Tensor, ...]:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from fvgen.data.clips import Clip
-from fvgen.data.posed import Scene
-from fvgen.data.quality import LIMITS, measure, sharpness, verdict
-from fvgen.data.windows import capture_order, clip_windows
+from fvgen.clips.clip import Clip
+from fvgen.clips.filters import LIMITS, measure, sharpness, verdict
+from fvgen.clips.windows import capture_order, clip_windows
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, look_at, pinhole
+from fvgen.scenes.scene import Scene
 
 FRAMES = 4
 

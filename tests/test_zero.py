@@ -18,8 +18,8 @@ import pytest
 from zero_worker import train
 
 from fvgen.distill import read_metrics, run, stage_config
-from fvgen.pipeline import FVGenPipeline
-from fvgen.presets import load_pipeline
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline
+from fvgen.pipelines.folders import load_pipeline
 
 pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install 'fvgen[train]'")
 pytestmark = pytest.mark.slow

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fvgen.models.convert import unet_config_from_lvdm, unet_from_lvdm
-from fvgen.models.unet import ViewCrafterUNet
+from fvgen.convert.names import unet_config_from_lvdm, unet_from_lvdm
+from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 
 
 def reference_folder(shared: Path) -> Path:

@@ -96,7 +96,7 @@ def inspect(
 def _prepare(sources: list[Path], out: Path, size: str | None, part: str, options: dict) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from fvgen.prepare import prepare as run_prepare  # takes seconds to import
+    from fvgen.shards.prepare import prepare as run_prepare  # takes seconds to import
 
     both = numbers(size, "x", "size", "320x512") if size else None
     share = numbers(part, "/", "part", "2/8")
@@ -119,7 +119,7 @@ def _prepare(sources: list[Path], out: Path, size: str | None, part: str, option
 
 
 def _inspect(path: str, out: Path, clips: int | None, teacher: str | None) -> None:
-    from fvgen.contact_sheet import inspect as run_inspect  # takes seconds to import
+    from fvgen.reports.contact_sheet import inspect as run_inspect  # takes seconds to import
 
     print(run_inspect(path, out, clips, teacher))
 
@@ -133,7 +133,7 @@ def numbers(text: str, separator: str, name: str, example: str) -> tuple[int, in
 
 
 def _convert(config: str | None, checkpoint: str, out: Path, only: str | None, to_lvdm: bool) -> None:
-    from fvgen import convert_checkpoint as conversion  # takes seconds to import
+    from fvgen.convert import command as conversion  # takes seconds to import
 
     components = conversion.COMPONENTS if only is None else [name.strip() for name in only.split(",")]
     if to_lvdm:
@@ -146,8 +146,8 @@ def _convert(config: str | None, checkpoint: str, out: Path, only: str | None, t
 
 
 def _demo(out: Path, data: Path | None, seed: int, device: str) -> None:
-    from fvgen.demo import demo as run_demo  # takes seconds to import
-    from fvgen.demo import print_table
+    from fvgen.reports.demo import demo as run_demo  # takes seconds to import
+    from fvgen.reports.demo import print_table
 
     console = Console()
     report = run_demo(out, data, seed, device)
@@ -201,9 +201,9 @@ def _plan(
     words: list[str] | None,
 ) -> None:
     from fvgen.distill import read_stage_config
-    from fvgen.plan import Hardware, clip_size, print_plan, profiles, unet_settings
-    from fvgen.plan import plan as make_plan
-    from fvgen.simulate import Size
+    from fvgen.planning.plan import Hardware, clip_size, print_plan, profiles, unet_settings
+    from fvgen.planning.plan import plan as make_plan
+    from fvgen.planning.simulate import Size
 
     if stage not in ("gan", "dmd"):
         raise UserError(f"--stage {stage}: there are gan and dmd")

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import torch
 
-from fvgen.distributed import ALONE, World
 from fvgen.errors import UserError, first_line
-from fvgen.storage import TEMPORARY, atomic_path, recover, remove, write_json
+from fvgen.system.files import TEMPORARY, atomic_path, recover, remove, write_json
+from fvgen.system.processes import ALONE, World
 
 INDEX = "checkpoint.json"
 FORMAT = 1

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from fvgen.distill.config import StageConfig
 from fvgen.distill.zero_settings import clips_at_a_time, zero_settings
-from fvgen.distributed import World
 from fvgen.errors import UserError, first_line
+from fvgen.system.processes import World
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

@@ -11,12 +11,12 @@ from torch import Tensor
 from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint_part
 from fvgen.distill.config import StageConfig, read_yaml, stage_config
 from fvgen.errors import UserError
-from fvgen.models.discriminator import DiscriminatorHead
+from fvgen.models.critic import DiscriminatorHead
 from fvgen.models.lora import merged_weights
-from fvgen.models.unet import ViewCrafterUNet
-from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import load_pipeline, model_kind, save_model
-from fvgen.storage import TEMPORARY, writable_folder
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
+from fvgen.models.viewcrafter.unet import ViewCrafterUNet
+from fvgen.pipelines.folders import load_pipeline, model_kind, save_model
+from fvgen.system.files import TEMPORARY, writable_folder
 
 
 def _replaceable(out: Path) -> bool:

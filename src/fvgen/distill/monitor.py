@@ -23,14 +23,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fvgen.data.latents import LatentSet
+from fvgen.clips.latents import LatentSet
+from fvgen.diffusion.samplers import few_step
 from fvgen.distill.config import StageConfig
 from fvgen.distill.steps import MONITOR
 from fvgen.errors import first_line
-from fvgen.models.teacher import Denoiser
-from fvgen.samplers import few_step
-from fvgen.storage import append_line, atomic_path
-from fvgen.work import Work
+from fvgen.models.denoiser import Denoiser
+from fvgen.system.files import append_line, atomic_path
+from fvgen.system.work import Work
 
 SEEDS = 2
 

@@ -17,15 +17,15 @@ from fvgen.distill.config import StageConfig
 from fvgen.distill.ema import EMA
 from fvgen.distill.engines import Engine, make_engine, shard_frozen
 from fvgen.distill.steps import Players
-from fvgen.distributed import ALONE, World
 from fvgen.errors import UserError, first_line
-from fvgen.models.discriminator import DiscriminatorHead
+from fvgen.models.critic import DiscriminatorHead
+from fvgen.models.denoiser import Denoiser, Teacher
 from fvgen.models.lora import RoleUNet, SharedBackbone
-from fvgen.models.teacher import Denoiser, Teacher
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
 from fvgen.objectives import divergences
 from fvgen.objectives.ratio import RatioNormalizer
-from fvgen.pipeline import FVGenPipeline, ViewCrafterPipeline
-from fvgen.presets import load_head, load_pipeline
+from fvgen.pipelines.folders import load_head, load_pipeline
+from fvgen.system.processes import ALONE, World
 
 ADAPTER = "student_lora.safetensors"
 """In a stage's folder: the averaged adapter of a student that is one."""

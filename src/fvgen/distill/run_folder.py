@@ -13,7 +13,7 @@ import yaml
 from fvgen.distill.checkpoint import CheckpointFolder
 from fvgen.distill.config import RESUMABLE, StageConfig, read_yaml
 from fvgen.errors import UserError
-from fvgen.storage import TEMPORARY, atomic_path, locked, recover, remove, writable_folder, write_json
+from fvgen.system.files import TEMPORARY, atomic_path, locked, recover, remove, writable_folder, write_json
 
 LOCK = ".lock"  # held while a run is at work
 SUMMARY = "summary.json"  # there if and only if the stage is done

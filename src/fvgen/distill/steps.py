@@ -32,20 +32,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fvgen.diffusion.schedule import NoiseSchedule, trailing_timesteps
 from fvgen.distill.config import StageConfig
 from fvgen.distill.draws import Draws
 from fvgen.distill.engines import Engine
-from fvgen.distributed import ALONE, World
 from fvgen.objectives import divergences
 from fvgen.objectives.dmd import denoising_loss, dmd_gradient, dmd_loss
 from fvgen.objectives.gan import approximate_r1, discriminator_loss, generator_loss
 from fvgen.objectives.ratio import RatioNormalizer, log_ratio
-from fvgen.schedule import NoiseSchedule, trailing_timesteps
+from fvgen.system.processes import ALONE, World
 
 if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
-    from fvgen.data.latents import LatentBatch
-    from fvgen.models.discriminator import DiscriminatorHead
-    from fvgen.models.teacher import Denoiser, Teacher
+    from fvgen.clips.latents import LatentBatch
+    from fvgen.models.critic import DiscriminatorHead
+    from fvgen.models.denoiser import Denoiser, Teacher
 
 Metrics = dict[str, Tensor]
 MONITOR = "monitor/"

@@ -20,10 +20,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fvgen.data.builtin import builtin_clips
-from fvgen.data.clips import ClipFolder
-from fvgen.data.latents import LatentBatch, LatentSet, load_latents
-from fvgen.data.shards import ShardSet, holds_shards
+from fvgen.clips.builtin import builtin_clips
+from fvgen.clips.clip import ClipFolder
+from fvgen.clips.latents import LatentBatch, LatentSet, load_latents
 from fvgen.distill.checkpoint import load_checkpoint, save_checkpoint
 from fvgen.distill.config import RunConfig, StageConfig
 from fvgen.distill.draws import Draws
@@ -35,9 +34,10 @@ from fvgen.distill.players import ADAPTER, build_players, fingerprint
 from fvgen.distill.run_folder import LOG, RunFolder, finished_stage
 from fvgen.distill.steps import MONITOR, Metrics, roll_out, update_critics, update_critics_and_look, update_student
 from fvgen.errors import Stopped, UserError, did_you_mean
-from fvgen.pipeline import ViewCrafterPipeline
-from fvgen.presets import check_device, load_pipeline
-from fvgen.storage import append_line, atomic_path, no_leftovers
+from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
+from fvgen.pipelines.folders import check_device, load_pipeline
+from fvgen.shards.reader import ShardSet, holds_shards
+from fvgen.system.files import append_line, atomic_path, no_leftovers
 
 
 def run(config: RunConfig | StageConfig) -> Path:

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from fvgen.distill.config import StageConfig
-from fvgen.distributed import World
 from fvgen.errors import UserError, first_line
+from fvgen.system.processes import World
 
 OURS = {  # DeepSpeed settings that follow from ours
     "train_batch_size": "batch_size",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fvgen.errors import UserError, first_line
-from fvgen.models.unet import ViewCrafterUNet
+from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 
 TARGETS = (
     *("to_q", "to_k", "to_v", "to_out", "to_k_image", "to_v_image", "proj_in", "proj_out", "net.0.proj", "net.2"),

@@ -1,0 +1,1 @@
+"""Clips: a render along a camera path and the true frames."""

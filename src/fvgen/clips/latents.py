@@ -1,0 +1,84 @@
+"""Latents of prepared clips: encoded once, kept beside the clips, read as batches.
+
+The cache is keyed by the weights of whatever made it (VAE, image encoder, projector, prompts), so another teacher on
+the same clips never reads stale latents.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fvgen.clips.clip import ClipFolder
+from fvgen.errors import UserError
+from fvgen.models.denoiser import Condition
+from fvgen.system.files import atomic_path
+
+if TYPE_CHECKING:
+    from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
+
+KEYS = ("latents", "render_latents", "context")
+
+
+@dataclass(frozen=True)
+class LatentBatch:
+    """``latents`` [B, 4, F, h, w]: the scaled latents of the true frames; ``condition``: what the networks may see."""
+
+    latents: Tensor
+    condition: Condition
+
+
+class LatentSet:
+    """All latents of a clip folder in memory: latents and render_latents [N, 4, F, h, w], context [N, M, D]."""
+
+    def __init__(self, tensors: dict[str, Tensor], names: list[str]) -> None:
+        self.tensors, self.names = tensors, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def batch(self, indices: Tensor | list[int], device: str | torch.device = "cpu") -> LatentBatch:
+        """The clips at ``indices`` as one batch."""
+        latents, render_latents, context = (self.tensors[key][indices].to(device, non_blocking=True) for key in KEYS)
+        return LatentBatch(latents, Condition(render_latents, context))
+
+    def random_batch(
+        self, size: int, generator: torch.Generator, device: str | torch.device = "cpu", rows: slice = slice(None)
+    ) -> LatentBatch:
+        """``size`` clips drawn with replacement, and of these the ones at ``rows``."""
+        return self.batch(torch.randint(len(self), (size,), generator=generator)[rows], device)
+
+
+def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0) -> LatentSet:
+    """The latents of ``clips`` under ``pipeline``'s encoders, from the cache or encoded now and cached.
+
+    Posterior samples are drawn once, from ``seed``, as ViewCrafter samples its VAE. Raises UserError for a damaged
+    cache file.
+    """
+    file = clips.path / f"latents-{pipeline.encoder_fingerprint()}-{seed}.safetensors"
+    if not file.exists():
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            encoded = [_encode(clips, index, pipeline, generator) for index in range(len(clips))]
+        tensors = {key: torch.cat([row[key] for row in encoded]).contiguous() for key in KEYS}
+        with atomic_path(file) as temporary:
+            save_file(tensors, temporary)
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"the latent cache {file} is damaged ({error}); delete it and run again") from error
+    if set(tensors) != set(KEYS) or any(tensors[key].shape[0] != len(clips) for key in KEYS):
+        raise UserError(f"the latent cache {file} does not fit its clips; delete it and run again")
+    return LatentSet(tensors, clips.names)
+
+
+def _encode(clips: ClipFolder, index: int, pipeline: NovelViewPipeline, generator: torch.Generator) -> dict:
+    clip = clips[index]
+    latents = pipeline.encode_frames(clip.truth[None], generator)
+    condition = pipeline.condition(clip.render[None], generator)
+    return {"latents": latents, "render_latents": condition.render_latents, "context": condition.context}

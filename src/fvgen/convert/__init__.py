@@ -1,0 +1,1 @@
+"""`fvgen convert`: other programs' checkpoints to model folders, and back."""

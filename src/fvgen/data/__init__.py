@@ -1,1 +1,0 @@
-"""Scenes, clips and their cached latents."""

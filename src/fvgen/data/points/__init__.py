@@ -1,4 +1,0 @@
-"""One module for each source of depth, with two functions: ``lacks(scene)`` and ``run(scene, views, height, width)``.
-
-`fvgen.data.point_maps` has the table of them.
-"""

@@ -1,1 +1,0 @@
-"""One file per family of formats; the table of all of them is in `fvgen.data.scenes`."""

@@ -1,0 +1,96 @@
+"""Where points come from: depth of chosen views of a scene, from whatever there is, one row of `BACKENDS` for each way.
+
+A backend that a later year brings is a module of `fvgen.depth` with two functions, and a row here. Photographs
+without poses get them first, in `fvgen.posing.reconstruct`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fvgen.depth import depth_pro, dust3r, measured, sparse, stereo
+from fvgen.depth.stereo import STEREO_SIDE
+from fvgen.errors import UserError, did_you_mean
+from fvgen.geometry.pointcloud import unproject
+from fvgen.geometry.stereo import TooFewFeatures
+from fvgen.scenes.scene import Scene
+
+__all__ = ["BACKENDS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps", "scene_cloud"]
+
+
+class Backend(NamedTuple):
+    """``lacks`` says in a few words why a backend cannot run on a scene, or None; ``run`` gives depth [K, H, W]."""
+
+    lacks: Callable[[Scene], str | None]
+    run: Callable[[Scene, Sequence[int], int, int], Tensor]
+
+
+class PointMaps(NamedTuple):
+    """depth: [K, H, W], camera z in scene units, 0 is unknown; ``backend``: where it comes from."""
+
+    depth: Tensor
+    backend: str
+
+
+def point_maps(scene: Scene, views: Sequence[int], height: int, width: int, backend: str = "auto") -> PointMaps:
+    """Depth of the views for images of height x width, as `photos.fit_image` cuts them out.
+
+    "auto" takes the first of `BACKENDS` that can run, and the next where photographs turn out to share too little.
+    Raises UserError where none or not the given one can.
+    """
+    if backend == "auto":
+        return _best(scene, views, height, width)
+    if backend not in BACKENDS:
+        raise UserError(f"unknown source of points {backend!r}{did_you_mean(backend, [*BACKENDS, 'auto'])}")
+    if reason := BACKENDS[backend].lacks(scene):
+        raise UserError(f"scene {scene.name} cannot use the points of {backend!r} ({reason}); choose another source")
+    return PointMaps(BACKENDS[backend].run(scene, views, height, width), backend)
+
+
+def _best(scene: Scene, views: Sequence[int], height: int, width: int) -> PointMaps:
+    reasons = {}
+    for name, row in BACKENDS.items():
+        reason = row.lacks(scene)
+        if reason is None:
+            try:
+                return PointMaps(row.run(scene, views, height, width), name)
+            except TooFewFeatures as error:
+                reason = str(error).split(";")[0]
+        reasons[name] = reason
+    said = ", ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise UserError(f"no depth can be had for scene {scene.name} ({said}); mend one of these")
+
+
+def scene_cloud(
+    scene: Scene, known: Sequence[int], images: Tensor, half_pixel_shift: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Points [N, 3] and colours [N, 3] in [0, 1] from the known views and what came with the scene, nothing estimated;
+    ``images`` [K, 3, H, W] are those of the views.
+
+    For `fvgen demo --data`, where seconds count, and its published numbers. Depth maps: every pixel of the known views,
+    with or without ViewCrafter's half-pixel shift (`unproject`). Else the triangulated points themselves, which never
+    have that shift (`sparse.cloud`); `point_maps` would round them to pixels. Raises UserError for a scene without
+    either.
+    """
+    height, width = images.shape[-2:]
+    if BACKENDS["depth"].lacks(scene) is None:
+        cameras = scene.cameras[list(known)].fitted(height, width)
+        return unproject(point_maps(scene, known, height, width, "depth").depth, images, cameras, half_pixel_shift)
+    if BACKENDS["colmap"].lacks(scene) is None:
+        return sparse.cloud(scene, known, images)
+    raise UserError(
+        f"scene {scene.name} has neither depth maps nor points, so nothing can be rendered; add depth_file_path to "
+        "transforms.json, or sparse/0 with points3D (`colmap point_triangulator`)"
+    )
+
+
+BACKENDS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only where their weights were brought
+    "depth": Backend(measured.lacks, measured.run),
+    "dust3r": Backend(dust3r.lacks, dust3r.run),
+    "stereo": Backend(stereo.lacks, stereo.run),
+    "depth_pro": Backend(depth_pro.lacks, depth_pro.run),
+    "colmap": Backend(sparse.lacks, sparse.run),
+}

@@ -1,0 +1,1 @@
+"""Noise levels and samplers, as functions of tensors."""

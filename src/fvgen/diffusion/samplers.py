@@ -1,0 +1,190 @@
+"""Samplers as functions: from pure noise and a denoiser to latents.
+
+A denoiser is a callable (x_t [B, C, F, h, w], t [B] integers) -> clean latents x0 of the same shape; bind the condition
+beforehand, as in `partial(teacher, condition=condition)`. Samplers know nothing of guidance: that is the denoiser's
+affair, and its arithmetic is here only because samplers are where one looks for it.
+
+NFE (network evaluations per clip) is the number of timesteps times the evaluations that one denoiser call takes: 1 for
+a student, 2 for a guided teacher. So a 50-step guided teacher has NFE 100, a 4-step student NFE 4.
+
+No function draws random numbers unasked: pass `noises`, one per use, or a `generator`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fvgen.diffusion.schedule import NoiseSchedule, trailing_timesteps
+from fvgen.errors import UserError
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+class SamplerStep(NamedTuple):
+    """What `on_step` is told after every timestep."""
+
+    index: int  # 0 for the first (the noisiest) timestep
+    count: int  # number of timesteps
+    timestep: int
+    x: Tensor  # latents handed to the next step; the result after the last one
+    x0: Tensor  # clean latents predicted at this step
+
+
+# May return latents that replace `x`.
+OnStep = Callable[[SamplerStep], Tensor | None]
+Generators = torch.Generator | Sequence[torch.Generator]  # one for all clips, or one per clip
+
+
+def ddim(
+    denoiser: Denoise,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int],
+    eta: float = 0.0,
+    noises: Sequence[Tensor] | None = None,
+    generator: Generators | None = None,
+    on_step: OnStep | None = None,
+    denoise_last: bool = False,
+    keep_last_scale: bool = False,
+) -> Tensor:
+    """DDIM (Song et al. 2021, equations 12 and 16) as ViewCrafter runs it.
+
+        x_prev = sqrt(ab_prev) k_prev x0 + sqrt(1 - ab_prev - s^2) eps + s noise,
+        s = eta sqrt((1 - ab_prev) / (1 - ab_t) (1 - ab_t / ab_prev))
+
+    The step after the smallest timestep goes to t = 0, whose ab is 0.99915 and not 1, and adds noise there as well: the
+    result is therefore slightly noisy. With eta = 1 and 50 trailing timesteps this is the published sampler.
+
+    Args:
+        x_T: [B, C, F, h, w] pure noise.
+        timesteps: ascending, see `trailing_timesteps` and `uniform_timesteps`.
+        eta: 0 is deterministic and needs no noise, 1 is ancestral sampling.
+        noises: one [B, C, F, h, w] per timestep, in the order of use.
+        generator: draws the noises if they are not given.
+        denoise_last: return the last predicted x0 rather than ViewCrafter's slightly noisy result.
+        keep_last_scale: leave the result in the scale k_t of the smallest timestep, as ViewCrafter's separate sampler
+            for three-way guidance does (a slip: the latents come out k_t times too small); only to reproduce it.
+
+    Returns:
+        Latents [B, C, F, h, w].
+    """
+    x, count = x_T, len(timesteps)
+    previous = (0, *timesteps[:-1])
+    for index, (t, t_prev) in enumerate(zip(reversed(timesteps), reversed(previous), strict=True)):
+        is_last = index == count - 1
+        x0 = denoiser(x, _timestep(t, x))
+        eps = schedule.eps_from_x0(x, x0, t)
+        s, towards_eps = _ddim_coefficients(schedule, t, t_prev, eta)
+        scaled_x0 = schedule.rescale(x0, t if is_last and keep_last_scale else t_prev)
+        x = schedule.signal[t_prev] * scaled_x0 + towards_eps * eps
+        if eta > 0:
+            x = x + s * _noise(x, index, noises, generator)
+        if denoise_last and is_last:
+            x = x0
+        x = _tell(on_step, SamplerStep(index, count, t, x, x0))
+    return x
+
+
+def few_step(
+    denoiser: Denoise,
+    x_T: Tensor,
+    schedule: NoiseSchedule,
+    timesteps: Sequence[int] | int = 4,
+    noises: Sequence[Tensor] | None = None,
+    generator: Generators | None = None,
+    renoise: Literal["sde", "ode"] = "sde",
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """The student's sampler: predict clean latents, noise them again to the next timestep, and so on.
+
+    "sde" noises with fresh noise, as DMD2 (Yin et al. 2024, section 4.4) and consistency models do; "ode" with the
+    noise that the prediction implies, which makes it DDIM with eta = 0 that ends in x0.
+
+    Args:
+        x_T: [B, C, F, h, w] pure noise.
+        timesteps: ascending, or the number of trailing ones (4 means 249 499 749 999); also the NFE of a student.
+        noises: one [B, C, F, h, w] for each timestep but the last, in the order of use; "sde" only.
+        generator: draws the noises if they are not given.
+
+    Returns:
+        The last predicted clean latents [B, C, F, h, w].
+    """
+    if renoise not in ("sde", "ode"):
+        raise UserError(f"Few-step sampling knows no way {renoise!r} to noise again: use 'sde' or 'ode'.")
+    descending = (trailing_timesteps(timesteps) if isinstance(timesteps, int) else list(timesteps))[::-1]
+    x = x_T
+    for index, t in enumerate(descending):
+        x0 = denoiser(x, _timestep(t, x))
+        if index + 1 == len(descending):
+            x = x0
+        else:
+            eps = _noise(x, index, noises, generator) if renoise == "sde" else schedule.eps_from_x0(x, x0, t)
+            x = schedule.add_noise(x0, eps, descending[index + 1])
+        x = _tell(on_step, SamplerStep(index, len(descending), t, x, x0))
+    return x
+
+
+def guided_velocity(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: float = 0.0) -> Tensor:
+    """Classifier-free guidance of velocities [B, ...]: v_uncond + guidance (v_cond - v_uncond), then rescaled."""
+    return rescale_guidance(torch.lerp(v_uncond, v_cond, guidance), v_cond, rescale)
+
+
+def guided_velocity_three_way(
+    v_cond: Tensor, v_image: Tensor, v_uncond: Tensor, guidance: float, image_guidance: float, rescale: float = 0.0
+) -> Tensor:
+    """Separate guidance by image and text; `v_image` sees the image but an empty text (InstructPix2Pix, equation 3)."""
+    guided = v_uncond + image_guidance * (v_image - v_uncond) + guidance * (v_cond - v_image)
+    return rescale_guidance(guided, v_cond, rescale)
+
+
+def rescale_guidance(v: Tensor, v_cond: Tensor, rescale: float) -> Tensor:
+    """Mix v with itself at the standard deviation of `v_cond`, per sample (Lin et al. 2024, equations 15 and 16)."""
+    if rescale == 0.0:
+        return v
+    axes = list(range(1, v.ndim))
+    ratio = v_cond.std(dim=axes, keepdim=True) / v.std(dim=axes, keepdim=True)
+    return v * (rescale * ratio + (1.0 - rescale))
+
+
+def _ddim_coefficients(schedule: NoiseSchedule, t: int, t_prev: int, eta: float) -> tuple[Tensor, Tensor]:
+    """DDIM's s and sqrt(1 - ab_prev - s^2), scalars on the CPU.
+
+    In float32 after the first root, as in the recordings: from t = 999 with eta = 1 the second is 0 in exact arithmetic
+    and, by rounding, up to 3e-4 there.
+    """
+    ab_t, ab_prev = schedule.alphas_cumprod[[t, t_prev]].cpu().double()
+    s = (eta * ((1 - ab_prev) / (1 - ab_t) * (1 - ab_t / ab_prev)).sqrt()).float()
+    return s, (1 - ab_prev.float() - s**2).clamp(min=0).sqrt()
+
+
+def normal(shape: Sequence[int], generator: Generators | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Standard normal numbers of `shape`, on the generator's device; several generators draw equal shares of the rows.
+
+    Raises UserError for a number of generators that cannot share the rows.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        device = "cpu" if generator is None else generator.device
+        return torch.randn(tuple(shape), generator=generator, device=device, dtype=dtype)
+    rows, rest = divmod(shape[0], max(len(generator), 1))
+    if rest or not rows:
+        raise UserError(f"{len(generator)} generators cannot draw for {shape[0]} clips or frames: give one per clip.")
+    return torch.cat([normal((rows, *shape[1:]), one, dtype) for one in generator])
+
+
+def _tell(on_step: OnStep | None, step: SamplerStep) -> Tensor:
+    """The latents to go on with."""
+    changed = None if on_step is None else on_step(step)
+    return step.x if changed is None else changed
+
+
+def _timestep(t: int, x: Tensor) -> Tensor:
+    return torch.full((x.shape[0],), t, dtype=torch.long, device=x.device)
+
+
+def _noise(x: Tensor, index: int, noises: Sequence[Tensor] | None, generator: Generators | None) -> Tensor:
+    if noises is not None:
+        return noises[index]
+    assert generator is not None, "this sampler adds noise: pass noises or a generator"
+    return normal(x.shape, generator, x.dtype).to(x.device)

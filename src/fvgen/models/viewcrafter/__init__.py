@@ -1,0 +1,1 @@
+"""ViewCrafter's family of networks."""

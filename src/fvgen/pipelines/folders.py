@@ -1,0 +1,112 @@
+"""Model folders by name: teachers that ship with the package, or any folder of the user's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import diffusers
+import torch
+import transformers
+from diffusers import ModelMixin
+from safetensors import SafetensorError
+
+from fvgen.errors import UserError, first_line
+from fvgen.models.critic import DiscriminatorHead
+from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
+from fvgen.system.files import atomic_path
+
+SHIPPED = Path(__file__).parents[1] / "weights"
+DAMAGE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
+P = TypeVar("P", bound=NovelViewPipeline)
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a shipped preset ("tiny") or of a path; raises UserError when neither exists."""
+    for folder in (Path(name), SHIPPED / str(name)):
+        if (folder / "model_index.json").is_file():
+            return folder
+    presets = ", ".join(sorted(p.name for p in SHIPPED.glob("*") if p.is_dir()))
+    raise UserError(f"{name} is no model folder (it has no model_index.json); give one, or a preset: {presets}")
+
+
+def load_pipeline(name: str | Path, kind: type[P]) -> P:
+    """A pipeline in float32, whatever type its weights are stored in.
+
+    Raises UserError for a folder that is damaged or holds another kind of pipeline.
+    """
+    folder = model_folder(name)
+    found = model_kind(folder)
+    if found != kind.__name__:
+        raise UserError(f"{folder} holds a {found}, but a {kind.__name__} is needed here; give another model folder")
+    with quiet():
+        try:
+            pipeline = kind.from_pretrained(folder, local_files_only=True)
+        except DAMAGE as error:
+            raise damaged(folder, error) from error
+    for part in pipeline.components.values():
+        if isinstance(part, torch.nn.Module):
+            part.float()  # the argument for it has one name in older versions of diffusers and another in newer ones
+    return pipeline
+
+
+def save_model(model: NovelViewPipeline | ModelMixin, folder: str | Path) -> None:
+    """Write a pipeline or a network as a folder, whole or not at all. Raises UserError when the disk is full."""
+    with quiet(), atomic_path(folder) as temporary:
+        model.save_pretrained(temporary)
+        for file in [*Path(temporary).rglob("config.json"), *Path(temporary).glob("model_index.json")]:
+            settings = json.loads(file.read_text())
+            settings.pop("_name_or_path", None)  # a folder of the machine that the part was loaded on
+            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+
+
+def load_head(folder: str | Path) -> DiscriminatorHead:
+    """A discriminator head in float32. Raises UserError for a damaged folder."""
+    with quiet():
+        try:
+            return DiscriminatorHead.from_pretrained(folder, local_files_only=True).float()
+        except DAMAGE as error:
+            raise damaged(folder, error) from error
+
+
+def model_kind(folder: Path) -> str:
+    """The class name that ``model_index.json`` gives."""
+    try:
+        return json.loads((folder / "model_index.json").read_text())["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'model_index.json'} is damaged; write or copy the model again") from error
+
+
+def check_device(name: str) -> None:
+    """Raises UserError for a device that torch does not know or this machine does not have."""
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        reason = first_line(error).rstrip(".")
+        raise UserError(f"device {name!r} cannot be used here ({reason}); give device=cpu or another one") from error
+
+
+def damaged(folder: str | Path, error: Exception) -> UserError:
+    """The sentence for a model folder that cannot be read."""
+    reason = " ".join(str(error).split())[:160]
+    return UserError(f"model folder {folder} is damaged or incomplete ({reason}); write or copy it again")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no advice from the libraries that read and write weights: they take a blink here."""
+    loggers = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logger, logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, verbosity, bars in before:
+            logger.set_verbosity(verbosity)
+            if bars:
+                logger.enable_progress_bar()

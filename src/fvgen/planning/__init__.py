@@ -1,0 +1,1 @@
+"""`fvgen plan`: what will training need?"""

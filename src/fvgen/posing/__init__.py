@@ -1,0 +1,1 @@
+"""Photographs and videos without poses to scenes."""

@@ -1,0 +1,124 @@
+"""Unposed photographs to a posed scene: by COLMAP's incremental structure-from-motion (pycolmap: a CPU, no weights), or
+by a user's own DUSt3R, which also does with one or two photographs and brings depth maps.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fvgen.depth import dust3r
+from fvgen.depth.dust3r_model import missing
+from fvgen.errors import UserError, did_you_mean, first_line
+from fvgen.scenes.formats import read_scene
+from fvgen.scenes.readers.photographs import Photographs, copy_photograph
+from fvgen.scenes.scene import Scene
+from fvgen.system.files import atomic_path
+
+FEWEST = 3  # views: two can be posed, but by chance
+LEAST_POSED = 0.5  # share of the photographs
+
+BACKENDS = ("colmap", "dust3r")
+
+
+class Posed(NamedTuple):
+    """``backend``: who found the poses of the scene."""
+
+    scene: Scene
+    backend: str
+
+
+def pose_photographs(
+    photographs: Photographs, folder: str | Path, backend: str = "auto", in_order: bool = False
+) -> Posed:
+    """A posed scene in ``folder`` by one of `BACKENDS`; "auto": COLMAP, and DUSt3R where that fails and this is there.
+
+    ``in_order`` is for `reconstruct`. Raises UserError where none or not the given one can.
+    """
+    if backend not in ("auto", *BACKENDS):
+        raise UserError(f"unknown way to pose photographs {backend!r}{did_you_mean(backend, [*BACKENDS, 'auto'])}")
+    if backend == "dust3r" or (backend == "auto" and not find_spec("pycolmap") and missing() is None):
+        return Posed(dust3r.reconstruct(photographs, folder), "dust3r")
+    try:
+        return Posed(reconstruct(photographs, folder, in_order), "colmap")
+    except UserError:
+        if backend == "colmap" or missing() is not None or Path(folder).exists():
+            raise
+        return Posed(dust3r.reconstruct(photographs, folder), "dust3r")
+
+
+def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = False) -> Scene:
+    """Poses, one shared lens, and sparse points; written to ``folder`` as a COLMAP scene, whole or not at all.
+
+    ``in_order`` compares each photograph with those next to it only, for frames of a video; otherwise all are compared
+    with all. Photographs that cannot be posed are left out. The scale is arbitrary. The same photographs give the same
+    bits: features and matches on as many threads as torch has, the rest on one. Raises UserError where pycolmap is
+    missing, and where fewer than half of the photographs, or fewer than three, could be posed.
+    """
+    try:
+        import pycolmap
+    except ImportError as error:
+        raise UserError("posing photographs needs pycolmap; `pip install fvgen[photos]`, or give poses") from error
+    folder = Path(folder)
+    if folder.exists():
+        raise UserError(f"{folder} is already there; choose another folder for the reconstruction")
+    with atomic_path(folder) as temporary:
+        images, database, models = temporary / "images", temporary / "database.db", temporary / "models"
+        for place in (images, models):
+            place.mkdir(parents=True)
+        for path in photographs.image_paths:
+            copy_photograph(path, images)
+        try:
+            with _quiet(pycolmap):
+                found = _run(pycolmap, database, images, models, in_order)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"COLMAP failed on {photographs.name} ({first_line(error)}); check the photographs"
+            ) from error
+        best = max(found.values(), key=lambda model: model.num_reg_images(), default=None)
+        posed = best.num_reg_images() if best else 0
+        if posed < max(FEWEST, LEAST_POSED * len(photographs)):
+            raise UserError(
+                f"only {posed} of the {len(photographs)} photographs of {photographs.name} could be posed; "
+                "take more of them, with more overlap and from different places"
+            )
+        (temporary / "sparse" / "0").mkdir(parents=True)
+        best.write(temporary / "sparse" / "0")
+        shutil.rmtree(models)
+        for left in [database, *temporary.glob("database.db-*")]:
+            left.unlink(missing_ok=True)
+    return read_scene(folder, "colmap")
+
+
+def _run(pycolmap, database: Path, images: Path, models: Path, in_order: bool) -> dict:
+    """Features, matches, models. Random numbers are seeded everywhere; where sums are threaded there is one thread."""
+    pycolmap.set_random_seed(0)
+    extraction, matching = pycolmap.FeatureExtractionOptions(), pycolmap.FeatureMatchingOptions()
+    extraction.num_threads = matching.num_threads = torch.get_num_threads()
+    extraction.use_gpu = matching.use_gpu = False
+    geometry, mapping = pycolmap.TwoViewGeometryOptions(), pycolmap.IncrementalPipelineOptions()
+    geometry.ransac.random_seed = 0
+    mapping.num_threads = mapping.mapper.num_threads = 1
+    mapping.random_seed = mapping.mapper.random_seed = mapping.triangulation.random_seed = 0
+    mapping.ba_use_gpu = False
+    pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE, extraction_options=extraction)
+    match = pycolmap.match_sequential if in_order else pycolmap.match_exhaustive
+    match(database, matching_options=matching, verification_options=geometry)
+    return pycolmap.incremental_mapping(database, images, models, mapping)
+
+
+@contextmanager
+def _quiet(pycolmap) -> Iterator[None]:
+    """Without COLMAP's lines about each image on stderr; what fails it tells by exceptions and empty results."""
+    before = pycolmap.logging.minloglevel
+    pycolmap.logging.minloglevel = int(pycolmap.logging.Level.FATAL)
+    try:
+        yield
+    finally:
+        pycolmap.logging.minloglevel = before

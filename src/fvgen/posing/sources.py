@@ -1,0 +1,154 @@
+"""What scenes are taken from: posed scenes in any known format, folders of photographs, video files.
+
+Photographs without poses get them when they are first opened. The posed scene is kept in fvgen's cache, under the
+SHA-256 of what it was made from, never beside the user's files: so it is made once, whoever asks, and the same
+photographs give the same scene for as long as the cache lasts, and, with the same pycolmap, after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from filelock import FileLock
+
+from fvgen.clips.builtin import cache_folder
+from fvgen.errors import CannotWrite, UserError
+from fvgen.posing.reconstruct import pose_photographs
+from fvgen.scenes.formats import read_scene, scene_format
+from fvgen.scenes.readers.photographs import VIDEOS, Photographs, extract_video, holds_photographs, read_photographs
+from fvgen.scenes.scene import Scene
+from fvgen.system.files import writable_folder
+from fvgen.system.places import sha256_of
+
+VIDEO_FRAMES = 64  # taken of a video at most, evenly spaced: a clip of 16 frames with a stride of 4 needs as many
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where one scene comes from; ``name`` is its own among all."""
+
+    name: str
+    path: Path
+
+
+class Opened(NamedTuple):
+    """``format``: a key of `scenes.FORMATS`, or "photographs/colmap", "video/colmap", ... by who found the poses."""
+
+    scene: Scene
+    format: str
+
+
+# --- Finding ---
+
+
+def find_sources(paths: Sequence[str | Path]) -> list[Source]:
+    """All scenes of the paths, under names that differ: NAME, PARENT/NAME where that is taken, else with a number.
+
+    A path is a scene (`is_source`) or the parent of some. Raises UserError for one that is neither.
+    """
+    sources: list[Source] = []
+    names: set[str] = set()
+    for path in paths:
+        for one in _below(Path(path)):
+            full = one.resolve()
+            name = full.name if full.name not in names else f"{full.parent.name}/{full.name}"
+            copies = 2
+            while name in names:
+                name, copies = f"{full.parent.name}/{full.name}({copies})", copies + 1
+            names.add(name)
+            sources.append(Source(name, one))
+    return sources
+
+
+def is_source(path: Path) -> bool:
+    """A posed scene, a folder of photographs, or a video file."""
+    if path.is_file():
+        return path.suffix.lower() in VIDEOS
+    return path.is_dir() and (_is_scene(path) or holds_photographs(path))
+
+
+def _is_scene(folder: Path) -> bool:
+    return bool(scene_format(folder)) or (folder / "images").is_dir()
+
+
+def _below(path: Path) -> list[Path]:
+    """The path itself, or its scenes. Scenes below a folder count before photographs in it, which may be a preview."""
+    if path.is_file() and not is_source(path):
+        raise UserError(f"{path} is a file but no video ({', '.join(VIDEOS)}); give a video or the folder of a scene")
+    try:
+        entries = [] if path.is_file() else sorted(path.iterdir())
+    except OSError as error:
+        state = "cannot be read; check its permissions" if path.exists() else "does not exist; check the path"
+        raise UserError(f"data folder {path} {state}") from error
+    if path.is_file() or _is_scene(path):
+        return [path]
+    sources = [entry for entry in entries if not entry.name.startswith(".") and is_source(entry)]
+    if holds_photographs(path) and not any(entry.is_dir() and _is_scene(entry) for entry in sources):
+        return [path]
+    if not sources:
+        raise UserError(
+            f"data folder {path} {'holds no scene' if entries else 'is empty'}; give one with poses "
+            "(transforms.json or sparse/0), photographs or videos, or the parent of such"
+        )
+    return sources
+
+
+# --- Opening ---
+
+
+def open_source(path: str | Path, points: str = "auto") -> Opened:
+    """Read a scene, and pose it first where it is not: by DUSt3R for ``points`` = "dust3r", else as `pose_photographs`
+    does on its own. Raises UserError for whatever is wrong with it, and where it cannot be posed."""
+    path = Path(path)
+    if path.is_dir() and (scene_format(path) or not _has_photographs(path)):
+        return Opened(read_scene(path), scene_format(path))
+    backend = "dust3r" if points == "dust3r" else "auto"
+    posed = _posed(_digest(path, backend), path, backend)
+    if isinstance(posed, UserError):
+        raise posed
+    scene = read_scene(posed)
+    way = "dust3r" if scene.depth_paths else "colmap"
+    return Opened(scene, f"{'video' if path.is_file() else 'photographs'}/{way}")
+
+
+def _has_photographs(folder: Path) -> bool:
+    return holds_photographs(folder) or (folder / "images").is_dir()
+
+
+def _digest(path: Path, backend: str) -> str:
+    """Of all that decides the posed scene."""
+    digest = hashlib.sha256(f"fvgen posed 1 {backend} {VIDEO_FRAMES}".encode())
+    for file in [path] if path.is_file() else read_photographs(path).image_paths:
+        digest.update(f"\0{file.name}\0{sha256_of(file)}".encode())
+    return digest.hexdigest()[:32]
+
+
+@lru_cache(maxsize=256)
+def _posed(key: str, path: Path, backend: str) -> Path | UserError:
+    """The folder of the posed scene, or why there is none: a refusal costs minutes and is remembered."""
+    place = writable_folder(cache_folder() / "posed" / key)
+    folder = place / path.resolve().name  # the scene's name, in messages
+    with FileLock(place / "lock"):  # of others who want the same scene, one makes it and the rest wait
+        if folder.exists():
+            return folder
+        try:
+            with tempfile.TemporaryDirectory() as frames:
+                photographs = _photographs(path, Path(frames) / path.name)
+                print(f"fvgen: posing {len(photographs)} photographs of {path}, minutes for many", file=sys.stderr)
+                pose_photographs(photographs, folder, backend, in_order=path.is_file())
+        except CannotWrite:
+            raise
+        except UserError as error:
+            return error
+    return folder
+
+
+def _photographs(path: Path, frames: Path) -> Photographs:
+    return extract_video(path, frames, VIDEO_FRAMES, at_most=True) if path.is_file() else read_photographs(path)

@@ -1,0 +1,115 @@
+"""Score models on clips: the same code for the demo and for benchmarks/quality.py.
+
+Every contestant gets the same conditions and the same initial noise, clip by clip in turn, so that their times come
+from the same minute of the same machine. Known frames are no novel views and are not scored.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from rich.progress import track
+from torch import Tensor
+
+from fvgen.clips.clip import Clip
+from fvgen.diffusion.samplers import few_step
+from fvgen.metrics import score_images
+from fvgen.models.denoiser import Condition, Teacher
+from fvgen.models.viewcrafter.pipelines import FVGenPipeline, NovelViewPipeline, ViewCrafterPipeline
+
+Sample = Callable[[Condition, torch.Generator], Tensor]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to make latents [1, 4, F, h, w] from a condition; ``nfe`` counts UNet evaluations per clip."""
+
+    sample: Sample
+    steps: int
+    nfe: int
+
+
+@dataclass
+class Result:
+    """What a contestant made: one video [F, 3, H, W] and one duration (sampling and decoding, seconds) per clip."""
+
+    contestant: Contestant
+    videos: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+
+def teacher_contestant(pipeline: ViewCrafterPipeline) -> Contestant:
+    """The teacher as published: all its steps, guided."""
+    steps = pipeline.config.steps
+    return Contestant(pipeline.sample, steps, steps * pipeline.teacher().nfe)
+
+
+def few_step_teacher(pipeline: ViewCrafterPipeline, steps: int, guidance: float | None) -> Contestant:
+    """The untrained teacher in the student's own sampler: what distillation has to beat."""
+    teacher = pipeline.teacher(guidance)
+    return Contestant(partial(_few_steps, teacher, pipeline, steps), steps, steps * teacher.nfe)
+
+
+def student_contestant(pipeline: FVGenPipeline) -> Contestant:
+    """A student in its own number of steps."""
+    return Contestant(pipeline.sample, pipeline.config.steps, pipeline.config.steps)
+
+
+def evaluate(
+    contestants: dict[str, Contestant], clips: Sequence[Clip], pipeline: NovelViewPipeline, seed: int
+) -> dict[str, Result]:
+    """Run every contestant on every clip. ``pipeline`` encodes and decodes for all of them."""
+    results = {name: Result(contestant) for name, contestant in contestants.items()}
+    for index, clip in enumerate(track(clips, "evaluation")):
+        condition = pipeline.condition(clip.render[None], _generator(seed, index))
+        for result in results.values():
+            start = time.perf_counter()
+            latents = result.contestant.sample(condition, _generator(seed, index))
+            video = pipeline.decode_latents(latents)[0].cpu()  # .cpu() waits for the device
+            result.seconds.append(time.perf_counter() - start)
+            result.videos.append(video)
+    return results
+
+
+def score(result: Result, clips: Sequence[Clip]) -> dict[str, object]:
+    """A row of the report: steps, nfe, median seconds per clip, and every metric over the novel views."""
+    row: dict[str, object] = {"steps": result.contestant.steps, "nfe": result.contestant.nfe}
+    row["seconds_per_clip"] = statistics.median(result.seconds)
+    return row | score_videos(result.videos, clips)
+
+
+def score_renders(clips: Sequence[Clip]) -> dict[str, object]:
+    """The row of the raw point renders; rendering belongs to the preparation, so it has no seconds."""
+    row: dict[str, object] = {"steps": 0, "nfe": 0, "seconds_per_clip": None}
+    return row | score_videos([clip.render for clip in clips], clips)
+
+
+def score_videos(videos: Sequence[Tensor], clips: Sequence[Clip]) -> dict[str, object]:
+    """All metrics of videos [F, 3, H, W] against the truth of ``clips``, over the frames that are not known."""
+    predicted = torch.cat([video[~clip.known] for video, clip in zip(videos, clips, strict=True)])
+    return score_images(predicted, torch.cat([clip.truth[~clip.known] for clip in clips]))
+
+
+def better(a: dict, b: dict) -> bool:
+    """Whether row ``a`` beats row ``b``: by LPIPS where it could be measured, else by PSNR."""
+    if a["lpips"] is not None and b["lpips"] is not None:
+        return a["lpips"] < b["lpips"]
+    return (a["psnr"] or 0) > (b["psnr"] or 0)
+
+
+def _few_steps(
+    teacher: Teacher, pipeline: NovelViewPipeline, steps: int, condition: Condition, generator: torch.Generator
+) -> Tensor:
+    noise = pipeline.initial_noise(condition, generator)
+    with torch.no_grad():
+        denoiser = partial(teacher, condition=condition)
+        return few_step(denoiser, noise, pipeline.schedule, steps, generator=generator)
+
+
+def _generator(seed: int, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed(1_000_003 * seed + index)

@@ -1,0 +1,1 @@
+"""Posed photographs of a static scene, in any format that we know."""

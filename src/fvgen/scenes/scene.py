@@ -1,0 +1,223 @@
+"""What all readers of posed photographs share: `Frame`, a view as its format tells it; the checks; and `Scene`."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from reprlib import Repr
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fvgen.errors import UserError
+from fvgen.geometry.cameras import Cameras, pose_problem
+from fvgen.scenes.images import image_size, load_depth, load_image, undistorted, undistorted_zoom
+
+UNDISTORT = "undistort the images first, for example with `colmap image_undistorter`"
+# Cameras farther from the origin (scene units) would lose more than 0.06 units to 32-bit rounding.
+FARTHEST = 1e6
+# Plausible focal lengths in image sizes: others are usually fractions or millimetres by mistake.
+FOCALS = (0.05, 100.0)
+# Folders of photographs and how much smaller than the camera's size theirs are.
+IMAGE_FOLDERS = {"images": 1, "images_2": 2, "images_4": 4, "images_8": 8}
+# What a file holds may be of any length; an error message is one sentence.
+SHORT = Repr()
+SHORT.maxstring = SHORT.maxother = 100
+short = SHORT.repr
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """The three point fields of a `Scene`."""
+
+    points: Tensor | None = None
+    point_colors: Tensor | None = None
+    observations: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Scene:
+    """V posed photographs of one size, and what is known of the geometry.
+
+    points: [N, 3] in the world, or None.
+    point_colors: [N, 3] in [0, 1]. COLMAP averages a point's colour over all photographs that show it, also
+        held-out ones; an honest evaluation takes colours from known photographs only: `point_maps.scene_cloud`.
+    observations: [M, 2] int64, rows (point, view): the views in which a point was found.
+    depth_paths: one map per view, of the image's size, camera z in ``depth_unit`` scene units; or None.
+    lenses: [V, 8] float64, fx, fy, cx, cy, k1, k2, p1, p2 of the stored images where any is distorted, else None.
+
+    ``cameras`` are pinholes in any case: read pixels through `image` and `depth`, which undo the distortion.
+    """
+
+    name: str
+    image_paths: tuple[Path, ...]
+    cameras: Cameras
+    points: Tensor | None = None
+    point_colors: Tensor | None = None
+    observations: Tensor | None = None
+    depth_paths: tuple[Path, ...] | None = None
+    depth_unit: float = 0.001
+    lenses: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.image_paths)
+
+    def image(self, view: int) -> np.ndarray:
+        """uint8 [H, W, 3], upright and undistorted. Raises UserError when the file is damaged."""
+        pixels = load_image(self.image_paths[view])
+        return pixels if self.lenses is None else undistorted(pixels, self.lenses[view], self.cameras.intrinsics[view])
+
+    def depth(self, view: int) -> Tensor:
+        """float32 [H, W], camera z in scene units, 0 is unknown; only where there are ``depth_paths``."""
+        assert self.depth_paths is not None
+        depth = load_depth(self.depth_paths[view], self.depth_unit)
+        if self.lenses is None:
+            return depth
+        return torch.from_numpy(undistorted(depth.numpy(), self.lenses[view], self.cameras.intrinsics[view]))
+
+    def with_cloud(self, cloud: Cloud) -> Scene:
+        """The same scene with these points."""
+        return replace(self, points=cloud.points, point_colors=cloud.point_colors, observations=cloud.observations)
+
+    def seen_by(self, view: int) -> Tensor:
+        """[N] bool: the points that were found in this view."""
+        assert self.points is not None and self.observations is not None
+        seen = torch.zeros(self.points.shape[0], dtype=torch.bool)
+        seen[self.observations[self.observations[:, 1] == view, 0]] = True
+        return seen
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One view as its format tells it; ``where`` opens error messages about it.
+
+    The image may be ``factor`` times smaller than ``size``, which focal, center and depth are for.
+    """
+
+    where: str
+    image: Path
+    size: tuple[float, float]  # width, height, as the format says
+    focal: tuple[float, float]
+    center: tuple[float, float]
+    pose: Tensor  # [4, 4] float64 camera-to-world, OpenCV axes
+    depth: Path | None = None
+    distortion: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # k1, k2, p1, p2
+    factor: int = 1
+
+
+def posed_scene(folder: Path, frames: list[Frame], depth_unit: float = 0.001) -> Scene:
+    """A `Scene` of frames, after the checks that every format needs. Raises UserError for what is wrong with any."""
+    seen: dict[str, str] = {}
+    for frame in frames:
+        path = os.path.normpath(frame.image)
+        if path in seen:
+            raise UserError(f"{frame.where} names the same image as {seen[path]}; remove one of the two frames")
+        seen[path] = frame.where
+    frames = [_checked(frame) for frame in frames]
+    for frame in frames:
+        if frame.size != frames[0].size:
+            raise UserError(
+                f"image {frame.image} is {_by(frame.size)}, {frames[0].image.name} is {_by(frames[0].size)}; "
+                "all images of a scene must have one size, so crop or resize them and their cameras"
+            )
+    lenses = torch.tensor([[*f.focal, *f.center, *f.distortion] for f in frames], dtype=torch.float64)
+    bent = bool(lenses[:, 4:].any())
+    zooms = {lens: _zoom(frame, lens) for lens, frame in zip(map(tuple, lenses.tolist()), frames, strict=True)}
+    zoom = lenses.new_tensor([zooms[tuple(lens)] for lens in lenses.tolist()])
+    intrinsics = torch.eye(3).repeat(len(frames), 1, 1)
+    intrinsics[:, [0, 1], [0, 1]] = (lenses[:, :2] * zoom[:, None]).float()
+    intrinsics[:, :2, 2] = lenses[:, 2:4].float()
+    poses = torch.stack([frame.pose for frame in frames]).float()
+    width, height = map(int, frames[0].size)
+    return Scene(
+        folder.resolve().name or "scene",
+        tuple(frame.image for frame in frames),
+        Cameras(poses, intrinsics, height, width),
+        depth_paths=_depths(frames),
+        depth_unit=depth_unit,
+        lenses=lenses if bent else None,
+    )
+
+
+def image_folder(folder: Path, name: str, wanted: str | None) -> tuple[str, int]:
+    """Which of IMAGE_FOLDERS to read and its factor: ``wanted``, else the first that holds the file ``name``.
+
+    Where none does it is "images", so that the message about the missing file names that.
+    """
+    if wanted is not None:
+        if wanted not in IMAGE_FOLDERS:
+            raise UserError(f"unknown image folder {wanted!r}; choose one of {', '.join(IMAGE_FOLDERS)}")
+        return wanted, IMAGE_FOLDERS[wanted]
+    found = (entry for entry in IMAGE_FOLDERS.items() if os.path.isfile(folder / entry[0] / name))
+    return next(found, ("images", 1))
+
+
+def _depths(frames: list[Frame]) -> tuple[Path, ...] | None:
+    """The depth map of every frame, sizes checked; None when no frame has one."""
+    if all(frame.depth is None for frame in frames):
+        return None
+    for frame in frames:
+        if frame.depth is None:
+            raise UserError(f"{frame.where} has no depth_file_path but others have; add it, or remove it everywhere")
+        if image_size(frame.depth) != frame.size:
+            raise UserError(f"depth map {frame.depth} has another size than its image; resize it (nearest) to match")
+    return tuple(frame.depth for frame in frames)
+
+
+def _checked(frame: Frame) -> Frame:
+    """The frame at the size of its image. Raises UserError for a pose or a lens that cannot be."""
+    if problem := pose_problem(frame.pose):
+        raise UserError(f"{frame.where}: the pose {problem}; export the poses again or remove the frame")
+    if frame.pose[:3, 3].abs().max() > FARTHEST:
+        raise UserError(
+            f"{frame.where}: the camera is more than {FARTHEST:.0e} units off the origin; "
+            "subtract an offset from all poses"
+        )
+    frame = _at_image_size(frame)
+    actual = image_size(frame.image)
+    if actual != frame.size:
+        raise UserError(
+            f"image {frame.image} is {_by(actual)} but its camera says {_by(frame.size)} ({frame.where}); "
+            "resize the images or scale the cameras, so that both agree"
+        )
+    for size, focal, center, axis in zip(frame.size, frame.focal, frame.center, "xy", strict=True):
+        if not FOCALS[0] <= focal / max(frame.size) <= FOCALS[1]:
+            raise UserError(
+                f"{frame.where}: focal length {focal:g} ({axis}) does not suit a {_by(frame.size)} image; "
+                "give it in pixels"
+            )
+        if not abs(center - size / 2) <= size:
+            raise UserError(
+                f"{frame.where}: the principal point c{axis} = {center:g} is far outside the image of "
+                f"{_by(frame.size)}; give it in pixels"
+            )
+    return frame
+
+
+def _at_image_size(frame: Frame) -> Frame:
+    """The frame scaled to an image that is ``factor`` times smaller, give or take the rounding to whole pixels."""
+    actual = image_size(frame.image)
+    near = all(abs(found - said / frame.factor) < 1 for found, said in zip(actual, frame.size, strict=True))
+    if frame.factor == 1 or not near:
+        return frame
+    x, y = (found / said for found, said in zip(actual, frame.size, strict=True))
+    focal, center = frame.focal, frame.center
+    return replace(frame, size=actual, focal=(focal[0] * x, focal[1] * y), center=(center[0] * x, center[1] * y))
+
+
+def _zoom(frame: Frame, lens: tuple[float, ...]) -> float:
+    if not any(lens[4:]):
+        return 1.0
+    zoom = undistorted_zoom(frame.size, torch.tensor(lens, dtype=torch.float64))
+    if zoom is None:
+        raise UserError(
+            f"{frame.where}: the lens distortion {', '.join(f'{v:g}' for v in frame.distortion)} folds the image "
+            f"or bends it too much; {UNDISTORT}"
+        )
+    return zoom
+
+
+def _by(size: tuple[float, float]) -> str:
+    return f"{size[0]:g}x{size[1]:g}"

@@ -1,0 +1,1 @@
+"""Encoded training clips at scale."""

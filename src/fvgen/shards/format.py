@@ -1,0 +1,218 @@
+"""The files of a shard folder: what they hold, and how they are written. docs/data.md has the layout.
+
+A folder holds, for each part of a job array, ``part-I-of-N.json`` (settings, checksums, where each clip comes from) and
+``shard-I-of-N-K.safetensors``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fvgen.errors import UserError, first_line
+from fvgen.system.files import atomic_path
+from fvgen.system.places import sha256_of
+
+FORMAT = 1
+CLOUD_POINTS = 512  # of each clip's cloud that are kept, for pictures
+PER_CLIP = (
+    "latents",
+    "render_latents",
+    "image_tokens",
+    "known",
+    "world_from_cam",
+    "intrinsics",
+    "cloud_points",
+    "cloud_colors",
+)
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ClipRecord(Record):
+    """Where a clip comes from. stride None: views chosen by pose; seed: of its posterior samples; figures: of
+    `fvgen.clips.filters`."""
+
+    name: str
+    scene: str
+    format: str
+    frames: list[str]
+    known: list[int]
+    stride: int | None
+    points: str
+    seed: int
+    figures: dict[str, float]
+
+
+class Skipped(Record):
+    """A scene or clip that could not be made, and the sentence that says why."""
+
+    name: str
+    reason: str
+
+
+class Content(Record):
+    """What a shard says of itself, in its header. ``digest``: SHA-256 of its tensors' bytes, in the order of names."""
+
+    settings: str
+    digest: str
+    clips: list[ClipRecord]
+    dropped: dict[str, int]
+    skipped: list[Skipped]
+
+
+class ShardRecord(Record):
+    file: str = Field(pattern=r"^shard-\d+-of-\d+-\d+\.safetensors$")
+    sha256: str
+    bytes: int
+    clips: list[ClipRecord]
+
+
+class Settings(Record):
+    """All that decides what the clips are. ``scenes``: SHA-256 over the names of all scenes; ``encoder``: fingerprint
+    of the teacher's encoders; ``limits``: of `fvgen.clips.filters`."""
+
+    scenes: str
+    frames: int
+    height: int
+    width: int
+    max_stride: int
+    known_views: int
+    points: str
+    clips_per_scene: int
+    clips_per_shard: int
+    seed: int
+    radius: float
+    half_pixel_shift: bool
+    teacher: str
+    encoder: str
+    limits: dict[str, float]
+
+    def digest(self) -> str:
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+class Part(Record):
+    """``part-I-of-N.json``: written when the part begins, and again, complete, when it ends."""
+
+    format: Literal[1]
+    part: int = Field(ge=1)
+    parts: int = Field(ge=1)
+    complete: bool
+    settings: Settings
+    shards: list[ShardRecord]
+    dropped: dict[str, int]
+    skipped: list[Skipped]
+
+
+class ShardClip(NamedTuple):
+    """One clip: latents and render_latents [4, F, h, w]; image_tokens [M, D]; text_tokens [M', D]; known [F] bool;
+    world_from_cam [F, 4, 4], intrinsics [F, 3, 3] in pixels; cloud_points [P, 3], cloud_colors [P, 3] uint8."""
+
+    latents: Tensor
+    render_latents: Tensor
+    image_tokens: Tensor
+    known: Tensor
+    world_from_cam: Tensor
+    intrinsics: Tensor
+    cloud_points: Tensor
+    cloud_colors: Tensor
+    text_tokens: Tensor
+
+
+# --- Shards ---
+
+
+def shard_file(part: int, parts: int, number: int) -> str:
+    return f"shard-{part}-of-{parts}-{number:05d}.safetensors"
+
+
+def write_shard(
+    path: Path,
+    settings: Settings,
+    clips: Sequence[tuple[ClipRecord, ShardClip]],
+    dropped: dict[str, int],
+    skipped: Sequence[Skipped],
+) -> None:
+    """Write a shard, whole or not at all. Raises UserError when the disk is full."""
+    tensors: dict[str, Tensor] = {}
+    if clips:
+        tensors = {key: torch.stack([getattr(clip, key) for _, clip in clips]).contiguous() for key in PER_CLIP}
+        tensors["text_tokens"] = clips[0][1].text_tokens.clone()
+    content = Content(
+        settings=settings.digest(),
+        digest=_digest(tensors),
+        clips=[record for record, _ in clips],
+        dropped=dropped,
+        skipped=list(skipped),
+    )
+    # One key only: the order of several in the header would be a matter of chance.
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"fvgen": content.model_dump_json()})
+
+
+def read_content(path: Path, settings: Settings) -> Content | None:
+    """What a shard of these settings says of itself; None where it is missing, damaged or of other settings."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            content = read_header(file)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValidationError):
+        return None
+    return content if (content.settings, content.digest) == (settings.digest(), _digest(tensors)) else None
+
+
+def read_header(file: safe_open) -> Content:
+    """Raises ValidationError for a file that is no shard."""
+    return Content.model_validate_json((file.metadata() or {}).get("fvgen", ""))
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for key in sorted(tensors):
+        digest.update(f"{key} {tensors[key].dtype} {list(tensors[key].shape)}".encode())
+        digest.update(tensors[key].contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+# --- The index of a part ---
+
+
+def part_file(part: int, parts: int) -> str:
+    return f"part-{part}-of-{parts}.json"
+
+
+def read_part(text: str, name: str) -> Part:
+    """Raises UserError for anything but the index of a part."""
+    try:
+        part = Part.model_validate_json(text)
+        if name.rsplit("/", 1)[-1] != part_file(part.part, part.parts):
+            raise ValueError("its numbers are not those of its name")
+        for shard in part.shards:
+            for record in shard.clips:
+                int(record.name.rsplit("-", 1)[1])
+        return part
+    except (ValueError, IndexError) as error:
+        reason = first_line(error)
+        raise UserError(f"{name} is no index of shards ({reason}); copy it again or prepare the shards again") from None
+
+
+def describe(content: Content, path: Path) -> ShardRecord:
+    """A shard's line in the index."""
+    return ShardRecord(file=path.name, sha256=sha256_of(path), bytes=path.stat().st_size, clips=content.clips)
+
+
+def dump(part: Part) -> object:
+    """As JSON values."""
+    return json.loads(part.model_dump_json())

@@ -1,0 +1,163 @@
+"""Reading shards: encoded training clips in files that are whole, checked and self-describing (`shard_files`).
+
+The clips of all parts are one data set, in an order that does not depend on the parts.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fvgen.clips.latents import LatentBatch, LatentSet
+from fvgen.errors import UserError, first_line
+from fvgen.models.denoiser import Condition
+from fvgen.shards.format import PER_CLIP, Part, ShardClip, Skipped, part_file, read_header, read_part
+from fvgen.system.places import Place, open_place, sha256_of
+
+OPEN_FILES = 32
+
+
+class ShardSet(LatentSet):
+    """All clips of a shard folder, local or remote (s3://, gs://, hf://: see `places`), read when asked for.
+
+    A drop-in for the latents of a clip folder. Clips are in the order of their names, however many parts made them.
+    Each shard's checksum is verified before its first use in a process.
+
+    Raises UserError for a folder without shards, unfinished or missing parts, parts of different settings; and on
+    reading, for a shard that is missing, truncated or altered.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.place: Place = open_place(path)
+        self.parts = _read_parts(self.place)
+        self.settings = self.parts[0].settings
+        self.shards = [shard for part in self.parts for shard in part.shards]
+        entries = [
+            (record.scene, int(record.name.rsplit("-", 1)[1]), record, number, row)
+            for number, shard in enumerate(self.shards)
+            for row, record in enumerate(shard.clips)
+        ]
+        entries.sort(key=lambda entry: entry[:2])
+        self.records = [entry[2] for entry in entries]
+        self.shard_of = [entry[3] for entry in entries]  # of each clip
+        self._rows = [entry[4] for entry in entries]
+        self._open: OrderedDict[int, safe_open] = OrderedDict()
+        self._verified: set[int] = set()
+        super().__init__({}, [record.name for record in self.records])
+        self.frames, self.height, self.width = self.settings.frames, self.settings.height, self.settings.width
+
+    def __getitem__(self, index: int) -> ShardClip:
+        file, row = self._file(self.shard_of[index]), self._rows[index]
+        try:
+            text = file.get_tensor("text_tokens")[0]
+            return ShardClip(*(file.get_slice(key)[row] for key in PER_CLIP), text)
+        except (SafetensorError, OSError) as error:
+            name = self.shards[self.shard_of[index]].file
+            raise self._damaged(name, f"does not hold what its index says ({first_line(error)})") from error
+
+    def batch(self, indices: Tensor | Sequence[int], device: str | torch.device = "cpu") -> LatentBatch:
+        """The clips at ``indices`` as one batch."""
+        clips = [self[int(index)] for index in indices]
+        latents, render_latents = (
+            torch.stack(part).to(device, non_blocking=True) for part in list(zip(*clips, strict=True))[:2]
+        )
+        context = torch.stack([torch.cat([clip.text_tokens, clip.image_tokens]) for clip in clips])
+        return LatentBatch(latents, Condition(render_latents, context.to(device, non_blocking=True)))
+
+    def check_encoder(self, fingerprint: str, model: str) -> None:
+        """Raises UserError where the latents were made by other encoders than those of ``model``."""
+        if fingerprint != self.settings.encoder:
+            raise UserError(
+                f"the shards in {self.place} were encoded by teacher {self.settings.teacher} (encoder "
+                f"{self.settings.encoder}), but {model} has encoder {fingerprint}; train with that teacher or prepare "
+                "the shards again"
+            )
+
+    def verify(self) -> None:
+        """Read every shard and compare its checksum."""
+        for number in range(len(self.shards)):
+            self._file(number)
+
+    def dropped(self) -> dict[str, int]:
+        """Over all parts: how many clips were dropped, by reason."""
+        reasons = sorted({reason for part in self.parts for reason in part.dropped})
+        return {reason: sum(part.dropped.get(reason, 0) for part in self.parts) for reason in reasons}
+
+    def skipped(self) -> list[Skipped]:
+        return [entry for part in self.parts for entry in part.skipped]
+
+    def __getstate__(self) -> dict:
+        """For worker processes: open files stay behind."""
+        return {**self.__dict__, "_open": OrderedDict(), "_verified": set()}
+
+    def _file(self, number: int) -> safe_open:
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number]
+        shard = self.shards[number]
+        path = self.place.local(shard.file, shard.sha256)
+        try:
+            size = path.stat().st_size
+        except OSError as error:
+            raise self._damaged(shard.file, "is missing") from error
+        if size != shard.bytes:
+            raise self._damaged(shard.file, f"has {size} bytes instead of {shard.bytes}")
+        if number not in self._verified:
+            if sha256_of(path) != shard.sha256:
+                raise self._damaged(shard.file, "was altered (its SHA-256 is not the recorded one)")
+            self._verified.add(number)
+        try:
+            file = safe_open(str(path), framework="pt")
+            content = read_header(file)
+        except (SafetensorError, OSError, ValidationError) as error:
+            raise self._damaged(shard.file, f"cannot be read ({first_line(error)})") from error
+        if (content.settings, content.clips) != (self.settings.digest(), shard.clips):
+            raise self._damaged(shard.file, "was made of other clips or settings than its index says")
+        self._open[number] = file
+        if len(self._open) > OPEN_FILES:
+            self._open.popitem(last=False)
+        return self._open[number]
+
+    def _damaged(self, file: str, what: str) -> UserError:
+        return UserError(
+            f"shard {self.place}/{file} {what}; copy it again, or delete it and its part-*.json and prepare again"
+        )
+
+
+def holds_shards(path: str | Path) -> bool:
+    """Whether ``path`` is meant as a shard folder: an address, or a folder with the index of a part."""
+    return "://" in str(path) or any(Path(path).glob("part-*-of-*.json"))
+
+
+def _read_parts(place: Place) -> list[Part]:
+    names = place.names("part-*-of-*.json")
+    if not names:
+        raise UserError(f"{place} holds no shards (no part-*.json); give a folder that `fvgen prepare` wrote")
+    parts = sorted((read_part(place.text(name), f"{place}/{name}") for name in names), key=lambda part: part.part)
+    total = parts[0].parts
+    for part in parts:
+        if part.parts != total:
+            raise UserError(
+                f"{place} mixes parts of {total} and of {part.parts}; keep one run's files and delete the others"
+            )
+        if part.settings != parts[0].settings:
+            raise UserError(
+                f"{place}: parts {parts[0].part} and {part.part} have different settings; prepare one again"
+            )
+        if not part.complete:
+            raise UserError(f"{place}/{part_file(part.part, total)} is unfinished; run its `fvgen prepare` again")
+    missing = sorted(set(range(1, total + 1)) - {part.part for part in parts})
+    if missing:
+        raise UserError(f"{place} lacks part {missing[0]} of {total}; run `fvgen prepare --part {missing[0]}/{total}`")
+    listed = {shard.file for part in parts for shard in part.shards}
+    if unlisted := sorted(set(place.names("shard-*-of-*.safetensors")) - listed):
+        raise UserError(f"shard {place}/{unlisted[0]} is in no part-*.json; run its `fvgen prepare` again")
+    if not any(shard.clips for part in parts for shard in part.shards):
+        raise UserError(f"{place} holds no clip: all were dropped or skipped; prepare other scenes or settings")
+    return parts

@@ -1,0 +1,1 @@
+"""Files, processes, places: what every program needs."""
