@@ -4,7 +4,8 @@
     deepspeed recipes/stage1_gan.py --config ... --deepspeed recipes/deepspeed/zero2.json [key=value ...]
 
 Writes out/metrics.jsonl (a line per iteration), out/checkpoints, and at the end out/student (a pipeline folder) and
-out/head (the discriminator). The same command again resumes. Settings: `fvgen.distill.config.StageConfig`.
+out/head (the discriminator). The same command again resumes. Settings: `fvgen.distill.settings`, and the method's own
+in `fvgen.distill.methods.dmd`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ def main() -> None:
     config = distill.read_stage_config("gan", args.config, deepspeed_setting(args.deepspeed) + args.settings)
     with distill.stopped_by_sigterm():
         trainer = distill.Trainer(config)  # judges teacher, data and folders before any work
-        student = trainer.train()  # critics and student in turn: fvgen.distill.trainer.Trainer.iterate
+        student = trainer.train()  # critics and student in turn: fvgen.distill.methods.dmd.Dmd.iterate
     if trainer.world.is_main:
-        print(f"Student after stage 1: {student}. Next: python recipes/stage2_dmd.py ... init={config.out} out=DIR")
+        print(f"Student after stage 1: {student}. Next: python recipes/stage2_dmd.py ... init={config.run.out} out=DIR")
 
 
 if __name__ == "__main__":

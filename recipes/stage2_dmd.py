@@ -25,7 +25,7 @@ def main() -> None:
     config = distill.read_stage_config("dmd", args.config, deepspeed_setting(args.deepspeed) + args.settings)
     with distill.stopped_by_sigterm():
         trainer = distill.Trainer(config)  # judges teacher, data, init and folders before any work
-        student = trainer.train()  # critics and student in turn: fvgen.distill.trainer.Trainer.iterate
+        student = trainer.train()  # critics and student in turn: fvgen.distill.methods.dmd.Dmd.iterate
     if trainer.world.is_main:
         print(f"Student after stage 2: {student}. It loads with fvgen.pipelines.FVGenPipeline.from_pretrained.")
 

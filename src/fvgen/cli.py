@@ -201,26 +201,24 @@ def _plan(
     words: list[str] | None,
 ) -> None:
     from fvgen.distill import read_stage_config
-    from fvgen.planning.plan import Hardware, clip_size, print_plan, profiles, unet_settings
+    from fvgen.distill.methods import METHODS
+    from fvgen.models.family import Size
+    from fvgen.planning.plan import Hardware, clip_size, print_plan, profiles, teacher_blueprint
     from fvgen.planning.plan import plan as make_plan
-    from fvgen.planning.simulate import Size
 
-    if stage not in ("gan", "dmd"):
-        raise UserError(f"--stage {stage}: there are gan and dmd")
+    if stage not in METHODS:
+        raise UserError(f"--stage {stage}: there are {' and '.join(METHODS)}")
     given = [] if any(word.startswith("out=") for word in words or []) else ["out=unused"]
     config = read_stage_config(stage, file, [*given, *(words or [])])
-    unet, factor = unet_settings(config.teacher)
-    frames, height, width = clip_size(config.data, *clip)
-    parts = gpus * config.accumulation
-    if config.batch_size % parts:
-        raise UserError(f"batch_size={config.batch_size} does not divide among {gpus} GPUs; give a multiple of {parts}")
-    levels = len(unet.get("channel_mult", (1, 2, 4, 4)))
-    multiple = factor * 2 ** (levels - 1)
-    if height % multiple or width % multiple:
-        raise UserError(f"frames of {height}x{width} do not fit this model; use multiples of {multiple}")
-    size = Size(config.batch_size // parts, frames, height // factor, width // factor)
+    family, blueprint = teacher_blueprint(config.run.teacher)
+    frames, height, width = clip_size(config.data.data, *clip)
+    parts, clips = gpus * config.memory.accumulation, config.data.batch_size
+    if clips % parts:
+        raise UserError(f"batch_size={clips} does not divide among {gpus} GPUs; give a multiple of {parts}")
+    size = Size(clips // parts, frames, height, width)
+    blueprint.example(size)  # judges the size
     hardware = Hardware(gpus, memory, *rate)
-    print_plan(make_plan(config, profiles(config, unet, size), hardware), hardware, Console())
+    print_plan(make_plan(config, profiles(config, family, blueprint, size), hardware), hardware, Console())
 
 
 def guarded(call: Callable[[], object]) -> None:

@@ -16,25 +16,24 @@ from torch import Tensor
 
 from fvgen.clips.clip import ClipFolder
 from fvgen.errors import UserError
-from fvgen.models.denoiser import Condition
+from fvgen.models.condition import Condition
 from fvgen.system.files import atomic_path
 
 if TYPE_CHECKING:
     from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
 
-KEYS = ("latents", "render_latents", "context")
-
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """``latents`` [B, 4, F, h, w]: the scaled latents of the true frames; ``condition``: what the networks may see."""
+    """``latents`` [B, C, F, h, w]: the scaled latents of the true frames; ``condition``: what the networks may see."""
 
     latents: Tensor
     condition: Condition
 
 
 class LatentSet:
-    """All latents of a clip folder in memory: latents and render_latents [N, 4, F, h, w], context [N, M, D]."""
+    """All clips of a folder in memory, encoded: ``tensors`` holds "latents" [N, C, F, h, w] and the tensors of their
+    conditions by name, [N, ...], or [1, ...] for what holds for all."""
 
     def __init__(self, tensors: dict[str, Tensor], names: list[str]) -> None:
         self.tensors, self.names = tensors, names
@@ -44,8 +43,9 @@ class LatentSet:
 
     def batch(self, indices: Tensor | list[int], device: str | torch.device = "cpu") -> LatentBatch:
         """The clips at ``indices`` as one batch."""
-        latents, render_latents, context = (self.tensors[key][indices].to(device, non_blocking=True) for key in KEYS)
-        return LatentBatch(latents, Condition(render_latents, context))
+        latents = self.tensors["latents"][indices].to(device, non_blocking=True)
+        condition = Condition(**{key: tensor for key, tensor in self.tensors.items() if key != "latents"})
+        return LatentBatch(latents, condition.rows(indices).to(device, non_blocking=True))
 
     def random_batch(
         self, size: int, generator: torch.Generator, device: str | torch.device = "cpu", rows: slice = slice(None)
@@ -60,25 +60,31 @@ def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0) 
     Posterior samples are drawn once, from ``seed``, as ViewCrafter samples its VAE. Raises UserError for a damaged
     cache file.
     """
-    file = clips.path / f"latents-{pipeline.encoder_fingerprint()}-{seed}.safetensors"
+    file = clips.path / f"encoded-{pipeline.encoder_fingerprint()}-{seed}.safetensors"
     if not file.exists():
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             encoded = [_encode(clips, index, pipeline, generator) for index in range(len(clips))]
-        tensors = {key: torch.cat([row[key] for row in encoded]).contiguous() for key in KEYS}
+        tensors = {key: _stacked([row[key] for row in encoded]) for key in encoded[0]}
         with atomic_path(file) as temporary:
             save_file(tensors, temporary)
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise UserError(f"the latent cache {file} is damaged ({error}); delete it and run again") from error
-    if set(tensors) != set(KEYS) or any(tensors[key].shape[0] != len(clips) for key in KEYS):
+    if "latents" not in tensors or any(tensor.shape[0] not in (1, len(clips)) for tensor in tensors.values()):
         raise UserError(f"the latent cache {file} does not fit its clips; delete it and run again")
     return LatentSet(tensors, clips.names)
+
+
+def _stacked(rows: list[Tensor]) -> Tensor:
+    """[N, ...] of rows [1, ...], or one row where all are the same."""
+    same = all(torch.equal(row, rows[0]) for row in rows[1:])
+    return rows[0].contiguous() if same else torch.cat(rows).contiguous()
 
 
 def _encode(clips: ClipFolder, index: int, pipeline: NovelViewPipeline, generator: torch.Generator) -> dict:
     clip = clips[index]
     latents = pipeline.encode_frames(clip.truth[None], generator)
     condition = pipeline.condition(clip.render[None], generator)
-    return {"latents": latents, "render_latents": condition.render_latents, "context": condition.context}
+    return {"latents": latents, **condition}

@@ -2,7 +2,7 @@
 
 A denoiser is a callable (x_t [B, C, F, h, w], t [B] integers) -> clean latents x0 of the same shape; bind the condition
 beforehand, as in `partial(teacher, condition=condition)`. Samplers know nothing of guidance: that is the denoiser's
-affair, and its arithmetic is here only because samplers are where one looks for it.
+affair (`fvgen.diffusion.guidance`).
 
 NFE (network evaluations per clip) is the number of timesteps times the evaluations that one denoiser call takes: 1 for
 a student, 2 for a guided teacher. So a 50-step guided teacher has NFE 100, a 4-step student NFE 4.
@@ -124,28 +124,6 @@ def few_step(
             x = schedule.add_noise(x0, eps, descending[index + 1])
         x = _tell(on_step, SamplerStep(index, len(descending), t, x, x0))
     return x
-
-
-def guided_velocity(v_cond: Tensor, v_uncond: Tensor, guidance: float, rescale: float = 0.0) -> Tensor:
-    """Classifier-free guidance of velocities [B, ...]: v_uncond + guidance (v_cond - v_uncond), then rescaled."""
-    return rescale_guidance(torch.lerp(v_uncond, v_cond, guidance), v_cond, rescale)
-
-
-def guided_velocity_three_way(
-    v_cond: Tensor, v_image: Tensor, v_uncond: Tensor, guidance: float, image_guidance: float, rescale: float = 0.0
-) -> Tensor:
-    """Separate guidance by image and text; `v_image` sees the image but an empty text (InstructPix2Pix, equation 3)."""
-    guided = v_uncond + image_guidance * (v_image - v_uncond) + guidance * (v_cond - v_image)
-    return rescale_guidance(guided, v_cond, rescale)
-
-
-def rescale_guidance(v: Tensor, v_cond: Tensor, rescale: float) -> Tensor:
-    """Mix v with itself at the standard deviation of `v_cond`, per sample (Lin et al. 2024, equations 15 and 16)."""
-    if rescale == 0.0:
-        return v
-    axes = list(range(1, v.ndim))
-    ratio = v_cond.std(dim=axes, keepdim=True) / v.std(dim=axes, keepdim=True)
-    return v * (rescale * ratio + (1.0 - rescale))
 
 
 def _ddim_coefficients(schedule: NoiseSchedule, t: int, t_prev: int, eta: float) -> tuple[Tensor, Tensor]:

@@ -1,145 +1,79 @@
-"""Settings of a distillation: typed, documented, judged before any work starts."""
+"""From flat ``key: value`` lines to the settings of a stage, judged before any work starts.
+
+The page is flat because people read it; a stage's `StageConfig` has an owner for each setting (`fvgen.distill.settings`
+and, for the method's own, `fvgen.distill.methods`).
+"""
 
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationError
 
+from fvgen.distill.methods import METHODS, method_named
+from fvgen.distill.settings import OWNERS, Data, Log, Memory, Optimizer, Owner, Run
 from fvgen.errors import UserError, did_you_mean, first_line
-from fvgen.objectives.divergences import DIVERGENCES
-from fvgen.objectives.gan import KINDS
 
-Stage = Literal["gan", "dmd"]
-SECTIONS = ("gan", "dmd")
 NO_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: other than UTF-8, or a date that does not exist
+SHARED = tuple(key for key in Optimizer.model_fields if key != "lr")
+"""An optimiser's settings that may be given once for all learners."""
+
+Place = Callable[[Any], str]
 
 
 class StageConfig(BaseModel):
-    """One stage: "gan" (FVGen section 4.1) or "dmd" (section 4.2, in which the adversarial update goes on)."""
+    """One stage: a row of the table of methods, and every setting with its owner."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    stage: Stage
-    out: str = Field(min_length=1, description="folder of this run; the same command again resumes it")
-    teacher: str = Field("tiny", description="a ViewCrafterPipeline folder, or the name of a shipped preset")
-    data: str = Field("builtin", description="'builtin' scenes, a folder of clips, or shards (a folder, s3://, ...)")
-    clips: int = Field(64, ge=1, description="how many built-in clips to train on; ignored for a folder")
-    init: str = Field(
-        "", description="folder of an earlier stage whose student and head to start from; '' for the teacher"
-    )
-    seed: int = Field(0, ge=0, le=2**32 - 1)
-    device: str = Field("cpu", description="where to train, as torch names it: cpu, cuda, cuda:1")
+    name: str  # of the method
+    run: Run
+    data: Data
+    memory: Memory
+    log: Log
+    method: Any  # its own `MethodSettings`
+    optim: dict[str, Optimizer]  # by learner
 
-    iterations: int = Field(200, ge=1)
-    batch_size: int = Field(4, ge=1)
-    student_steps: Literal[1, 2, 4, 8] = Field(4, description="NFE of the student")
-    student_input: Literal["noised", "simulated"] = Field(
-        "noised",
-        description="what the student denoises: noised real clips (FVGen algorithm 1) or its own earlier steps (DMD2)",
-    )
-    critic_updates: int = Field(
-        2, ge=1, description="updates of head and fake score per student update (two-time-scale rule)"
-    )
-    head_warmup: int = Field(0, ge=0, description="first iterations in which only the critics learn")
+    def words(self) -> dict[str, Any]:
+        """All settings that have an effect, flat, as they are written; `stage_config` reads them again."""
+        idle = self.method.idle()
+        words: dict[str, Any] = {"method": self.name}
+        for owner in self._owners():
+            words |= {key: value for key, value in owner.model_dump().items() if key not in idle}
+        first = next(iter(self.optim.values()))
+        words |= {key: getattr(first, key) for key in SHARED}
+        for learner, optimizer in self.optim.items():
+            words[f"{learner}_lr"] = optimizer.lr
+            differing = {key: getattr(optimizer, key) for key in SHARED if getattr(optimizer, key) != words[key]}
+            words |= {f"{learner}_{key}": value for key, value in differing.items()}
+        return words
 
-    student_lr: float = Field(5e-5, gt=0)
-    fake_score_lr: float = Field(5e-5, gt=0)
-    head_lr: float = Field(5e-5, gt=0)
-    beta1: float = Field(0.0, ge=0, lt=1, description="AdamW's first moment; 0 is usual where critics move")
-    beta2: float = Field(0.999, ge=0, lt=1)
-    weight_decay: float = Field(0.01, ge=0)
-    clip_norm: float = Field(1.0, gt=0, description="largest gradient norm of each network")
-    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the student's averaged weights, which are the result")
+    def changed(self, **words: Any) -> StageConfig:
+        """The same with some settings changed, judged again; what these make idle is left out."""
+        kind, merged = METHODS[self.name].settings, {**self.words(), **words}
+        after = _judged(kind, {key: merged[key] for key in kind.model_fields if key in merged}, _settings, "settings")
+        gone = set(self.optim) - {*after.learners()}
+        idle = {*after.idle(), *(f"{learner}_{key}" for learner in gone for key in Optimizer.model_fields)}
+        return stage_config(self.name, {key: value for key, value in merged.items() if key in words or key not in idle})
 
-    gan_weight: float = Field(1.0, ge=0, description="of the adversarial loss in the student's loss")
-    gan_kind: str = Field("non_saturating", description=f"one of {', '.join(KINDS)}")
-    r1_weight: float = Field(0.0, ge=0, description="of the approximate gradient penalty on real clips; 0 is off")
-    r1_sigma: float = Field(0.05, gt=0, description="its perturbation, in units of the noised latents")
-    regression_weight: float = Field(
-        0.0, ge=0, description="of the mean squared error to the true latents (noised input only); the paper has none"
-    )
-    head_channels: int = Field(64, ge=8, multiple_of=8)
-    t_min: int = Field(20, ge=0, le=999, description="lowest timestep at which samples are noised for the critics")
-    t_max: int = Field(979, ge=0, le=999, description="highest one")
+    def resumable(self) -> frozenset[str]:
+        """Settings that may differ when a run is resumed."""
+        return frozenset().union(*(owner.resumable for owner in self._owners()))
 
-    dmd_weight: float = Field(1.0, ge=0, description="of the distribution-matching loss in the student's loss")
-    divergence: str = Field("softened_reverse_kl", description=f"one of {', '.join(DIVERGENCES)}")
-    guidance: float | None = Field(None, ge=0, description="on the real score; null takes the teacher's own")
-    ratio_bins: int = Field(10, ge=1, le=1000, description="bins of timesteps with a running mean of the weight each")
-    ratio_decay: float = Field(0.99, gt=0, lt=1, description="of those running means")
-
-    same_noise: bool = Field(
-        False,
-        description="judge the student at the tau and noise at which the head has just learnt (FVGen algorithm 1 as "
-        "printed): one teacher pass to the tap fewer",
-    )
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="of weights and activations; with bfloat16 the optimisers keep float32 master weights"
-    )
-    accumulation: int = Field(1, ge=1, description="parts in which each process passes its clips, to save memory")
-    checkpoint_activations: bool = Field(False, description="compute activations again instead of keeping them")
-    fused: bool | None = Field(None, description="AdamW in one kernel; null means on a GPU (last bits differ)")
-    share_backbone: bool = Field(
-        False, description="the fake score is a LoRA adapter on the one frozen teacher instead of a network of its own"
-    )
-    student_lora: bool = Field(False, description="so is the student; needs share_backbone")
-    lora_rank: int = Field(16, ge=1)
-    deepspeed: str = Field("", description="JSON file of DeepSpeed settings; '' trains in one plain process")
-    offload_teacher: bool = Field(False, description="keep the frozen teacher in the CPU's memory; needs deepspeed")
-
-    checkpoint_every: int = Field(50, ge=1, description="iterations between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest to keep")
-    keep_best_by: str = Field(
-        "", description="also keep the checkpoint before which this metric's mean was lowest, e.g. loss_student"
-    )
-    max_skips: int = Field(3, ge=1, description="iterations in a row with a loss or gradient that is not finite")
-    sample_every: int = Field(
-        100, ge=0, description="iterations between sample clips of the student and their spread; 0 is never"
-    )
-    track: bool = Field(True, description="curves for TensorBoard and Weights & Biases where those are installed")
-
-    @model_validator(mode="after")
-    def _consistent(self) -> StageConfig:
-        for field, table in (("divergence", DIVERGENCES), ("gan_kind", KINDS)):
-            value = getattr(self, field)
-            if value not in table:
-                raise ValueError(f"{field}={value!r} is unknown{did_you_mean(value, table)}")
-        if self.t_min > self.t_max:
-            raise ValueError(f"t_min={self.t_min} lies above t_max={self.t_max}; swap them")
-        if self.regression_weight > 0 and self.student_input == "simulated":
-            raise ValueError("regression_weight needs student_input=noised: a simulated clip has no true latents")
-        weights = ["gan_weight", "regression_weight"] + ["dmd_weight"] * (self.stage == "dmd")
-        if not any(getattr(self, weight) for weight in weights):
-            raise ValueError(
-                f"{', '.join(weights)} are all 0, so stage {self.stage} has nothing to learn from; raise one"
-            )
-        if self.student_lora and not self.share_backbone:
-            raise ValueError("student_lora=true needs share_backbone=true: the adapter sits on the shared teacher")
-        if self.same_noise and self.accumulation > 1:
-            raise ValueError("same_noise=true needs accumulation=1: it keeps the graph of the whole batch")
-        if self.offload_teacher and not self.deepspeed:
-            raise ValueError("offload_teacher=true needs deepspeed=FILE: DeepSpeed moves the weights to and fro")
-        if self.head_warmup >= self.iterations:
-            raise ValueError(
-                f"head_warmup={self.head_warmup} leaves the student none of {self.iterations} iterations; lower it"
-            )
-        return self
+    def _owners(self) -> tuple[Owner, ...]:
+        return self.run, self.data, self.method, self.memory, self.log
 
 
-RESUMABLE = {
-    *("iterations", "out", "deepspeed", "accumulation", "offload_teacher", "checkpoint_activations"),
-    *("checkpoint_every", "keep_checkpoints", "keep_best_by", "max_skips", "sample_every", "track"),
-}
-"""Settings that may change when a run is resumed: none of them changes what an update means."""
+def _settings(key: Any) -> str:
+    return "settings"
 
 
 class RunConfig(BaseModel):
-    """Both stages, one after the other: ``out/stage1_gan``, then ``out/stage2_dmd`` starting from it."""
+    """Both of FVGen's stages: ``out/stage1_gan``, then ``out/stage2_dmd`` starting from it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -148,9 +82,10 @@ class RunConfig(BaseModel):
 
 
 def stage_config(
-    stage: Stage, settings: dict[str, Any], where: str = "settings", overrides: Container[str] = ()
+    name: str, settings: Mapping[str, Any], where: str = "settings", overrides: Container[str] = ()
 ) -> StageConfig:
-    """A judged `StageConfig`. Raises UserError that names the first wrong setting, where it stands and the cure.
+    """A judged `StageConfig` of the method ``name``. Raises UserError that names the first wrong setting, where it
+    stands and the cure.
 
     ``where`` the settings stand, except for those in ``overrides``, which come from the command line.
     """
@@ -158,25 +93,32 @@ def stage_config(
     def place(key: Any) -> str:
         return "command line" if key in overrides else where
 
-    known = StageConfig.model_fields
-    for key in settings:
-        if key not in known:
-            near = {*known, *SECTIONS} - {key, "stage"}
-            raise UserError(f"{place(key)}: unknown setting {key!r}{did_you_mean(str(key), near)}")
-    if settings.get("stage", stage) != stage:
-        raise UserError(
-            f"{place('stage')}: stage={settings['stage']!r}, but this is stage {stage!r}; remove the setting"
-        )
+    row, settings = method_named(name), dict(settings)
+    if (found := settings.pop("method", name)) != name:
+        raise UserError(f"{place('method')}: method={found!r}, but this is stage {name!r}; remove the setting")
+    _check_names(name, settings, place)
+    for key, value in row.fixed.items():
+        if settings.setdefault(key, value) != value:
+            raise UserError(f"{place(key)}: method {name} has {key}={value!r}; remove {key}={settings[key]!r}")
+    owners = {
+        owner: _judged(kind, {key: settings[key] for key in kind.model_fields if key in settings}, place, where)
+        for owner, kind in {**OWNERS, "method": row.settings}.items()
+    }
+    method = owners["method"]
+    for key, why in method.idle().items():
+        if key in settings and key not in row.fixed:
+            raise UserError(f"{place(key)}: {key} has no effect {why}; remove it")
+    optim = {learner: _optimizer(learner, settings, place, where) for learner in method.learners()}
+    for learner in set(row.settings.all_learners) - set(optim):
+        for key in Optimizer.model_fields:
+            if f"{learner}_{key}" in settings:
+                word = f"{learner}_{key}"
+                raise UserError(f"{place(word)}: {word} has no effect where no {learner} learns; remove it")
     try:
-        return StageConfig(**{**settings, "stage": stage})
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = first["loc"][0] if first["loc"] else None
-        if first["type"] == "missing":
-            raise UserError(f"{where}: {key} is not given; add {key}=...") from None
-        problem = first["msg"].removeprefix("Value error, ")
-        value = "" if key is None else f"{key}={reprlib.repr(first['input'])}: "
-        raise UserError(f"{place(key)}: {value}{problem[0].lower() + problem[1:]}") from None
+        method.judge(owners["run"], owners["data"], owners["memory"])
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from None
+    return StageConfig(name=name, optim=optim, **owners)
 
 
 def run_config(settings: dict[str, Any], out: str | Path, where: str = "settings") -> RunConfig:
@@ -187,11 +129,18 @@ def run_config(settings: dict[str, Any], out: str | Path, where: str = "settings
     return RunConfig(gan=gan, dmd=stage_config("dmd", dmd_settings, where))
 
 
-def read_stage_config(stage: Stage, file: str | Path, overrides: Sequence[str]) -> StageConfig:
-    """A recipe's settings: the YAML ``file``, its section for ``stage``, then ``key=value`` words; the last wins."""
-    settings = _section(read_yaml(file), stage, str(file))
-    words = parse_overrides(overrides)
-    return stage_config(stage, {**settings, **words}, str(file), words)
+def read_stage_config(name: str | None, file: str | Path, overrides: Sequence[str]) -> StageConfig:
+    """A recipe's settings: the YAML ``file``, its section for the method, then ``key=value`` words; the last wins.
+
+    ``name`` None takes the method that file or words name.
+    """
+    words, settings = parse_overrides(overrides), read_yaml(file)
+    if name is None:
+        name = words.get("method", settings.get("method"))
+        if not isinstance(name, str):
+            raise UserError(f"{file} names no method; add method=..., one of {', '.join(METHODS)}")
+    settings = _section(settings, name, str(file))
+    return stage_config(name, {**settings, **words}, str(file), words)
 
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
@@ -218,6 +167,50 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     return settings
 
 
+def known_words(name: str) -> set[str]:
+    """All settings that a method can have."""
+    own = METHODS[name].settings
+    fields = {key for kind in (*OWNERS.values(), own) for key in kind.model_fields}
+    return fields | {*SHARED} | {f"{learner}_{key}" for learner in own.all_learners for key in Optimizer.model_fields}
+
+
+def _check_names(name: str, settings: Mapping[str, Any], place: Place) -> None:
+    known = known_words(name)
+    for key in settings:
+        if key in known:
+            continue
+        for other in METHODS:
+            if key in known_words(other):
+                raise UserError(f"{place(key)}: {key} is a setting of method {other}, not of {name}; remove it")
+        raise UserError(f"{place(key)}: unknown setting {key!r}{did_you_mean(str(key), {*known, *METHODS} - {key})}")
+
+
+def _optimizer(learner: str, settings: Mapping[str, Any], place: Place, where: str) -> Optimizer:
+    """Of one learner: its own settings before those for all."""
+    words = {key: f"{learner}_{key}" for key in Optimizer.model_fields}
+    given = {key: settings[word] for key, word in words.items() if word in settings}
+    shared = {key: settings[key] for key in SHARED if key in settings and key not in given}
+    names = {key: words[key] for key in {*given, "lr"}}
+    return _judged(Optimizer, {**shared, **given}, place, where, names)
+
+
+def _judged(
+    kind: type[Owner], given: Mapping[str, Any], place: Place, where: str, words: Mapping[str, str] | None = None
+) -> Any:
+    """``words``: how a field is called on the page where that differs."""
+    try:
+        return kind(**given)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = first["loc"][0] if first["loc"] else None
+        key = (words or {}).get(key, key)
+        if first["type"] == "missing":
+            raise UserError(f"{where}: {key} is not given; add {key}=...") from None
+        problem = first["msg"].removeprefix("Value error, ")
+        value = "" if key is None else f"{key}={reprlib.repr(first['input'])}: "
+        raise UserError(f"{place(key)}: {value}{problem[0].lower() + problem[1:]}") from None
+
+
 def _value(key: str, text: str) -> Any:
     if _is_name(key):
         return text
@@ -228,19 +221,20 @@ def _value(key: str, text: str) -> Any:
         raise UserError(f"the value in {word} cannot be read; quote it or write a plain number or word") from None
 
 
-def _section(settings: dict[str, Any], stage: Stage, where: str) -> dict[str, Any]:
-    common = {key: value for key, value in settings.items() if key not in SECTIONS}
-    section = settings.get(stage)
+def _section(settings: dict[str, Any], name: str, where: str) -> dict[str, Any]:
+    common = {key: value for key, value in settings.items() if key not in METHODS}
+    section = settings.get(name)
     if section is None:
         section = {}
     if not isinstance(section, dict):
-        raise UserError(f"{where}: section {stage!r} holds no 'key: value' lines; indent its settings below it")
+        raise UserError(f"{where}: section {name!r} holds no 'key: value' lines; indent its settings below it")
     return {key: _number(key, value) for key, value in {**common, **section}.items()}
 
 
 def _is_name(key: str) -> bool:
-    field = StageConfig.model_fields.get(key)
-    return field is not None and field.annotation is str
+    kinds = (*OWNERS.values(), *(row.settings for row in METHODS.values()))
+    fields = [kind.model_fields[key] for kind in kinds if key in kind.model_fields]
+    return key == "method" or any(field.annotation is str for field in fields)
 
 
 def _number(key: str, value: Any) -> Any:

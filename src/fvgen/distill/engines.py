@@ -13,15 +13,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fvgen.distill.config import StageConfig
+from fvgen.distill.settings import Optimizer
 from fvgen.distill.zero_settings import clips_at_a_time, zero_settings
 from fvgen.errors import UserError, first_line
 from fvgen.system.processes import World
+
+if TYPE_CHECKING:
+    from fvgen.distill.config import StageConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -305,20 +308,21 @@ def join_world(config: StageConfig) -> World:
     LOCAL_RANK.
     """
     size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    if not config.deepspeed:
+    if not config.memory.deepspeed:
         if size > 1:
             raise UserError(f"{size} processes were started without --deepspeed FILE; give one, or start one process")
         clips_at_a_time(config, 1)
         return World()
     settings = zero_settings(config, World(size=size))  # wrong settings first: connecting takes a while
-    os.environ.setdefault("DS_ACCELERATOR", "cpu" if config.device == "cpu" else "cuda")
+    os.environ.setdefault("DS_ACCELERATOR", "cpu" if config.run.device == "cpu" else "cuda")
     deepspeed = import_deepspeed()
     deepspeed.utils.logger.setLevel("WARNING")
-    _judge_zero(config.deepspeed, settings["zero_optimization"])
+    _judge_zero(config.memory.deepspeed, settings["zero_optimization"])
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if config.device.startswith("cuda"):
-        if config.device != "cuda":
-            raise UserError(f"device={config.device}: under --deepspeed every process takes its own; give device=cuda")
+    if config.run.device.startswith("cuda"):
+        if config.run.device != "cuda":
+            device = config.run.device
+            raise UserError(f"device={device}: under --deepspeed every process takes its own; give device=cuda")
         if local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"process {local_rank} of this machine has no GPU ({torch.cuda.device_count()} found); "
@@ -330,7 +334,7 @@ def join_world(config: StageConfig) -> World:
             os.environ.setdefault(key, value)
         port = os.environ.setdefault("MASTER_PORT", "29500")
         try:
-            deepspeed.init_distributed("gloo" if config.device == "cpu" else "nccl", auto_mpi_discovery=False)
+            deepspeed.init_distributed("gloo" if config.run.device == "cpu" else "nccl", auto_mpi_discovery=False)
         except (RuntimeError, OSError) as error:  # torch's DistNetworkError is a RuntimeError
             reason = first_line(error)
             if "EADDRINUSE" in str(error) or "in use" in str(error):
@@ -339,26 +343,27 @@ def join_world(config: StageConfig) -> World:
     return World(rank, size, local_rank)
 
 
-def make_engine(module: nn.Module, lr: float, config: StageConfig, world: World) -> Engine:
+def make_engine(module: nn.Module, optimizer: Optimizer, config: StageConfig, world: World) -> Engine:
     """The engine that ``config`` asks for; ``module`` is on its device already."""
-    fused = config.device.startswith("cuda") if config.fused is None else config.fused
-    betas = (config.beta1, config.beta2)
-    settings = Optimization(lr, betas, config.weight_decay, config.clip_norm, config.accumulation, fused)
-    if config.deepspeed:
-        return DeepSpeedEngine(module, settings, zero_settings(config, world))
+    memory = config.memory
+    fused = config.run.device.startswith("cuda") if memory.fused is None else memory.fused
+    betas, decay = (optimizer.beta1, optimizer.beta2), optimizer.weight_decay
+    settings = Optimization(optimizer.lr, betas, decay, optimizer.clip_norm, memory.accumulation, fused)
+    if memory.deepspeed:
+        return DeepSpeedEngine(module, settings, zero_settings(config, world, optimizer.clip_norm))
     return PlainEngine(module, settings)
 
 
 def shard_frozen(module: nn.Module, config: StageConfig, world: World) -> None:
     """Let DeepSpeed spread a frozen network over all processes (ZeRO-3), or keep it in the CPU's memory
     (``offload_teacher``). It is used as before; gradients still flow through it."""
-    if not config.deepspeed:
+    if not config.memory.deepspeed:
         return
     settings = zero_settings(config, world)
-    if settings["zero_optimization"]["stage"] < 3 and not config.offload_teacher:
+    if settings["zero_optimization"]["stage"] < 3 and not config.memory.offload_teacher:
         return
     zero = {key: value for key, value in settings["zero_optimization"].items() if key != "offload_optimizer"}
     zero["stage"] = 3
-    if config.offload_teacher:
+    if config.memory.offload_teacher:
         zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
     import_deepspeed().initialize(model=module, config=settings | {"zero_optimization": zero}, dist_init_required=False)

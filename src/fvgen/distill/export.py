@@ -6,35 +6,45 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint_part
-from fvgen.distill.config import StageConfig, read_yaml, stage_config
+from fvgen.distill.config import StageConfig
+from fvgen.distill.methods.networks import ADAPTER
+from fvgen.distill.run_folder import read_run_config
 from fvgen.errors import UserError
 from fvgen.models.critic import DiscriminatorHead
+from fvgen.models.family import family_of
 from fvgen.models.lora import merged_weights
-from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
-from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 from fvgen.pipelines.folders import load_pipeline, model_kind, save_model
-from fvgen.system.files import TEMPORARY, writable_folder
+from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.system.files import TEMPORARY, atomic_path, writable_folder
 
 
 def _replaceable(out: Path) -> bool:
     """Whether ``out`` is a folder with an earlier student, or with nothing. A teacher is not to be lost."""
     if (out / "model_index.json").is_file():
-        return model_kind(out) == FVGenPipeline.__name__
+        family = family_of(model_kind(out))
+        return family is not None and model_kind(out) in family.students
     return out.is_dir() and all(TEMPORARY in path.name for path in out.iterdir())
 
 
-def write_student(config: StageConfig, base: ViewCrafterPipeline, weights: Mapping[str, Tensor], folder: Path) -> None:
+def write_student(config: StageConfig, base: TeacherPipeline, weights: Mapping[str, Tensor], folder: Path) -> None:
     """``weights`` are the student's as `EMA.weights` names them: a whole network's, or an adapter's on ``base``'s,
     which is merged. Raises UserError when the disk is full."""
-    unet = ViewCrafterUNet.from_config(base.unet.config).eval()
-    if config.student_lora:
-        unet.load_state_dict(merged_weights(base.unet, weights))
+    network = type(base.network).from_config(base.network.config).eval()
+    if config.memory.student_lora:
+        network.load_state_dict(merged_weights(base.network, weights))
     else:
-        unet.load_state_dict({name.removeprefix("unet."): tensor for name, tensor in weights.items()})
-    save_model(FVGenPipeline.from_teacher(base, unet, config.student_steps), folder)
+        network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in weights.items()})
+    save_model(base.family.student_of(base, network, config.method.student_steps), folder)
+
+
+def write_adapter(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """The student's averaged adapter, for a stage that goes on with it."""
+    with atomic_path(folder / ADAPTER) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
 
 
 def write_head(head: DiscriminatorHead, weights: Mapping[str, Tensor], folder: Path) -> None:
@@ -54,18 +64,17 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
     run, out = Path(run), Path(out)
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run's folder (it has no config.yaml); give the out=DIR of a stage")
-    settings = read_yaml(run / "config.yaml")
-    config = stage_config(settings.get("stage", "gan"), settings, str(run / "config.yaml"))
-    checkpoints = CheckpointFolder(run / "checkpoints", config.keep_checkpoints)
+    config = read_run_config(run)
+    checkpoints = CheckpointFolder(run / "checkpoints", config.log.keep_checkpoints)
     kept = checkpoints.iterations()
     if not kept:
-        raise UserError(f"{run} has no checkpoint yet; wait for iteration {config.checkpoint_every}")
+        raise UserError(f"{run} has no checkpoint yet; wait for iteration {config.log.checkpoint_every}")
     if iteration is not None and iteration not in kept:
         raise UserError(f"{run} keeps no checkpoint of iteration {iteration}; it has {', '.join(map(str, kept))}")
     if out.exists() and not _replaceable(out):
         raise UserError(f"{out} is no earlier student and not empty; choose another --out")
     weights = load_checkpoint_part(checkpoints.path(iteration or kept[-1]), "ema")["module"]
-    base = load_pipeline(config.teacher, ViewCrafterPipeline)
+    base = load_pipeline(config.run.teacher, TeacherPipeline)
     writable_folder(out.parent)
     with torch.no_grad():
         write_student(config, base, weights, out)

@@ -15,7 +15,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,11 +23,9 @@ from PIL import Image
 from torch import Tensor
 
 from fvgen.clips.latents import LatentSet
-from fvgen.diffusion.samplers import few_step
 from fvgen.distill.config import StageConfig
-from fvgen.distill.steps import MONITOR
+from fvgen.distill.methods.base import MONITOR, Method
 from fvgen.errors import first_line
-from fvgen.models.denoiser import Denoiser
 from fvgen.system.files import append_line, atomic_path
 from fvgen.system.work import Work
 
@@ -128,17 +125,14 @@ def peak_memory_gb(device: str) -> float:
 
 
 @torch.no_grad()
-def sample_clips(student: Denoiser, latents: LatentSet, config: StageConfig) -> tuple[Tensor, float]:
-    """The student's latents [S, 4, F, h, w] for the first clip from S seeds, and how much seeds matter: the standard
+def sample_clips(method: Method, latents: LatentSet, config: StageConfig) -> tuple[Tensor, float]:
+    """The method's latents [S, C, F, h, w] for the first clip from S seeds, and how much seeds matter: the standard
     deviation between them, over that of the clip's own latents. Near 0 all seeds give one clip: a collapsed student.
 
     With ZeRO-3 every process must call this. The weights are the student's present ones, not their average.
     """
-    batch = latents.batch([0] * SEEDS, config.device)
-    generator = torch.Generator().manual_seed(config.seed)
-    noise = torch.randn(batch.latents.shape, generator=generator).to(config.device)
-    denoise = partial(student, condition=batch.condition)
-    clips = few_step(denoise, noise, student.schedule, config.student_steps, generator=generator)
+    batch = latents.batch([0] * SEEDS, config.run.device)
+    clips = method.sample(batch, config.run.seed)
     return clips, (clips.std(dim=0).square().mean().sqrt() / batch.latents[0].std()).item()
 
 

@@ -10,33 +10,35 @@ from typing import Any
 
 import yaml
 
+from fvgen import __version__
 from fvgen.distill.checkpoint import CheckpointFolder
-from fvgen.distill.config import RESUMABLE, StageConfig, read_yaml
+from fvgen.distill.config import StageConfig, read_yaml, stage_config
 from fvgen.errors import UserError
 from fvgen.system.files import TEMPORARY, atomic_path, locked, recover, remove, writable_folder, write_json
 
 LOCK = ".lock"  # held while a run is at work
 SUMMARY = "summary.json"  # there if and only if the stage is done
 LOG = "metrics.jsonl"
+WRITTEN_BY = "fvgen"  # key of config.yaml: the version that wrote it
 
 
 class RunFolder:
     """The folder ``config.out``; only the main process asks it anything."""
 
     def __init__(self, config: StageConfig) -> None:
-        self.config, self.root = config, Path(config.out)
-        self.checkpoints = CheckpointFolder(self.root / "checkpoints", config.keep_checkpoints)
+        self.config, self.root = config, Path(config.run.out)
+        self.checkpoints = CheckpointFolder(self.root / "checkpoints", config.log.keep_checkpoints)
 
     def judge(self) -> None:
         """Raises UserError where it holds anything but this very run, or where that run is at work."""
         file = self.root / "config.yaml"
         if file.exists():
-            theirs = read_yaml(file)
-            for key, value in self.config.model_dump().items():
-                if key not in RESUMABLE and theirs.get(key) != value:
+            theirs, ours = read_run_config(self.root).words(), self.config.words()
+            for key in {**ours, **theirs}:
+                if key not in self.config.resumable() and theirs.get(key) != ours.get(key):
                     raise UserError(
                         f"output folder {self.root} holds another run ({key} is {theirs.get(key)!r} there and "
-                        f"{value!r} here); choose another out=DIR or delete it"
+                        f"{ours.get(key)!r} here); choose another out=DIR or delete it"
                     )
             with self.lock():
                 pass
@@ -47,7 +49,7 @@ class RunFolder:
         """Make it ours. Raises UserError where it cannot be written."""
         writable_folder(self.root)
         with atomic_path(self.root / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(self.config.model_dump(), sort_keys=False))
+            temporary.write_text(yaml.safe_dump({WRITTEN_BY: __version__, **self.config.words()}, sort_keys=False))
 
     def lock(self) -> AbstractContextManager[None]:
         """Held inside; raises UserError where another run has it."""
@@ -61,11 +63,11 @@ class RunFolder:
 
     def is_finished(self) -> bool:
         file = self.root / SUMMARY
-        return file.exists() and json.loads(file.read_text())["iterations"] >= self.config.iterations
+        return file.exists() and json.loads(file.read_text())["iterations"] >= self.config.run.iterations
 
     def finish(self, iterations: int, seconds: float) -> None:
         """The last thing that a stage writes."""
-        summary = {"stage": self.config.stage, "iterations": iterations, "seconds": round(seconds, 1)}
+        summary = {"stage": self.config.name, "iterations": iterations, "seconds": round(seconds, 1)}
         write_json(self.root / SUMMARY, summary)
 
     def reopen(self) -> None:
@@ -89,13 +91,26 @@ class RunFolder:
 
     def scores(self) -> dict[int, float]:
         """What `keep_best_by` gives the checkpoints: the metric's mean over the iterations before each."""
-        name, every, rows = self.config.keep_best_by, self.config.checkpoint_every, self.rows()
+        name, every, rows = self.config.log.keep_best_by, self.config.log.checkpoint_every, self.rows()
         scores = {}
         for iteration in self.checkpoints.iterations() if name else []:
             seen = [row[name] for row in rows[max(0, iteration - every) : iteration] if name in row]
             if seen:
                 scores[iteration] = sum(seen) / len(seen)
         return scores
+
+
+def read_run_config(folder: Path) -> StageConfig:
+    """The settings that a run was started with. Raises UserError for a folder that an older fvgen wrote."""
+    file = folder / "config.yaml"
+    words = read_yaml(file)
+    version = words.pop(WRITTEN_BY, None)
+    if version is None and "stage" in words:
+        raise UserError(
+            f"{folder} was written by fvgen 0.1, whose settings and checkpoints this version ({__version__}) does not "
+            "read; finish it with that one, or choose another out=DIR"
+        )
+    return stage_config(str(words.get("method")), words, str(file))
 
 
 def read_metrics(stage_folder: str | Path) -> list[dict[str, float]]:

@@ -1,4 +1,4 @@
-"""The loop of a stage: what happens when. What happens inside an update is in `fvgen.distill.steps`.
+"""The loop of a stage: what happens when. What happens inside an iteration is in `fvgen.distill.methods`.
 
 Nothing random outlives an iteration: iteration n draws from a stream made of (seed, stage, n) alone. A run that was
 killed and started again therefore continues exactly where an uninterrupted one would be.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,27 +17,27 @@ from typing import Any
 import torch
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from fvgen.clips.builtin import builtin_clips
 from fvgen.clips.clip import ClipFolder
-from fvgen.clips.latents import LatentBatch, LatentSet, load_latents
-from fvgen.distill.checkpoint import load_checkpoint, save_checkpoint
+from fvgen.clips.latents import LatentSet, load_latents
+from fvgen.distill.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from fvgen.distill.config import RunConfig, StageConfig
-from fvgen.distill.draws import Draws
-from fvgen.distill.engines import join_world
-from fvgen.distill.export import write_head, write_student
+from fvgen.distill.deal import Dealer
+from fvgen.distill.ema import EMA
+from fvgen.distill.engines import join_world, make_engine, shard_frozen
 from fvgen.distill.guards import SKIPPED, SkipGuard, finite_row, stop_on_sigterm
+from fvgen.distill.learners import Learner
+from fvgen.distill.methods import METHODS
+from fvgen.distill.methods.base import MONITOR, Method, Metrics, Setup
 from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
-from fvgen.distill.players import ADAPTER, build_players, fingerprint
 from fvgen.distill.run_folder import LOG, RunFolder, finished_stage
-from fvgen.distill.steps import MONITOR, Metrics, roll_out, update_critics, update_critics_and_look, update_student
 from fvgen.errors import Stopped, UserError, did_you_mean
-from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.pipelines.folders import check_device, load_pipeline
+from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.shards.reader import ShardSet, holds_shards
-from fvgen.system.files import append_line, atomic_path, no_leftovers
+from fvgen.system.files import append_line, no_leftovers
 
 
 def run(config: RunConfig | StageConfig) -> Path:
@@ -76,30 +76,34 @@ class Trainer:
         self.folder = RunFolder(config)
         self.out = self.folder.root
         self.world = join_world(config)
-        check_device(config.device)
-        self.start_from = finished_stage(config.init) if config.init else None
+        check_device(config.run.device)
+        self.start_from = finished_stage(config.run.init) if config.run.init else None
         self.world.main_only(self.folder.judge)  # before gigabytes are read
-        self.base = load_pipeline(config.teacher, ViewCrafterPipeline).to(config.device)
+        self.base = load_pipeline(config.run.teacher, TeacherPipeline).to(config.run.device)
         data = self.world.main_first(lambda: stage_data(config, self.base))
-        self.players, self.ema = build_players(config, self.base, self.start_from, self.world)
+        teacher = self.base.teacher(getattr(config.method, "guidance", None))
+        setup = Setup(config, self.base.family, teacher, self.learner, self.start_from, self.world)
+        self.method = METHODS[config.name].method.build(setup)
+        shard_frozen(teacher, config, self.world)
         with no_leftovers(*([self.out] if self.world.is_main else [])):
             self.world.main_only(self.folder.claim)
             self.latents: LatentSet = (
                 data if isinstance(data, ShardSet) else self.world.main_first(lambda: load_latents(data, self.base))
             )
-        for part in (self.base.vae, self.base.image_encoder, self.base.image_projector, self.base.prompts):
-            # Gigabytes that training itself has no use for. The main process exports them with the student.
+        for part in self.base.idle_parts():  # gigabytes; the main process exports them with the student
             part.to("cpu" if self.world.is_main else "meta")
         self.clock = Clock()
-        self.facts = {"stage": config.stage, "model": fingerprint(self.players)}
-        self.things = {
-            "student": self.players.student_engine,
-            "head": self.players.head_engine,
-            "ema": self.ema,
-            "clock": self.clock,
-        }
-        if self.players.fake_score is not None:
-            self.things |= {"fake_score": self.players.fake_score_engine, "normalizer": self.players.normalizer}
+        self.facts = {"stage": config.name, "model": fingerprint(self.method)}
+        self.things = things(self.method) | {"clock": self.clock}
+
+    def learner(
+        self, name: str, module: nn.Module, average: bool = False, start_at: Mapping[str, Tensor] | None = None
+    ) -> Learner:
+        """A network with the engine and the optimiser that the settings ask for."""
+        engine = make_engine(module, self.config.optim[name], self.config, self.world)
+        if start_at:
+            engine.start_at(start_at)
+        return Learner(name, module, engine, EMA(engine, self.config.method.ema_decay) if average else None)
 
     def train(self) -> Path:
         """Run (or finish) the stage; returns the student's folder. Raises Stopped after SIGTERM, all saved."""
@@ -111,23 +115,26 @@ class Trainer:
             return self._train()
 
     def _train(self) -> Path:
-        total, per_iteration = self.config.iterations, self.config.critic_updates
+        total = self.config.run.iterations
         with stop_on_sigterm() as stop:
             done = self.resume()
-            guard = SkipGuard(self.config.max_skips, self.world.tell(self.folder.rows() if self.world.is_main else []))
+            rows = self.world.tell(self.folder.rows() if self.world.is_main else [])
+            guard = SkipGuard(self.config.log.max_skips, rows)
             monitor = self._start_monitor()
             with _progress(self.world.is_main) as bar:
-                shown = {"total": total, "completed": done, "critics": done * per_iteration, "losses": ""}
-                task = bar.add_task(f"stage {self.config.stage}", **shown)
+                critics = getattr(self.config.method, "critic_updates", 1)
+                shown = {"total": total, "completed": done, "critics": done * critics, "losses": ""}
+                task = bar.add_task(f"stage {self.config.name}", **shown)
+                warm_up = getattr(self.config.method, "head_warmup", 0)
                 for iteration in range(done + 1, total + 1):
-                    first = iteration in (done + 1, self.config.head_warmup + 1)  # ... of its kind: count its work
+                    first = iteration in (done + 1, warm_up + 1)  # ... of its kind: count its work
                     with monitor.counting(self.world.size) if monitor and first else nullcontext():
                         row = self.iterate(iteration)
                     self.log(iteration, row, monitor)
                     guard.judge(row, iteration)
-                    bar.update(task, advance=1, critics=iteration * per_iteration, losses=_brief(row, guard.total))
-                    stopping = self.world.any(stop.requested, self.config.device)
-                    if iteration % self.config.checkpoint_every == 0 or iteration == total or stopping:
+                    bar.update(task, advance=1, critics=iteration * critics, losses=_brief(row, guard.total))
+                    stopping = self.world.any(stop.requested, self.config.run.device)
+                    if iteration % self.config.log.checkpoint_every == 0 or iteration == total or stopping:
                         self.save(iteration)
                     if stopping and iteration < total:
                         raise Stopped(f"stopped by SIGTERM after iteration {iteration}; the same command resumes")
@@ -136,47 +143,9 @@ class Trainer:
         return self.export(max(done, total))
 
     def iterate(self, iteration: int) -> dict[str, Any]:
-        """The alternation: ``critic_updates`` updates of the critics, then one of the student, on the last rollout."""
-        generator = iteration_generator(self.config.seed, self.config.stage, iteration)
-        players, config = self.players, self.config
-        student_learns = iteration > config.head_warmup
-        for turn in range(config.critic_updates):
-            parts = self.parts(generator)
-            starts = [draws.copy() for _, draws in parts] if len(parts) > 1 else []
-            shared = student_learns and turn == config.critic_updates - 1 and len(parts) == 1
-            rows: list[Metrics] = []
-            for batch, draws in parts:
-                with torch.set_grad_enabled(shared):
-                    rollout = roll_out(players, config, batch, draws)
-                if shared and config.same_noise:
-                    metrics, seen = update_critics_and_look(players, config, rollout, draws)
-                else:
-                    metrics, seen = update_critics(players, config, rollout, draws), None
-                rows.append(metrics)
-            if len(parts) > 1:
-                generator.set_state(parts[-1][1].generator.get_state())
-        if student_learns:
-            for index, (batch, draws) in enumerate(parts):
-                if not shared:  # the same rollout once more, with a graph: keeping all parts' graphs takes more memory
-                    rollout = roll_out(players, config, batch, starts[index])
-                rows[index] |= update_student(players, config, rollout, draws, seen)
-            self.ema.update()
-        return finite_row(self.reduce(rows))
-
-    def parts(self, generator: torch.Generator) -> list[tuple[LatentBatch, Draws]]:
-        """This process's clips of one global batch, in ``accumulation`` parts, and the random numbers of each.
-
-        Process r of n has the r-th of n equal runs of rows, so that n processes make together the update of one.
-        """
-        total, count = self.config.batch_size, self.config.accumulation
-        size = total // (self.world.size * count)
-        first = self.world.rank * size * count
-        rows = [slice(first + k * size, first + (k + 1) * size) for k in range(count)]
-        indices = torch.randint(len(self.latents), (total,), generator=generator)
-        batches = [self.latents.batch(indices[part], self.config.device) for part in rows]
-        whole = Draws(generator, total)
-        draws = [Draws(generator, total, rows[0])] if count == 1 else [whole.copy(part) for part in rows]
-        return list(zip(batches, draws, strict=True))
+        """One iteration of the method; returns its row of metrics."""
+        deal = Dealer(self.latents, self.config, self.world, iteration)
+        return finite_row(self.reduce(self.method.iterate(iteration, deal)))
 
     def reduce(self, rows: list[Metrics]) -> dict[str, float]:
         """Means (or extremes, by name) over parts and processes, in one transfer from the device."""
@@ -195,13 +164,13 @@ class Trainer:
         What only monitor.jsonl takes leaves ``row``.
         """
         watched = {key: row.pop(key) for key in list(row) if key.startswith(MONITOR)}
-        every = self.config.sample_every
+        every = self.config.log.sample_every
         clips = None
         if every and iteration % every == 0:
-            clips, watched[MONITOR + "seed_spread"] = sample_clips(self.players.student, self.latents, self.config)
+            clips, watched[MONITOR + "seed_spread"] = sample_clips(self.method, self.latents, self.config)
 
         def write() -> None:
-            best_by = self.config.keep_best_by
+            best_by = self.config.log.keep_best_by
             if best_by and "loss_student" in row and best_by not in {*row, *row.get(SKIPPED, ())}:
                 raise UserError(f"keep_best_by={best_by!r} is no metric{did_you_mean(best_by, row)}")
             append_line(self.out / LOG, json.dumps({"iteration": iteration, **row}))
@@ -213,9 +182,9 @@ class Trainer:
 
     def _decode(self, clips: Tensor) -> Tensor:
         """Where the student ran: on the CPU a clip of the full size takes minutes, for which all processes wait."""
-        self.base.vae.to(clips.device)
+        self.base.decoder.to(clips.device)
         frames = self.base.decode_latents(clips)
-        self.base.vae.to("cpu")
+        self.base.decoder.to("cpu")
         return frames
 
     def save(self, iteration: int) -> None:
@@ -236,44 +205,58 @@ class Trainer:
     def _start_monitor(self) -> Monitor | None:
         if not self.world.is_main:
             return None
-        trackers = available_trackers(self.out, self.config.model_dump()) if self.config.track else []
-        return Monitor(self.out, self.config.batch_size, self.config.device, trackers)
+        trackers = available_trackers(self.out, self.config.words()) if self.config.log.track else []
+        return Monitor(self.out, self.config.data.batch_size, self.config.run.device, trackers)
 
     def export(self, iterations: int) -> Path:
-        """Write the averaged student as a pipeline folder, the head beside it, and last the summary."""
-        student, head = self.ema.weights(), self.players.head_engine.gather(self.players.head_engine.masters)
+        """Write what the method leaves, the averaged student as a pipeline folder first, and last the summary."""
+        weights = {name: _result(self.method.learners[name]) for name in self.method.exported}
         seconds = self.clock.state_dict()["seconds"]
 
         def write() -> None:
-            write_student(self.config, self.base, student, self.out / "student")
-            if self.config.student_lora:
-                with atomic_path(self.out / ADAPTER) as temporary:
-                    save_file({name: tensor.contiguous() for name, tensor in student.items()}, temporary)
-            write_head(self.players.head, head, self.out / "head")
+            self.method.export(self.out, weights, self.base, self.config)
             self.folder.finish(iterations, seconds)
 
         self.world.main_only(write)
         return self.out / "student"
 
 
-def stage_data(config: StageConfig, base: ViewCrafterPipeline) -> ClipFolder | ShardSet:
+def _result(learner: Learner) -> dict[str, Tensor]:
+    """Whole tensors by name (main process only): averaged where an average is kept. Every process must call this."""
+    return learner.average.weights() if learner.average else learner.engine.gather(learner.engine.masters)
+
+
+def things(method: Method) -> dict[str, Stateful]:
+    """All of a method that has state, by name, as a checkpoint's files are called."""
+    found: dict[str, Stateful] = {name: learner.engine for name, learner in method.learners.items()}
+    for name, learner in method.learners.items():
+        if learner.average is not None:
+            found["ema" if name == "student" else f"{name}_ema"] = learner.average
+    return found | method.states
+
+
+def fingerprint(method: Method) -> str:
+    """Twelve hex digits that change with any name or shape of a learning network: whose checkpoint is it?"""
+    digest = hashlib.sha256()
+    for name, learner in method.learners.items():
+        for key, shape in sorted(learner.engine.shapes.items()):
+            digest.update(f"{name} {key} {tuple(shape)};".encode())
+    return digest.hexdigest()[:12]
+
+
+def stage_data(config: StageConfig, base: TeacherPipeline) -> ClipFolder | ShardSet:
     """The clips to train on; shards are encoded already. Raises UserError for a folder that holds none, clips that
     ``base`` cannot take, and shards that another teacher's encoders made."""
-    if config.data == "builtin":
-        clips: ClipFolder | ShardSet = builtin_clips("train", config.clips)
-    elif holds_shards(config.data):
-        clips = ShardSet(config.data)
-        clips.check_encoder(base.encoder_fingerprint(), config.teacher)
+    data = config.data.data
+    if data == "builtin":
+        clips: ClipFolder | ShardSet = builtin_clips("train", config.data.clips)
+    elif holds_shards(data):
+        clips = ShardSet(data)
+        clips.check_encoder(base.encoder_fingerprint(), config.run.teacher)
     else:
-        clips = ClipFolder(config.data)
-    base.check_size(clips.height, clips.width)
+        clips = ClipFolder(data)
+    base.check_clip(clips.frames, clips.height, clips.width)
     return clips
-
-
-def iteration_generator(seed: int, stage: str, iteration: int) -> torch.Generator:
-    """The random stream of one iteration."""
-    digest = hashlib.sha256(f"fvgen distill {seed} {stage} {iteration}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
 def _stack(row: Metrics, names: Sequence[str]) -> Tensor:

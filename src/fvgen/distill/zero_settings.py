@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fvgen.distill.config import StageConfig
 from fvgen.errors import UserError, first_line
 from fvgen.system.processes import World
+
+if TYPE_CHECKING:
+    from fvgen.distill.config import StageConfig
 
 OURS = {  # DeepSpeed settings that follow from ours
     "train_batch_size": "batch_size",
@@ -20,9 +22,12 @@ OURS = {  # DeepSpeed settings that follow from ours
 }
 
 
-def zero_settings(config: StageConfig, world: World) -> dict[str, Any]:
-    """DeepSpeed's settings: the JSON file, completed from ``config``. Raises UserError for what contradicts it."""
-    file = config.deepspeed
+def zero_settings(config: StageConfig, world: World, clip_norm: float = 1.0) -> dict[str, Any]:
+    """DeepSpeed's settings: the JSON file, completed from ``config`` and a learner's ``clip_norm``.
+
+    Raises UserError for what contradicts them.
+    """
+    file = config.memory.deepspeed
     try:
         settings = json.loads(Path(file).read_text())
     except (OSError, ValueError) as error:
@@ -47,22 +52,23 @@ def zero_settings(config: StageConfig, world: World) -> dict[str, Any]:
         enabled = section.get("enabled", False) if isinstance(section, dict) else section
         if key == "fp16" and enabled:
             raise UserError(f"{file}: fp16 overflows in these networks; remove it and set precision=bfloat16")
-        if key == "bf16" and key in settings and enabled != (config.precision == "bfloat16"):
-            raise UserError(f"{file}: bf16 is {enabled} but precision={config.precision}; remove bf16 there")
-    if zero["stage"] == 3 and config.share_backbone:
+        if key == "bf16" and key in settings and enabled != (config.memory.precision == "bfloat16"):
+            raise UserError(f"{file}: bf16 is {enabled} but precision={config.memory.precision}; remove bf16 there")
+    if zero["stage"] == 3 and config.memory.share_backbone:
         raise UserError(
             f"{file}: ZeRO-3 shards each network by itself, and share_backbone=true makes them one; take ZeRO-1 or 2"
         )
     if zero["stage"] < 3 and "offload_param" in zero:
         raise UserError(f"{file}: offload_param works with ZeRO-3 only; remove it or set stage to 3")
-    if zero["stage"] == 1 and "offload_optimizer" in zero and config.accumulation > 1:
+    if zero["stage"] == 1 and "offload_optimizer" in zero and config.memory.accumulation > 1:
         raise UserError(f"{file}: ZeRO-1 with offload_optimizer cannot accumulate; set stage to 2 or accumulation=1")
+    narrow = config.memory.precision == "bfloat16"
     return settings | {
         "zero_optimization": zero,
         "train_micro_batch_size_per_gpu": clips_at_a_time(config, world.size),
-        "gradient_accumulation_steps": config.accumulation,
-        "gradient_clipping": config.clip_norm,
-        "bf16": {"enabled": config.precision == "bfloat16", "check_grad_overflow": config.precision == "bfloat16"},
+        "gradient_accumulation_steps": config.memory.accumulation,
+        "gradient_clipping": clip_norm,
+        "bf16": {"enabled": narrow, "check_grad_overflow": narrow},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -71,10 +77,10 @@ def zero_settings(config: StageConfig, world: World) -> dict[str, Any]:
 
 def clips_at_a_time(config: StageConfig, processes: int) -> int:
     """How many clips one process passes in one part. Raises UserError where ``batch_size`` does not divide."""
-    parts = processes * config.accumulation
-    if config.batch_size % parts:
+    parts = processes * config.memory.accumulation
+    if config.data.batch_size % parts:
         raise UserError(
-            f"batch_size={config.batch_size} does not divide among {processes} processes x accumulation="
-            f"{config.accumulation}; give a multiple of {parts}"
+            f"batch_size={config.data.batch_size} does not divide among {processes} processes x accumulation="
+            f"{config.memory.accumulation}; give a multiple of {parts}"
         )
-    return config.batch_size // parts
+    return config.data.batch_size // parts

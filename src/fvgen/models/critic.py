@@ -1,16 +1,21 @@
-"""The discriminator: a small 3D-convolutional head on features of the frozen teacher.
+"""The critic: whose features, which taps, and a small 3D-convolutional head that learns on them.
 
 FVGen, section 4.1: the teacher's middle block sees the noised clip, the head tells real from fake. Only the head
-learns. The teacher is cut at the tap, so nothing behind the middle block is computed or kept for the backward pass.
+learns. The network is cut at the last tap, so nothing behind it is computed or kept for the backward pass.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from fvgen.models.denoiser import Condition, Teacher
+from fvgen.models.condition import Condition
+from fvgen.models.denoiser import Denoiser
 
 
 class DiscriminatorHead(ModelMixin, ConfigMixin):
@@ -21,29 +26,57 @@ class DiscriminatorHead(ModelMixin, ConfigMixin):
     places at once.
 
     Args:
-        in_channels: width of the tapped features.
+        in_channels: width of the tapped features; a list of widths for as many taps, each with a tower of its own.
         channels: width inside.
-        norm_num_groups: groups of the norms; must divide ``channels``.
+        norm_num_groups: groups of the norms; must divide ``channels`` and the widths.
     """
 
     @register_to_config
-    def __init__(self, in_channels: int, channels: int = 64, norm_num_groups: int = 8) -> None:
+    def __init__(self, in_channels: int | list[int], channels: int = 64, norm_num_groups: int = 8) -> None:
         super().__init__()
-        self.layers = nn.Sequential(
-            nn.GroupNorm(norm_num_groups, in_channels),
-            nn.Conv3d(in_channels, channels, 3, padding=1),
-            nn.GroupNorm(norm_num_groups, channels),
-            nn.LeakyReLU(0.2),
-            nn.Conv3d(channels, channels, 3, padding=1),
-            nn.GroupNorm(norm_num_groups, channels),
-            nn.LeakyReLU(0.2),
-            nn.Conv3d(channels, 1, 3, padding=1),
-        )
+        first, *others = [in_channels] if isinstance(in_channels, int) else in_channels
+        self.layers = _tower(first, channels, norm_num_groups)
+        self.others = nn.ModuleList(_tower(width, channels, norm_num_groups) for width in others)
 
-    def forward(self, features: Tensor) -> Tensor:
-        return self.layers(features.to(next(self.parameters()).dtype)).squeeze(1)
+    def forward(self, *features: Tensor) -> Tensor:
+        """Logits [B, F, h, w] of the features at the one tap; of several, all their logits in a row, [B, N]."""
+        dtype = next(self.parameters()).dtype
+        towers = (self.layers, *self.others)
+        logits = [tower(x.to(dtype)).squeeze(1) for tower, x in zip(towers, features, strict=True)]
+        return logits[0] if len(logits) == 1 else torch.cat([each.flatten(1) for each in logits], dim=1)
 
 
-def logits_of(head: DiscriminatorHead, teacher: Teacher, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-    """Logits [B, F, h', w'] of noised clips x_t [B, 4, F, h, w] at timesteps t [B]."""
-    return head(teacher.features(x_t, t, condition, tap="middle"))
+def _tower(width: int, channels: int, groups: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.GroupNorm(groups, width),
+        nn.Conv3d(width, channels, 3, padding=1),
+        nn.GroupNorm(groups, channels),
+        nn.LeakyReLU(0.2),
+        nn.Conv3d(channels, channels, 3, padding=1),
+        nn.GroupNorm(groups, channels),
+        nn.LeakyReLU(0.2),
+        nn.Conv3d(channels, 1, 3, padding=1),
+    )
+
+
+@dataclass(frozen=True)
+class Critic:
+    """``source``: whose features, the frozen teacher's or the fake score's; ``taps``: which; ``head``: (*features) ->
+    logits [B, ...], positive for real."""
+
+    source: Denoiser
+    taps: tuple[str, ...]
+    head: nn.Module
+
+    def features(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, ...]:
+        """Features of noised clips x_t [B, C, F, h, w] at timesteps t [B], one tensor a tap."""
+        return self.source.features(x_t, t, condition, self.taps)
+
+    def logits(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """Logits [B, ...] of noised clips x_t [B, C, F, h, w] at timesteps t [B]."""
+        return self.head(*self.features(x_t, t, condition))
+
+
+def head_for(widths: Sequence[int], channels: int) -> DiscriminatorHead:
+    """A fresh head for taps of these widths."""
+    return DiscriminatorHead(widths[0] if len(widths) == 1 else list(widths), channels)

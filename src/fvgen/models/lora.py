@@ -15,23 +15,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fvgen.errors import UserError, first_line
-from fvgen.models.viewcrafter.unet import ViewCrafterUNet
-
-TARGETS = (
-    *("to_q", "to_k", "to_v", "to_out", "to_k_image", "to_v_image", "proj_in", "proj_out", "net.0.proj", "net.2"),
-    *("conv1", "conv2"),
-)
-"""Layers that get an adapter, by the end of their names: all linear layers of the transformers and the residual
-blocks' spatial convolutions."""
+from fvgen.models.denoiser import Call, Prediction
 
 
 class SharedBackbone:
-    """A frozen UNet and its roles; called outside of `playing` it is itself, the teacher.
+    """A frozen network and its roles; called outside of `playing` it is itself, the teacher.
 
-    Raises UserError where peft is missing.
+    ``targets``: ends of the names of the layers that get an adapter, the family's own. Raises UserError where peft is
+    missing.
     """
 
-    def __init__(self, unet: ViewCrafterUNet, roles: Sequence[str], rank: int) -> None:
+    def __init__(self, network: nn.Module, roles: Sequence[str], rank: int, targets: Sequence[str]) -> None:
         try:
             from peft import LoraConfig, inject_adapter_in_model
             from peft.tuners.tuners_utils import BaseTunerLayer
@@ -40,24 +34,24 @@ class SharedBackbone:
             raise UserError(
                 f"share_backbone=true needs the package peft ({reason}); pip install 'fvgen[train]'"
             ) from error
-        self.unet, self.role = unet.requires_grad_(False), None
-        dtype = unet.conv_out.weight.dtype
+        self.network, self.role = network.requires_grad_(False), None
+        dtype = next(network.parameters()).dtype
         for role in roles:  # alpha = rank: the adapter's product is added as it is
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several roles are the point
-                inject_adapter_in_model(config, unet, adapter_name=role)
-        self.layers = [module for module in unet.modules() if isinstance(module, BaseTunerLayer)]
-        for name, parameter in unet.named_parameters():
+                inject_adapter_in_model(config, network, adapter_name=role)
+        self.layers = [module for module in network.modules() if isinstance(module, BaseTunerLayer)]
+        for name, parameter in network.named_parameters():
             parameter.requires_grad_(".lora_" in name)
             if ".lora_" in name:
                 parameter.data = parameter.data.to(dtype)
-        unet.eval()
+        network.eval()
         self._switch(None)
 
     @contextmanager
     def playing(self, role: str | None) -> Iterator[None]:
-        """Inside, the UNet is ``role``; None is the network without adapter."""
+        """Inside, the network is ``role``; None is the network without adapter."""
         before = self.role
         self._switch(role)
         try:
@@ -85,36 +79,48 @@ class SharedBackbone:
         return checkpoint(run, *args, use_reentrant=False)
 
 
-class RoleUNet(nn.Module):
-    """The shared UNet in one role, to be used like a UNet; its only parameters are the adapter's."""
+class Role(nn.Module):
+    """The shared network in one role, to be used like that network; its only parameters are the adapter's."""
 
     def __init__(self, backbone: SharedBackbone, role: str) -> None:
         super().__init__()
         self._backbone, self._role = [backbone], role  # in a list: not a submodule, whose weights would count as ours
-        pairs = ((n, p) for n, p in backbone.unet.named_parameters() if ".lora_" in n and f".{role}." in n)
+        pairs = ((n, p) for n, p in backbone.network.named_parameters() if ".lora_" in n and f".{role}." in n)
         self.adapter = nn.ParameterDict({name.replace(".", "/"): parameter for name, parameter in pairs})
 
     @property
     def config(self) -> Any:
-        return self._backbone[0].unet.config
+        return self._backbone[0].network.config
+
+    @contextmanager
+    def playing(self) -> Iterator[nn.Module]:
+        """Inside, the network itself, in this role."""
+        with self._backbone[0].playing(self._role):
+            yield self._backbone[0].network
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with self._backbone[0].playing(self._role):
-            return self._backbone[0].unet(*args, **kwargs)
+        with self.playing() as network:
+            return network(*args, **kwargs)
 
-    def features(self, *args: Any, **kwargs: Any) -> Tensor:
-        with self._backbone[0].playing(self._role):
-            return self._backbone[0].unet.features(*args, **kwargs)
+
+def in_role(call: Call) -> Call:
+    """The family's ``call`` for a network that is a `Role`."""
+
+    def run(network: Role, *args: Any, **kwargs: Any) -> Prediction:
+        with network.playing() as itself:
+            return call(itself, *args, **kwargs)
+
+    return run
 
 
 @torch.no_grad()
-def merged_weights(unet: ViewCrafterUNet, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The UNet's own state dictionary with an adapter added in: a network like any other.
+def merged_weights(network: nn.Module, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The network's own state dictionary with an adapter added in: a network like any other.
 
-    ``adapter`` holds `RoleUNet`'s parameters by name (any prefix before ``adapter.``); ``unet`` may carry adapters,
+    ``adapter`` holds `Role`'s parameters by name (any prefix before ``adapter.``); ``network`` may carry adapters,
     which do not count.
     """
-    own = {name.replace(".base_layer", ""): w for name, w in unet.state_dict().items() if ".lora_" not in name}
+    own = {name.replace(".base_layer", ""): w for name, w in network.state_dict().items() if ".lora_" not in name}
     weights = {name: weight.detach().float().cpu() for name, weight in own.items()}
     parts = {name.rpartition("adapter.")[2].replace("/", "."): tensor.float().cpu() for name, tensor in adapter.items()}
     for name, down in parts.items():

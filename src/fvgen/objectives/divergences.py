@@ -35,6 +35,11 @@ class Divergence:
     weight: Callable[[Tensor], Tensor]
     measures: str
 
+    @property
+    def constant(self) -> bool:
+        """Whether every ratio weighs the same, so that none need be known."""
+        return self.weight is torch.ones_like
+
 
 def _exp(log_weight: Tensor) -> Tensor:
     return log_weight.clamp(max=MAX_LOG_WEIGHT).exp()

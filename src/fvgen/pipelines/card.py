@@ -44,7 +44,7 @@ def card(pipeline: Any) -> str:
     """The text of a model card for a teacher or a student."""
     kind, config = type(pipeline).__name__, pipeline.config
     student = "guidance" not in config
-    unet = pipeline.unet
+    network = pipeline.network
     if student:
         what = "A few-step student for novel views, distilled with fvgen."
         sampling = f"{config.steps} steps, one network evaluation each, no guidance"
@@ -56,8 +56,8 @@ def card(pipeline: Any) -> str:
         title=f"{config.steps}-step novel-view student" if student else "Novel-view teacher",
         what=what,
         kind=kind,
-        parameters=sum(parameter.numel() for parameter in unet.parameters()) / 1e6,
-        frames=unet.config.temporal_length,
+        parameters=sum(parameter.numel() for parameter in network.parameters()) / 1e6,
+        frames=pipeline.frames,
         multiple=pipeline.size_multiple,
         sampling=sampling,
     )

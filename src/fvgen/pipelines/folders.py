@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 
 from fvgen.errors import UserError, first_line
 from fvgen.models.critic import DiscriminatorHead
+from fvgen.models.family import family_of
 from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
 from fvgen.system.files import atomic_path
 
@@ -34,17 +35,19 @@ def model_folder(name: str | Path) -> Path:
 
 
 def load_pipeline(name: str | Path, kind: type[P]) -> P:
-    """A pipeline in float32, whatever type its weights are stored in.
+    """A pipeline in float32, whatever type its weights are stored in. ``kind``: `TeacherPipeline`, `StudentPipeline`
+    or a family's own class.
 
-    Raises UserError for a folder that is damaged or holds another kind of pipeline.
+    Raises UserError for a folder that is damaged, of a family that is not known, or holds another kind of pipeline.
     """
     folder = model_folder(name)
     found = model_kind(folder)
-    if found != kind.__name__:
+    family = family_of(found)
+    if family is None or not issubclass(pipeline_class := family.pipeline(found), kind):
         raise UserError(f"{folder} holds a {found}, but a {kind.__name__} is needed here; give another model folder")
     with quiet():
         try:
-            pipeline = kind.from_pretrained(folder, local_files_only=True)
+            pipeline = pipeline_class.from_pretrained(folder, local_files_only=True)
         except DAMAGE as error:
             raise damaged(folder, error) from error
     for part in pipeline.components.values():

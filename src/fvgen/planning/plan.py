@@ -21,11 +21,11 @@ from rich.table import Table
 
 from fvgen.distill.config import StageConfig
 from fvgen.errors import UserError
-from fvgen.pipelines.folders import model_folder
-from fvgen.planning.simulate import Profile, Size, simulate
+from fvgen.models.family import Blueprint, Family, Size, family_of, published
+from fvgen.pipelines.folders import model_folder, model_kind
+from fvgen.planning.simulate import Profile, simulate
 
 GB = 1e9
-LEARNING = ("student", "fake_score", "head")
 MASTER = MOMENT = 4  # bytes of a float32: a master weight, and each of AdamW's two moments
 BUCKET = 200_000_000  # elements, as in recipes/deepspeed
 LIVE = 500_000_000  # most elements that ZeRO-3 gathers at once, as in recipes/deepspeed/zero3.json
@@ -103,9 +103,9 @@ class Estimate:
 
 def estimate(config: StageConfig, profile: Profile, choice: Choice, hardware: Hardware) -> Estimate:
     """``profile`` is that of the choice's checkpointing and sharing, for one part of one process's clips."""
-    narrow = 2 if config.precision == "bfloat16" else 4
+    narrow = 2 if config.memory.precision == "bfloat16" else 4
     zero, n = choice.zero, hardware.gpus if choice.zero else 1
-    learning = {name: profile.parameters[name] for name in LEARNING if name in profile.parameters}
+    learning = {name: count for name, count in profile.parameters.items() if name != "teacher"}
     width = {name: 4 if name == "head" and not zero else narrow for name in learning}  # the plain head stays float32
     weights = sum(count * width[name] for name, count in learning.items()) / (n if zero == 3 else 1)
     if not choice.offload_teacher:
@@ -135,13 +135,13 @@ def estimate(config: StageConfig, profile: Profile, choice: Choice, hardware: Ha
 def _seconds(config: StageConfig, profile: Profile, choice: Choice, hardware: Hardware, narrow: int) -> float:
     """Work at the reached rate, plus what travels and cannot hide: reduce-scatter of gradients and all-gather of
     weights per update; with ZeRO-3 also the weights of every pass; with offload gradients down and weights up."""
-    compute = config.accumulation * profile.flops / (hardware.tflops * 1e12 * hardware.utilisation)
+    compute = config.memory.accumulation * profile.flops / (hardware.tflops * 1e12 * hardware.utilisation)
     learning = sum(count for name, count in profile.parameters.items() if name != "teacher")
     travels = 2 * learning * narrow * (hardware.gpus - 1) / hardware.gpus if choice.zero else 0.0
     if choice.zero == 3:
-        travels += 8 * profile.parameters["teacher"] * narrow * config.accumulation
+        travels += 8 * profile.parameters["teacher"] * narrow * config.memory.accumulation
     host = 2 * learning * 4 / max(1, hardware.gpus) if choice.offload_optimizer else 0.0
-    host += 4 * profile.parameters["teacher"] * narrow * config.accumulation if choice.offload_teacher else 0.0
+    host += 4 * profile.parameters["teacher"] * narrow * config.memory.accumulation if choice.offload_teacher else 0.0
     return compute + travels / (hardware.link * GB) + host / (hardware.host_link * GB)
 
 
@@ -161,12 +161,12 @@ def choices(hardware: Hardware, stages: Iterable[int] | None = None) -> list[Cho
 Profiles = dict[tuple[str, bool], Profile]
 
 
-def profiles(config: StageConfig, unet: dict[str, Any], size: Size) -> Profiles:
+def profiles(config: StageConfig, family: Family, blueprint: Blueprint, size: Size) -> Profiles:
     """By sharing and checkpointing, what an iteration takes; ``size.batch`` is one process's part."""
     found: Profiles = {}
     for share, checkpointing in track(list(product(SHARES, (False, True))), "following iterations"):
         changes = Choice(0, checkpointing, share).settings()
-        found[share, checkpointing] = simulate(config.model_copy(update=changes), unet, size)
+        found[share, checkpointing] = simulate(config.changed(**changes), family, blueprint, size)
     return found
 
 
@@ -189,19 +189,21 @@ def _preference(e: Estimate, hardware: Hardware) -> tuple[bool, float, float]:
     return False, float(e.choice.share != "three models"), e.seconds
 
 
-def unet_settings(teacher: str) -> tuple[dict[str, Any], int]:
-    """The UNet's settings and the VAE's down-sampling factor of a model folder or preset; "viewcrafter" means the
-    published sizes, for which no weights are needed."""
-    if teacher == "viewcrafter":
-        return {}, 8
+def teacher_blueprint(teacher: str) -> tuple[Family, Blueprint]:
+    """Of a model folder or preset, or of a published model by name, for which no weights are needed."""
+    if found := published(teacher):
+        family, files = found
+        return family, family.blueprint(files)
     folder = model_folder(teacher)
+    family = family_of(model_kind(folder))
+    if family is None:
+        raise UserError(f"{folder} holds a {model_kind(folder)}, which no family knows; give another teacher")
     try:
-        unet = json.loads((folder / "unet" / "config.json").read_text())
-        vae = json.loads((folder / "vae" / "config.json").read_text())
-        factor = 2 ** (len(vae["block_out_channels"]) - 1)
+        files = {"": json.loads((folder / "model_index.json").read_text())}
+        files |= {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob("*/*config.json"))}
+        return family, family.blueprint(files)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"model folder {folder} is damaged ({error}); write or copy it again") from error
-    return {key: value for key, value in unet.items() if not key.startswith("_")}, factor
 
 
 def clip_size(data: str, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:

@@ -1,6 +1,6 @@
 """An iteration without numbers: the real updates on tensors that have shapes only, its memory and its work counted.
 
-Everything that `fvgen.distill.steps` allocates is followed, in order, on torch's fake tensors; the 1.4 billion weights
+Everything that a method's iteration allocates is followed, in order, on torch's fake tensors; the 1.4 billion weights
 of the published model take seconds and no memory. What is counted is what tensors occupy: an allocator's rounding and
 a kernel's scratch space are not.
 """
@@ -8,7 +8,7 @@ a kernel's scratch space are not.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,26 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
 from fvgen.clips.latents import LatentBatch
-from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill.config import StageConfig
 from fvgen.distill.draws import Draws
-from fvgen.distill.players import assemble
-from fvgen.distill.steps import Players, roll_out, update_critics, update_critics_and_look, update_student
-from fvgen.models.critic import DiscriminatorHead
-from fvgen.models.denoiser import Condition, Teacher
-from fvgen.models.lora import RoleUNet
-from fvgen.models.viewcrafter.unet import IMAGE_TOKENS_PER_FRAME, ViewCrafterUNet
+from fvgen.distill.learners import Learner
+from fvgen.distill.methods import METHODS
+from fvgen.distill.methods.base import Part, Setup
+from fvgen.models.condition import Condition
+from fvgen.models.denoiser import Teacher
+from fvgen.models.family import Blueprint, Family, Size
+from fvgen.models.lora import Role
 from fvgen.system.work import Work
-
-
-@dataclass(frozen=True)
-class Size:
-    """Latents [4, frames, height, width] of a clip, and the clips that one process passes at a time."""
-
-    batch: int
-    frames: int
-    height: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -133,34 +123,48 @@ class LastStep(Draws):
     def shared_integer(self, high: int) -> int:
         return high - 1
 
+    def copy(self, rows: slice | None = None) -> LastStep:
+        return LastStep(self.generator)
 
-def simulate(config: StageConfig, unet_settings: dict[str, Any], size: Size) -> Profile:
-    """One iteration of ``config``'s stage with the UNet of ``unet_settings``, in one process and without ZeRO."""
+
+def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Size) -> Profile:
+    """One iteration of ``config``'s method on the blueprint's network, in one process and without ZeRO. ``size.batch``
+    clips pass at a time, in one part."""
+    allocations = Allocations()
+
+    def learner(
+        name: str, module: nn.Module, average: bool = False, start_at: Mapping[str, Tensor] | None = None
+    ) -> Learner:
+        return Learner(name, module, CountingEngine(module, allocations))
+
     with _undisturbed():
         with torch.device("meta"):
-            unet = ViewCrafterUNet(**unet_settings)
-            settings = unet.config
-            head = DiscriminatorHead(settings.model_channels * settings.channel_mult[-1], config.head_channels)
-        tokens = settings.text_tokens + IMAGE_TOKENS_PER_FRAME * size.frames
-        guidance = 7.5 if config.guidance is None else config.guidance
-        null = torch.zeros(1, tokens, settings.context_dim)
-        teacher = Teacher(unet, NoiseSchedule.viewcrafter(base_scale=0.7), null, guidance)
-        allocations = Allocations()
-        players = assemble(config, teacher, head, None, lambda module, lr: CountingEngine(module, allocations))
-    networks = {"teacher": teacher.unet, "student": players.student.unet, "head": head}
-    if players.fake_score is not None:
-        networks["fake_score"] = players.fake_score.unet
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        modules = (teacher, players.student, head, players.fake_score, players.normalizer)
-        _with_fake_weights([module for module in modules if module is not None], allocations)
-        shape = (size.batch, settings.out_channels, size.frames, size.height, size.width)
-        condition = Condition(torch.zeros(shape), torch.zeros(size.batch, tokens, settings.context_dim))
-        batch = LatentBatch(torch.zeros(shape), condition)
-        with allocations:
-            _iterate(players, config, batch)
-    counts = {name: sum(p.numel() for p in net.parameters()) for name, net in networks.items()}
-    counts["teacher"] -= sum(counts[name] for name, net in networks.items() if isinstance(net, RoleUNet))
-    return Profile(allocations.flops, allocations.timeline(), counts)
+            network = blueprint.network()
+        latents, condition = blueprint.example(size)
+        guidance = getattr(config.method, "guidance", None)
+        guidance = blueprint.guidance if guidance is None else guidance
+        # Its unconditional pass costs what the conditional one does: nothing need be replaced.
+        teacher = Teacher(network, blueprint.schedule(), family.call, [{}], guidance)
+        method = METHODS[config.name].method.build(Setup(config, family, teacher, learner))
+        networks = {name: each.module for name, each in method.learners.items()}
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            modules = [teacher, *networks.values(), *(x for x in method.states.values() if isinstance(x, nn.Module))]
+            _with_fake_weights(modules, allocations)
+            batch = LatentBatch(
+                torch.zeros(latents.shape), Condition(**{key: torch.zeros(x.shape) for key, x in condition.items()})
+            )
+            # Two parts behave as any number of them: the second one's work is counted out again.
+            parts = [Part(batch, LastStep(torch.Generator())) for _ in range(min(config.memory.accumulation, 2))]
+            with allocations:
+                method.iterate(config.run.iterations, lambda: parts)
+    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
+    counts["teacher"] = sum(p.numel() for p in teacher.network.parameters())
+    counts["teacher"] -= sum(counts[name] for name in networks if isinstance(_inner(networks[name]), Role))
+    return Profile(allocations.flops / len(parts), allocations.timeline(), counts)
+
+
+def _inner(module: nn.Module) -> nn.Module | None:
+    return getattr(module, "network", None)
 
 
 def _with_fake_weights(modules: list[nn.Module], allocations: Allocations) -> None:
@@ -180,23 +184,6 @@ def _with_fake_weights(modules: list[nn.Module], allocations: Allocations) -> No
                     fakes[id(fake)] = fake
                     allocations.ignore(fake)
                 table[key] = fakes[id(tensor)]
-
-
-def _iterate(players: Players, config: StageConfig, batch: LatentBatch) -> None:
-    """As `Trainer.iterate`, for one process."""
-    draws = LastStep(torch.Generator())
-    for turn in range(config.critic_updates):
-        shared = turn == config.critic_updates - 1 and config.accumulation == 1
-        with torch.set_grad_enabled(shared):
-            rollout = roll_out(players, config, batch, draws)
-        if shared and config.same_noise:
-            _, seen = update_critics_and_look(players, config, rollout, draws)
-        else:
-            update_critics(players, config, rollout, draws)
-            seen = None
-    if not shared:
-        rollout = roll_out(players, config, batch, draws)
-    update_student(players, config, rollout, draws, seen)
 
 
 @contextmanager

@@ -14,8 +14,8 @@ from torch.nn.functional import normalize
 
 from fvgen.clips.filters import LIMITS
 from fvgen.clips.views import fit_image, pose_distance, typical_depth
-from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.pipelines.folders import load_pipeline
+from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.posing.sources import Source, open_source
 from fvgen.reports.page import data_address, page_template, sheet_of
 from fvgen.scenes.scene import Scene
@@ -64,7 +64,7 @@ def inspect(path: str | Path, out: str | Path, clips: int | None = None, teacher
 
 def _of_shards(path: str | Path, clips: int | None, teacher: str | None) -> dict:
     shards = ShardSet(path)
-    pipeline = load_pipeline(teacher or shards.settings.teacher, ViewCrafterPipeline)
+    pipeline = load_pipeline(teacher or shards.settings.teacher, TeacherPipeline)
     shards.check_encoder(pipeline.encoder_fingerprint(), str(teacher or "the preset of that name"))
     chosen = torch.linspace(0, len(shards) - 1, min(clips or SHARD_CLIPS, len(shards))).round().long().tolist()
     rows, latents = [], []

@@ -16,8 +16,9 @@ from fvgen.clips.clip import Clip, ClipFolder
 from fvgen.clips.from_scenes import prepare_scenes, read_scenes, split_scenes
 from fvgen.distill import RunConfig, read_metrics, read_yaml, run, run_config
 from fvgen.errors import UserError
-from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
 from fvgen.pipelines.folders import check_device, load_pipeline
+from fvgen.pipelines.student import StudentPipeline
+from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.reports.evaluate import (
     Contestant,
     better,
@@ -56,7 +57,7 @@ def demo(out: str | Path, data: str | Path | None = None, seed: int = 0, device:
     out = Path(out)
     check_device(device)
     scenes = None if data is None else split_scenes(read_scenes(data))
-    teacher = load_pipeline("tiny", ViewCrafterPipeline).to(device)
+    teacher = load_pipeline("tiny", TeacherPipeline).to(device)
     with no_leftovers(out, out / "data"):
         claim(out)
         demo_data = builtin_data() if scenes is None else real_data(data, scenes, out)
@@ -86,12 +87,12 @@ def demo(out: str | Path, data: str | Path | None = None, seed: int = 0, device:
         "device": device,
         "rows": {name: rows[name] for name in order},
         "speedup": rows["teacher"]["seconds_per_clip"] / rows["student"]["seconds_per_clip"],
-        "stages": [stage_summary(stage.out) for stage in (config.gan, config.dmd)],
+        "stages": [stage_summary(stage.run.out) for stage in (config.gan, config.dmd)],
     }
     videos = {name: results[name].videos for name in order[1:]}
     shown = range(0, len(clips), max(1, len(clips) // SHOWN_CLIPS))
     pictures = [report_clip(clips[i], {name: video[i] for name, video in videos.items()}) for i in shown]
-    curves = {"Stage 1: GAN": read_metrics(config.gan.out), "Stage 2: DMD": read_metrics(config.dmd.out)}
+    curves = {"Stage 1: GAN": read_metrics(config.gan.run.out), "Stage 2: DMD": read_metrics(config.dmd.run.out)}
     write_report(out, report, pictures[:SHOWN_CLIPS], curves)
     return report
 
@@ -110,11 +111,11 @@ def real_data(data: str | Path, scenes: tuple[list[Scene], list[Scene]], out: Pa
     return DemoData(Path(data).resolve().name, str(train.path), held_out)
 
 
-def all_contestants(teacher: ViewCrafterPipeline, config: RunConfig, out: Path) -> dict[str, Contestant]:
+def all_contestants(teacher: TeacherPipeline, config: RunConfig, out: Path) -> dict[str, Contestant]:
     """Everybody in the report's table, the few-step teacher both guided and not."""
-    steps = config.dmd.student_steps
-    gan_init = load_pipeline(Path(config.gan.out) / "student", FVGenPipeline).to(config.dmd.device)
-    student = load_pipeline(out / "student", FVGenPipeline).to(config.dmd.device)
+    steps = config.dmd.method.student_steps
+    gan_init = load_pipeline(Path(config.gan.run.out) / "student", StudentPipeline).to(config.dmd.run.device)
+    student = load_pipeline(out / "student", StudentPipeline).to(config.dmd.run.device)
     return {
         "teacher": teacher_contestant(teacher),
         "teacher_few_guided": few_step_teacher(teacher, steps, None),

@@ -19,8 +19,11 @@ from torch import Tensor
 from fvgen.clips.clip import Clip
 from fvgen.diffusion.samplers import few_step
 from fvgen.metrics import score_images
-from fvgen.models.denoiser import Condition, Teacher
-from fvgen.models.viewcrafter.pipelines import FVGenPipeline, NovelViewPipeline, ViewCrafterPipeline
+from fvgen.models.condition import Condition
+from fvgen.models.denoiser import Teacher
+from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.pipelines.student import StudentPipeline
+from fvgen.pipelines.teacher import TeacherPipeline
 
 Sample = Callable[[Condition, torch.Generator], Tensor]
 
@@ -43,19 +46,19 @@ class Result:
     seconds: list[float] = field(default_factory=list)
 
 
-def teacher_contestant(pipeline: ViewCrafterPipeline) -> Contestant:
+def teacher_contestant(pipeline: TeacherPipeline) -> Contestant:
     """The teacher as published: all its steps, guided."""
     steps = pipeline.config.steps
     return Contestant(pipeline.sample, steps, steps * pipeline.teacher().nfe)
 
 
-def few_step_teacher(pipeline: ViewCrafterPipeline, steps: int, guidance: float | None) -> Contestant:
+def few_step_teacher(pipeline: TeacherPipeline, steps: int, guidance: float | None) -> Contestant:
     """The untrained teacher in the student's own sampler: what distillation has to beat."""
     teacher = pipeline.teacher(guidance)
     return Contestant(partial(_few_steps, teacher, pipeline, steps), steps, steps * teacher.nfe)
 
 
-def student_contestant(pipeline: FVGenPipeline) -> Contestant:
+def student_contestant(pipeline: StudentPipeline) -> Contestant:
     """A student in its own number of steps."""
     return Contestant(pipeline.sample, pipeline.config.steps, pipeline.config.steps)
 

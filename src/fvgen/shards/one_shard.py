@@ -23,7 +23,7 @@ from fvgen.clips.photographed import PhotoClip, photo_clip
 from fvgen.clips.windows import Window, clip_windows
 from fvgen.depth.maps import point_maps
 from fvgen.errors import CannotWrite, UserError
-from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
+from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.posing.sources import Opened, Source, open_source
 from fvgen.scenes.scene import Scene
 from fvgen.shards.format import CLOUD_POINTS, ClipRecord, Settings, ShardClip, Skipped, write_shard
@@ -74,7 +74,7 @@ class Job:
     clips: tuple[tuple[Source, int], ...]
 
 
-def make_shard(job: Job, pipeline: ViewCrafterPipeline, tick: Callable[[], None]) -> Tally:
+def make_shard(job: Job, pipeline: TeacherPipeline, tick: Callable[[], None]) -> Tally:
     """Make and write a shard. ``tick`` is called for every clip, whatever becomes of it."""
     tally, made = Tally(), []
     for scene, pairs in groupby(job.clips, key=lambda pair: pair[0]):
@@ -193,23 +193,22 @@ class Depths:
         self._maps |= dict(zip(views, depth, strict=True))
 
 
-def encoded(item: Unencoded, pipeline: ViewCrafterPipeline) -> tuple[ClipRecord, ShardClip]:
+def encoded(item: Unencoded, pipeline: TeacherPipeline) -> tuple[ClipRecord, ShardClip]:
     """Latents of truth and render, image and text tokens; posterior samples are drawn from the record's seed."""
     generator = torch.Generator().manual_seed(item.record.seed)
     latents = pipeline.encode_frames(item.clip.truth[None], generator)
     condition = pipeline.condition(item.clip.render[None], generator)
-    text = pipeline.text_tokens()
     kept = torch.linspace(0, len(item.photo.points) - 1, CLOUD_POINTS).long()
     clip = ShardClip(
         latents=latents[0].cpu(),
-        render_latents=condition.render_latents[0].cpu(),
-        image_tokens=condition.context[0, text.shape[1] :].cpu(),
+        render_latents=condition["render_latents"][0].cpu(),
+        image_tokens=condition["image_tokens"][0].cpu(),
         known=item.clip.known,
         world_from_cam=item.photo.cameras.world_from_cam,
         intrinsics=item.photo.cameras.intrinsics,
         cloud_points=item.photo.points[kept],
         cloud_colors=(item.photo.colors[kept] * 255).round().byte(),
-        text_tokens=text.cpu(),
+        text_tokens=condition["text_tokens"].cpu(),
     )
     return item.record, clip
 

@@ -24,8 +24,8 @@ import torch
 from fvgen.clips.filters import LIMITS
 from fvgen.depth.maps import BACKENDS
 from fvgen.errors import UserError, did_you_mean
-from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.pipelines.folders import check_device, load_pipeline
+from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.posing.sources import Source, find_sources
 from fvgen.shards.format import (
     FORMAT,
@@ -55,7 +55,7 @@ class PrepareConfig:
 
     frames, size: of a clip (height, width); None is the teacher's own number, and 320x512 (48x64 for "tiny").
     max_stride: strides are drawn from 1 to this (FVGen: 4), see `clip_windows`.
-    teacher: a preset or the folder of a `ViewCrafterPipeline`, whose encoders make latents and tokens.
+    teacher: a preset or the folder of a teacher, whose encoders make latents and tokens.
     points: where depth comes from, see `point_maps`; "dust3r" also poses what has no poses.
     clips_per_scene: how many are tried of each scene; what the filters drop is not made up for.
     known_views: frames that the cloud is made from, evenly spaced; the first and, from two on, the last are known.
@@ -75,9 +75,9 @@ class PrepareConfig:
     half_pixel_shift: bool | None = None
     limits: dict[str, float] = field(default_factory=dict)
 
-    def settings(self, scenes: Sequence[Source], pipeline: ViewCrafterPipeline) -> Settings:
+    def settings(self, scenes: Sequence[Source], pipeline: TeacherPipeline) -> Settings:
         """With what is left open filled in. Raises UserError for what cannot work."""
-        frames = pipeline.unet.config.temporal_length if self.frames is None else self.frames
+        frames = pipeline.frames if self.frames is None else self.frames
         height, width = self.size or ((48, 64) if self.teacher == "tiny" else (320, 512))
         if self.points not in BACKENDS and self.points != "auto":
             raise UserError(f"unknown source of points {self.points!r}{did_you_mean(self.points, [*BACKENDS, 'auto'])}")
@@ -93,15 +93,14 @@ class PrepareConfig:
         for name in self.limits:
             if name not in LIMITS:
                 raise UserError(f"unknown limit {name!r}{did_you_mean(name, LIMITS)}")
-        pipeline.check_size(height, width)
-        published = pipeline.config.image_resize == "viewcrafter"
+        pipeline.check_clip(frames, height, width)
         return Settings(
             scenes=hashlib.sha256("\n".join(scene.name for scene in scenes).encode()).hexdigest(),
             frames=frames,
             height=height,
             width=width,
             radius=max(VIEWCRAFTER_RADIUS, 2 * SMALL_RADIUS_PIXELS / min(height, width)),
-            half_pixel_shift=published if self.half_pixel_shift is None else self.half_pixel_shift,
+            half_pixel_shift=pipeline.half_pixel_shift if self.half_pixel_shift is None else self.half_pixel_shift,
             teacher=Path(self.teacher).name,
             encoder=pipeline.encoder_fingerprint(),
             limits=LIMITS | self.limits,
@@ -139,7 +138,7 @@ def prepare(
         raise UserError(f"part {index}/{parts} does not exist; count from 1/{parts} to {parts}/{parts}")
     check_device(device)
     scenes = find_sources(sources)
-    pipeline = load_pipeline(config.teacher, ViewCrafterPipeline)
+    pipeline = load_pipeline(config.teacher, TeacherPipeline)
     settings = config.settings(scenes, pipeline)
     jobs = _jobs(out, config, settings, scenes, index, parts)
     claim(out, settings, index, parts)
@@ -226,7 +225,7 @@ def finish(out: Path, jobs: Sequence[Job], settings: Settings, index: int, parts
 # --- Processes ---
 
 
-def _here(jobs: Sequence[Job], pipeline: ViewCrafterPipeline, tick: Tick) -> Tally:
+def _here(jobs: Sequence[Job], pipeline: TeacherPipeline, tick: Tick) -> Tally:
     """One after the other, in this process."""
     tally, done = Tally(), 0
 
@@ -285,8 +284,8 @@ def _work(job: Job, device: str) -> Tally:
 
 
 @cache
-def _encoders(teacher: str, device: str) -> ViewCrafterPipeline:
-    """The teacher without its UNet, which encodes nothing and is the largest part."""
-    pipeline = load_pipeline(teacher, ViewCrafterPipeline)
-    pipeline.register_modules(unet=None)
+def _encoders(teacher: str, device: str) -> TeacherPipeline:
+    """The teacher without its network, which encodes nothing and is the largest part."""
+    pipeline = load_pipeline(teacher, TeacherPipeline)
+    pipeline.register_modules(**{pipeline.network_part: None})
     return pipeline.to(device)

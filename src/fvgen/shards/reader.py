@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fvgen.clips.latents import LatentBatch, LatentSet
 from fvgen.errors import UserError, first_line
-from fvgen.models.denoiser import Condition
+from fvgen.models.condition import Condition
 from fvgen.shards.format import PER_CLIP, Part, ShardClip, Skipped, part_file, read_header, read_part
 from fvgen.system.places import Place, open_place, sha256_of
 
 OPEN_FILES = 32
+OWN, SHARED = ("render_latents", "image_tokens"), ("text_tokens",)  # the condition's tensors: a clip's, and all clips'
 
 
 class ShardSet(LatentSet):
@@ -64,11 +65,10 @@ class ShardSet(LatentSet):
     def batch(self, indices: Tensor | Sequence[int], device: str | torch.device = "cpu") -> LatentBatch:
         """The clips at ``indices`` as one batch."""
         clips = [self[int(index)] for index in indices]
-        latents, render_latents = (
-            torch.stack(part).to(device, non_blocking=True) for part in list(zip(*clips, strict=True))[:2]
-        )
-        context = torch.stack([torch.cat([clip.text_tokens, clip.image_tokens]) for clip in clips])
-        return LatentBatch(latents, Condition(render_latents, context.to(device, non_blocking=True)))
+        latents, *own = (torch.stack([getattr(clip, key) for clip in clips]) for key in ("latents", *OWN))
+        shared = {key: getattr(clips[0], key)[None] for key in SHARED}
+        condition = Condition(**dict(zip(OWN, own, strict=True)), **shared)
+        return LatentBatch(latents.to(device, non_blocking=True), condition.to(device, non_blocking=True))
 
     def check_encoder(self, fingerprint: str, model: str) -> None:
         """Raises UserError where the latents were made by other encoders than those of ``model``."""

@@ -1,4 +1,4 @@
-"""Renders in, video out: the multi-step guided teacher and the few-step student as diffusers pipelines.
+"""ViewCrafter's pipelines: renders in, video out, by the multi-step guided teacher or the few-step student.
 
 Both hold the same components and differ only in how they sample, so a student folder is the teacher's folder with
 another UNet. Frames are [B, F, 3, H, W] in [0, 1]; latents are [B, 4, F, h, w], scaled, float32.
@@ -6,28 +6,222 @@ another UNet. Frames are [B, F, 3, H, W] in [0, 1]; latents are [B, 4, F, h, w],
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel, CLIPVisionModelWithProjection
 
-from fvgen.diffusion.samplers import Generators, OnStep, ddim, few_step
-from fvgen.diffusion.schedule import trailing_timesteps
-from fvgen.models.denoiser import Condition, Denoiser, Teacher
-from fvgen.models.viewcrafter.encoders import FixedPrompts
+from fvgen.diffusion.samplers import Generators, normal
+from fvgen.diffusion.schedule import NoiseSchedule
+from fvgen.errors import UserError
+from fvgen.models.condition import Condition
+from fvgen.models.viewcrafter.encoders import FixedPrompts, clip_pixels, encode_tokens, token_ids
+from fvgen.models.viewcrafter.family import FAMILY
 from fvgen.models.viewcrafter.projector import ImageProjector
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
-from fvgen.pipelines.base import NovelViewPipeline, OnStepEnd
-from fvgen.pipelines.frames import VideoOutput
+from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.pipelines.hub import fetch_decoder
+from fvgen.pipelines.student import StudentPipeline
+from fvgen.pipelines.teacher import TeacherPipeline
 
-__all__ = ["FVGenPipeline", "NovelViewPipeline", "ViewCrafterPipeline"]
+PIXELS_AT_ONCE = 2**19  # frames go through the VAE in groups of about so many pixels: one by one at 576x1024
 
 
-class ViewCrafterPipeline(NovelViewPipeline):
+class _ViewCrafterParts(NovelViewPipeline):
+    """What teacher and student share: encoders, decoder, schedule.
+
+    Args:
+        vae: pixels to latents and back.
+        unet: predicts the velocity.
+        image_encoder, image_projector: the first frame's photograph to context tokens.
+        prompts: the encoded text prompt and the encoded empty text.
+        text_encoder, tokenizer: for other prompts; not needed otherwise.
+        fast_decoder: decodes in place of the VAE, see `enable_fast_decoder`.
+        base_scale: last value of ViewCrafter's dynamic rescale of latents (0.7 for 320x512, 0.3 for 576x1024).
+        image_resize: how photographs become CLIP's input, see `fvgen.models.viewcrafter.encoders.clip_pixels`.
+    """
+
+    family = FAMILY
+    network_part = "unet"
+    settings = ("base_scale", "image_resize")
+    model_cpu_offload_seq = "text_encoder->image_encoder->image_projector->unet->vae->fast_decoder"
+    _exclude_from_cpu_offload: ClassVar = ["prompts"]
+    _optional_components: ClassVar = ["prompts", "text_encoder", "tokenizer", "fast_decoder"]
+
+    def _keep(self, parts: Mapping[str, Any]) -> None:
+        """``parts``: components and settings by name, as a class's own `__init__` was given them."""
+        self.register_modules(**{name: part for name, part in parts.items() if name in PARTS})
+        self.register_to_config(**{name: value for name, value in parts.items() if name not in PARTS})
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return NoiseSchedule.viewcrafter(base_scale=self.config.base_scale).to(self._execution_device)
+
+    @torch.no_grad()
+    def encode_frames(self, frames: Tensor, generator: Generators | None = None, noise: Tensor | None = None) -> Tensor:
+        """Frames [B, F, 3, H, W] in [0, 1] to a posterior sample of scaled latents [B, 4, F, h, w].
+
+        The sample is the mean plus the standard deviation times `noise` [B*F, 4, h, w], drawn if it is not given.
+        """
+        flat = rearrange(frames, "b f c h w -> (b f) c h w").to(self._execution_device, self.vae.dtype) * 2 - 1
+        flat = flat.contiguous(memory_format=torch.channels_last)
+        posteriors = [self.vae.encode(part).latent_dist for part in flat.split(_frames_at_once(flat))]
+        mean = torch.cat([posterior.mean for posterior in posteriors]).float()
+        std = torch.cat([posterior.std for posterior in posteriors]).float()
+        noise = normal(mean.shape, generator) if noise is None else noise
+        latents = (mean + std * noise.to(mean)) * self.vae.config.scaling_factor
+        return rearrange(latents, "(b f) c h w -> b c f h w", b=frames.shape[0]).contiguous()
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, 4, F, h, w] to frames [B, F, 3, H, W] in [0, 1], clamped, float32."""
+        decoder = self.decoder
+        # A decoder on a GPU stays there; one that waits on the CPU is fetched by its hook or is to work there.
+        device = decoder.device if decoder.device.type == "cuda" else self._execution_device
+        flat = rearrange(latents, "b c f h w -> (b f) c h w").to(device, decoder.dtype)
+        flat = flat / decoder.config.scaling_factor
+        flat = flat.contiguous(memory_format=torch.channels_last)
+        pixels = flat.shape[2] * flat.shape[3] * self._vae_factor**2
+        parts = [decoder.decode(part).sample for part in flat.split(_at_once(pixels))]
+        frames = torch.cat(parts).float().clamp(-1, 1) / 2 + 0.5
+        return rearrange(frames, "(b f) c h w -> b f c h w", b=latents.shape[0])
+
+    def enable_fast_decoder(self, decoder: str | Path | AutoencoderTiny) -> None:
+        """Decode with an `AutoencoderTiny`: tens of times as fast, a little less sharp.
+
+        Args:
+            decoder: the model, its folder, or a name: "taesd" has been trained for exactly ViewCrafter's latents. A
+                name is looked for in the Hub's cache; it is fetched if FVGEN_DOWNLOAD=1 allows that.
+
+        Raises:
+            UserError: no such folder, a download that is not allowed, or a decoder for other latents.
+        """
+        decoder = decoder if isinstance(decoder, AutoencoderTiny) else fetch_decoder(decoder)
+        ours, its = self.vae.config.latent_channels, decoder.config.latent_channels
+        factor = 2 ** (len(decoder.config.num_decoder_blocks) - 1)
+        if (its, factor) != (ours, self._vae_factor):
+            raise UserError(
+                f"the fast decoder takes {its} channels and enlarges {factor} times, the model's latents need {ours} "
+                f"and {self._vae_factor}; give one that was trained for this VAE"
+            )
+        self.register_modules(fast_decoder=decoder.to(self.vae.device, self.vae.dtype).eval())
+
+    def disable_fast_decoder(self) -> None:
+        """Decode with the VAE again."""
+        self.register_modules(fast_decoder=None)
+
+    def enable_vae_slicing(self) -> None:
+        """One frame at a time through the VAE, at any size (large frames go one by one in any case)."""
+        self.vae.enable_slicing()
+
+    def disable_vae_slicing(self) -> None:
+        self.vae.disable_slicing()
+
+    def enable_vae_tiling(self) -> None:
+        """Frames in overlapping tiles through the VAE: less memory, and faint differences where tiles meet."""
+        self.vae.enable_tiling()
+
+    def disable_vae_tiling(self) -> None:
+        self.vae.disable_tiling()
+
+    def image_tokens(self, photograph: Tensor) -> Tensor:
+        """Photographs [B, 3, H, W] in [-1, 1] to context tokens [B, 16 F, D]; zeros (grey) are the null image."""
+        pixels = clip_pixels(photograph, self.image_encoder.config.image_size, self.config.image_resize)
+        return self.image_projector(self.image_encoder(pixels.to(self.image_encoder.dtype)).last_hidden_state)
+
+    @torch.no_grad()
+    def text_tokens(self, prompt: str | Sequence[str] | None = None) -> Tensor:
+        """[1 or B, M, D] text tokens: of the model's fixed prompt, or of a text (or one per clip).
+
+        Raises UserError for a text where text encoder or tokenizer are missing, and for none where `prompts` are.
+        """
+        if prompt is None and self.prompts is not None:
+            return self.prompts.positive
+        if prompt == "" and self.prompts is not None:
+            return self.prompts.negative
+        if prompt is None or self.text_encoder is None or self.tokenizer is None:
+            missing = [name for name in ("text_encoder", "tokenizer") if getattr(self, name) is None]
+            wanted = "no prompt was given and the model has no encoded one" if prompt is None else f"prompt {prompt!r}"
+            cure = f"load the model with {' and '.join(missing)}" if missing else "give a prompt"
+            raise UserError(f"{wanted} cannot be encoded; {cure}")
+        texts = [prompt] if isinstance(prompt, str) else list(prompt)
+        return encode_tokens(self.text_encoder, token_ids(self.tokenizer, texts, self.unet.config.text_tokens))
+
+    @torch.no_grad()
+    def condition(
+        self,
+        render: Tensor,
+        generator: Generators | None = None,
+        prompt: str | Sequence[str] | None = None,
+        fps: int | None = None,
+    ) -> Condition:
+        """All that the UNet sees of renders [B, F, 3, H, W] in [0, 1]; the first frame feeds the image branch.
+
+        ``text_tokens`` [1 or B, M, D], ``image_tokens`` [B, N, D], ``render_latents`` [B, 4, F, h, w], ``fps`` [B].
+        """
+        render, batch = render.to(self._execution_device), render.shape[0]
+        text = self.text_tokens(prompt)
+        if len(text) not in (1, batch):
+            raise UserError(f"{len(text)} prompts do not fit {batch} clips; give one, or one per clip")
+        image = self.image_tokens(render[:, 0] * 2 - 1)
+        rates = None if fps is None else torch.full((batch,), fps, device=render.device)
+        latents = self.encode_frames(render, generator)
+        return Condition(render_latents=latents, text_tokens=text.to(image), image_tokens=image, fps=rates)
+
+    @torch.no_grad()
+    def nulls(self, negative_prompt: str | None = None) -> tuple[Mapping[str, Tensor], ...]:
+        """The empty prompt and the tokens of a grey image; the empty prompt alone. Render latents stay as they are."""
+        size = self.image_encoder.config.image_size
+        image = self.image_tokens(torch.zeros(1, 3, size, size, device=self._execution_device))
+        text = self.text_tokens(negative_prompt or "").to(image)
+        return {"text_tokens": text, "image_tokens": image}, {"text_tokens": text}
+
+    def encoding_parts(self) -> Iterator[tuple[str, Any]]:
+        yield "image_resize", self.config.image_resize
+        for name in ("vae", "image_encoder", "image_projector", "prompts"):
+            if getattr(self, name) is not None:
+                yield name, getattr(self, name)
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.vae if self.fast_decoder is None else self.fast_decoder
+
+    @property
+    def frames(self) -> int:
+        return self.unet.config.temporal_length
+
+    @property
+    def half_pixel_shift(self) -> bool:
+        return self.config.image_resize == "viewcrafter"
+
+    def latent_shape(self, condition: Condition) -> tuple[int, ...]:
+        return tuple(condition["render_latents"].shape)
+
+    def check_clip(self, frames: int, height: int, width: int) -> None:
+        """Raises UserError for frames that VAE and UNet cannot halve as often as they need to."""
+        factor = self.size_multiple
+        if height % factor or width % factor:
+            raise UserError(f"frames of {height}x{width} do not fit this model; use multiples of {factor}")
+
+    @property
+    def size_multiple(self) -> int:
+        """Frame height and width must be multiples of this."""
+        return self._vae_factor * 2 ** (len(self.unet.config.channel_mult) - 1)
+
+    @property
+    def _vae_factor(self) -> int:
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+
+PARTS = ("vae", "unet", "image_encoder", "image_projector", "prompts", "text_encoder", "tokenizer", "fast_decoder")
+
+
+class ViewCrafterPipeline(_ViewCrafterParts, TeacherPipeline):
     """The teacher: DDIM with classifier-free guidance, two network evaluations a step.
 
     Args:
@@ -50,131 +244,12 @@ class ViewCrafterPipeline(NovelViewPipeline):
         guidance: float = 7.5,
         guidance_rescale: float = 0.7,
     ) -> None:
-        parts = (vae, unet, image_encoder, image_projector, prompts, text_encoder, tokenizer, fast_decoder)
-        super().__init__(*parts, base_scale=base_scale, image_resize=image_resize)
-        self.register_to_config(steps=steps, guidance=guidance, guidance_rescale=guidance_rescale)
-
-    def teacher(
-        self,
-        guidance: float | None = None,
-        image_guidance: float | None = None,
-        guidance_rescale: float | None = None,
-        negative_prompt: str | None = None,
-    ) -> Teacher:
-        """The frozen guided denoiser inside; guidance and rescale default to the model's own."""
-        guidance = self.config.guidance if guidance is None else guidance
-        rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
-        null_context = self.null_context(negative_prompt)
-        return Teacher(self.unet, self.schedule, null_context, guidance, rescale, image_guidance)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        condition: Condition,
-        generator: Generators,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        on_step: OnStep | None = None,
-        *,
-        image_guidance_scale: float | None = None,
-        guidance_rescale: float | None = None,
-        negative_prompt: str | None = None,
-        eta: float = 1.0,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Latents [B, 4, F, h, w] for a condition: ancestral DDIM (eta 1) at trailing timesteps, as published.
-
-        Args:
-            image_guidance_scale: separate guidance by the image tokens, a third evaluation a step. As in ViewCrafter's
-                sampler for it, the result keeps the last timestep's scale (see `keep_last_scale` of `ddim`).
-            latents: x_T [B, 4, F, h, w], drawn if not given.
-        """
-        teacher = self.teacher(guidance_scale, image_guidance_scale, guidance_rescale, negative_prompt)
-        return ddim(
-            partial(teacher, condition=condition),
-            self.initial_noise(condition, generator, latents),
-            self.schedule,
-            trailing_timesteps(self.config.steps if num_inference_steps is None else num_inference_steps),
-            eta=eta,
-            generator=generator,
-            on_step=on_step,
-            keep_last_scale=teacher.nfe == 3,
-        )
-
-    @torch.no_grad()
-    def __call__(
-        self,
-        render: Any,
-        generator: Generators | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        on_step: OnStep | None = None,
-        *,
-        photographs: Mapping[int, Any] | None = None,
-        prompt: str | Sequence[str] | None = None,
-        negative_prompt: str | None = None,
-        image_guidance_scale: float | None = None,
-        guidance_rescale: float | None = None,
-        eta: float = 1.0,
-        fps: int | None = None,
-        latents: Tensor | None = None,
-        callback_on_step_end: OnStepEnd | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        output_type: str | None = None,
-        return_dict: bool | None = None,
-    ) -> Tensor | tuple | VideoOutput:
-        """Renders [B, F, 3, H, W] in [0, 1], known frames replaced by photographs, to video of the same shape.
-
-        NFE: 2 a step, 1 with guidance 1, 3 with `image_guidance_scale`.
-
-        Args:
-            render: a tensor [B, F, 3, H, W], an array [B, F, H, W, 3], or PIL images (see `as_frames`).
-            generator: one for all clips, or a list of one per clip; seed 0 on the CPU by default.
-            num_inference_steps, guidance_scale, guidance_rescale: the model's own by default.
-            on_step: told about every step (see `fvgen.diffusion.samplers.SamplerStep`); may return other latents.
-            photographs: frame index to photograph, for renders whose known frames are not replaced yet.
-            prompt, negative_prompt: texts other than ViewCrafter's own; they need text encoder and tokenizer.
-            image_guidance_scale: see `sample`.
-            eta: 1 is ancestral sampling, as published, 0 deterministic.
-            fps: the UNet's frame rate (ViewCrafter's `frame_stride`), its default if not given.
-            latents: x_T [B, 4, F, h, w], drawn if not given.
-            callback_on_step_end: diffusers' callback (pipeline, index, timestep, tensors) -> changed tensors.
-            callback_on_step_end_tensor_inputs: which tensors it is given, of "latents" and "x0".
-            output_type: "pt", "np", "pil" or "latent", see `fvgen.pipelines.frames.VideoOutput`.
-            return_dict: False for a tuple. With neither this nor `output_type` the result is the plain tensor.
-
-        Raises:
-            UserError: a render of the wrong shape, size or range, or with non-finite values; parts of the model on
-                different devices or of different types; options that do not exist.
-        """
-        steps = self.config.steps if num_inference_steps is None else num_inference_steps
-        sample = partial(
-            self.sample,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            image_guidance_scale=image_guidance_scale,
-            guidance_rescale=guidance_rescale,
-            negative_prompt=negative_prompt,
-            eta=eta,
-            latents=latents,
-        )
-        return self._generate(
-            render,
-            photographs,
-            generator,
-            prompt,
-            fps,
-            steps,
-            sample,
-            on_step,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            output_type,
-            return_dict,
-        )
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self._keep(given)
 
 
-class FVGenPipeline(NovelViewPipeline):
+class FVGenPipeline(_ViewCrafterParts, StudentPipeline):
     """The student: a few steps of x0-prediction and re-noising, no guidance, one network evaluation a step.
 
     Args:
@@ -195,67 +270,15 @@ class FVGenPipeline(NovelViewPipeline):
         image_resize: str = "viewcrafter",
         steps: int = 4,
     ) -> None:
-        parts = (vae, unet, image_encoder, image_projector, prompts, text_encoder, tokenizer, fast_decoder)
-        super().__init__(*parts, base_scale=base_scale, image_resize=image_resize)
-        self.register_to_config(steps=steps)
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self._keep(given)
 
-    @classmethod
-    def from_teacher(cls, teacher: NovelViewPipeline, unet: ViewCrafterUNet, steps: int = 4) -> FVGenPipeline:
-        """A student with the teacher's other components and settings."""
-        parts = {name: part for name, part in teacher.components.items() if name != "unet"}
-        settings = {name: teacher.config[name] for name in ("base_scale", "image_resize")}
-        return cls(unet=unet, **parts, **settings, steps=steps)
 
-    @torch.no_grad()
-    def sample(
-        self,
-        condition: Condition,
-        generator: Generators,
-        num_inference_steps: int | None = None,
-        on_step: OnStep | None = None,
-        *,
-        latents: Tensor | None = None,
-    ) -> Tensor:
-        """Latents [B, 4, F, h, w] for a condition, in as many network evaluations as steps."""
-        denoiser = partial(Denoiser(self.unet, self.schedule), condition=condition)
-        steps = self.config.steps if num_inference_steps is None else num_inference_steps
-        noise = self.initial_noise(condition, generator, latents)
-        return few_step(denoiser, noise, self.schedule, steps, generator=generator, on_step=on_step)
+def _at_once(pixels: int) -> int:
+    """How many frames of so many pixels go through the VAE together."""
+    return max(1, PIXELS_AT_ONCE // pixels)
 
-    @torch.no_grad()
-    def __call__(
-        self,
-        render: Any,
-        generator: Generators | None = None,
-        num_inference_steps: int | None = None,
-        on_step: OnStep | None = None,
-        *,
-        photographs: Mapping[int, Any] | None = None,
-        prompt: str | Sequence[str] | None = None,
-        fps: int | None = None,
-        latents: Tensor | None = None,
-        callback_on_step_end: OnStepEnd | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-        output_type: str | None = None,
-        return_dict: bool | None = None,
-    ) -> Tensor | tuple | VideoOutput:
-        """Renders [B, F, 3, H, W] in [0, 1], known frames replaced by photographs, to video of the same shape.
 
-        Arguments, results and errors are those of `ViewCrafterPipeline`, without guidance. NFE: 1 a step.
-        """
-        steps = self.config.steps if num_inference_steps is None else num_inference_steps
-        sample = partial(self.sample, num_inference_steps=steps, latents=latents)
-        return self._generate(
-            render,
-            photographs,
-            generator,
-            prompt,
-            fps,
-            steps,
-            sample,
-            on_step,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            output_type,
-            return_dict,
-        )
+def _frames_at_once(frames: Tensor) -> int:
+    return _at_once(frames.shape[2] * frames.shape[3])

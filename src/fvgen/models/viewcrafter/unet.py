@@ -150,6 +150,24 @@ class ViewCrafterUNet(ModelMixin, ConfigMixin):
         outputs = [f"output.{i}" for i in range(len(self.output_blocks))]
         return ("input.0", "init_attn", *inputs, "middle", *outputs)
 
+    @property
+    def tap_widths(self) -> dict[str, int]:
+        """Channels of the features at each tap, in the same order."""
+        base, widths = self.config.model_channels, {}
+        level = [mult * base for mult in self.config.channel_mult]
+        last = len(level) - 1
+        for name in self.tap_names:
+            part, _, index = name.partition(".")
+            if part == "input":
+                # a level has its residual blocks and, but for the last, a down-sampling: level 0 starts behind input.0
+                depth = max(0, int(index) - 1) // (self.config.num_res_blocks + 1)
+                widths[name] = level[min(depth, last)] if index != "0" else base
+            elif part == "output":
+                widths[name] = level[last - int(index) // (self.config.num_res_blocks + 1)]
+            else:
+                widths[name] = base if part == "init_attn" else level[-1]
+        return widths
+
     def forward(
         self,
         sample: Tensor,

@@ -1,0 +1,46 @@
+"""One iteration's clips, batch after batch, and the random numbers that go with each."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from fvgen.clips.latents import LatentSet
+from fvgen.distill.config import StageConfig
+from fvgen.distill.draws import Draws
+from fvgen.distill.methods.base import Part
+from fvgen.system.processes import World
+
+
+def iteration_generator(seed: int, method: str, iteration: int) -> torch.Generator:
+    """The random stream of one iteration."""
+    digest = hashlib.sha256(f"fvgen distill {seed} {method} {iteration}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+
+class Dealer:
+    """Called, it hands out this process's clips of the next global batch, in ``accumulation`` parts.
+
+    Process r of n has the r-th of n equal runs of rows, so that n processes make together the update of one. All that
+    an iteration draws comes from one stream: a batch's clips, then its parts' numbers, then the next batch's clips.
+    """
+
+    def __init__(self, latents: LatentSet, config: StageConfig, world: World, iteration: int) -> None:
+        self.latents, self.config, self.world = latents, config, world
+        self.generator = iteration_generator(config.run.seed, config.name, iteration)
+        self.last: list[Part] = []
+
+    def __call__(self) -> list[Part]:
+        total, count = self.config.data.batch_size, self.config.memory.accumulation
+        if count > 1 and self.last:  # each part drew from a copy of the stream
+            self.generator.set_state(self.last[-1].draws.generator.get_state())
+        size = total // (self.world.size * count)
+        first = self.world.rank * size * count
+        rows = [slice(first + k * size, first + (k + 1) * size) for k in range(count)]
+        indices = torch.randint(len(self.latents), (total,), generator=self.generator)
+        batches = [self.latents.batch(indices[part], self.config.run.device) for part in rows]
+        whole = Draws(self.generator, total)
+        draws = [Draws(self.generator, total, rows[0])] if count == 1 else [whole.copy(part) for part in rows]
+        self.last = [Part(*pair) for pair in zip(batches, draws, strict=True)]
+        return self.last

@@ -1,0 +1,39 @@
+"""A network that learns: its name, its engine, and the average of its weights where one is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from fvgen.distill.ema import EMA
+from fvgen.distill.engines import Engine
+
+
+@dataclass(frozen=True)
+class Learner:
+    """``engine`` updates ``module``'s parameters; ``average`` follows them, and is then what is exported."""
+
+    name: str
+    module: nn.Module
+    engine: Engine
+    average: EMA | None = None
+
+    def update(self, loss: Tensor) -> Tensor | None:
+        """One step down the gradient of the scalar ``loss``; see `Engine.update`."""
+        return self.engine.update(loss)
+
+    @contextmanager
+    def frozen(self) -> Iterator[nn.Module]:
+        """Graphs made inside lead through the module but not into its parameters, so that the backward pass of another
+        network's loss leaves no gradient there (DeepSpeed would take any for a part of the module's own update)."""
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        try:
+            yield self.module
+        finally:
+            for parameter in parameters:
+                parameter.requires_grad_(True)

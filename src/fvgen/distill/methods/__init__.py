@@ -1,0 +1,40 @@
+"""The methods: one file each, one row each.
+
+A row names the method's settings, its class, and settings that are fixed: FVGen's two stages are one method (`dmd`)
+with and without distribution matching.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fvgen.distill.methods.base import Method
+from fvgen.distill.methods.dmd import Dmd, DmdSettings
+from fvgen.distill.settings import MethodSettings
+from fvgen.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Row:
+    """``fixed``: values that make this row what it is."""
+
+    method: type[Method]
+    settings: type[MethodSettings]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+
+
+METHODS: dict[str, Row] = {
+    # FVGen, section 4.1: the student learns to look real to the teacher's features.
+    "gan": Row(Dmd, DmdSettings, {"dmd_weight": 0.0}),
+    # Section 4.2: softened-reverse-KL distribution matching, in which the adversarial update goes on.
+    "dmd": Row(Dmd, DmdSettings),
+}
+
+
+def method_named(name: str) -> Row:
+    """A row of the table. Raises UserError for an unknown name."""
+    if name not in METHODS:
+        raise UserError(f"there is no method {name!r}{did_you_mean(name, METHODS)}")
+    return METHODS[name]

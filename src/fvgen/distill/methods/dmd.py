@@ -1,0 +1,421 @@
+"""Adversarial distribution matching: FVGen's two stages, DMD without GAN and GAN without DMD, settings of one method.
+
+Symbols follow FVGen, algorithm 1: t is one of the student's own timesteps, tau the timestep at which its output and the
+real clip are noised again for the critics (same noise, same tau for both). Latents are [B, C, F, h, w].
+
+What an iteration with one critic update costs, in passes of the network over B clips (forward; with a graph; backward),
+h being the part of the network up to the tap (about half of it), and why not fewer:
+
+    rollout          1, with a graph   one for head, fake score and student: the student does not move in between
+    head             2 h               features of the real and of the student's clip, at one tau with one noise
+    fake score       1 and backward    its own draw of t, as its own loss needs it: no other pass sees this input
+    student: critic  1 + backward h    the teacher's conditional pass is both feature extractor and real score; its
+                                       graph ends at the tap, whose backward needs no weight gradients
+    student: scores  1 or 2            the fake score at the same place; the unconditional teacher where guidance is on
+    student          backward          one for the sum of all its losses
+
+The head sees the student's clip at one tau and the student is judged at another, so as not to be judged where the head
+has just been fitted; ``same_noise=true`` (algorithm 1 as printed: one tau and noise for both) makes them one pass and
+saves h. Below that nothing can be shared: what remains are different networks, or one network at different inputs. Each
+further critic update costs 1 + 2 h and the fake score's pass. With several parts (``accumulation``) the student's
+rollout is computed again for its own update, for keeping all parts' graphs would keep the memory that they are to save.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from fvgen.diffusion.samplers import few_step
+from fvgen.diffusion.schedule import NoiseSchedule, trailing_timesteps
+from fvgen.distill.draws import Draws
+from fvgen.distill.learners import Learner
+from fvgen.distill.methods.base import MONITOR, Deal, Method, Metrics, Setup
+from fvgen.distill.settings import Data, Memory, MethodSettings, Run
+from fvgen.errors import did_you_mean
+from fvgen.objectives import divergences
+from fvgen.objectives.divergences import DIVERGENCES
+from fvgen.objectives.dmd import denoising_loss, dmd_gradient, dmd_loss
+from fvgen.objectives.gan import KINDS, approximate_r1, discriminator_loss, generator_loss
+from fvgen.objectives.ratio import RatioNormalizer, log_ratio
+from fvgen.system.processes import ALONE, World
+
+if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
+    from fvgen.clips.latents import LatentBatch
+    from fvgen.distill.config import StageConfig
+    from fvgen.models.critic import Critic
+    from fvgen.models.denoiser import Denoiser, Teacher
+
+
+class DmdSettings(MethodSettings):
+    """``dmd_weight=0`` is a GAN without distribution matching (FVGen's stage 1), ``gan_weight=0`` the reverse."""
+
+    all_learners: ClassVar[tuple[str, ...]] = ("student", "head", "fake_score")
+
+    student_steps: Literal[1, 2, 4, 8] = Field(4, description="NFE of the student")
+    student_input: Literal["noised", "simulated"] = Field(
+        "noised",
+        description="what the student denoises: noised real clips (FVGen algorithm 1) or its own earlier steps (DMD2)",
+    )
+    critic_updates: int = Field(
+        2, ge=1, description="updates of head and fake score per student update (two-time-scale rule)"
+    )
+    head_warmup: int = Field(0, ge=0, description="first iterations in which only the critics learn")
+    ema_decay: float = Field(0.99, ge=0, lt=1, description="of the student's averaged weights, which are the result")
+
+    gan_weight: float = Field(1.0, ge=0, description="of the adversarial loss in the student's loss")
+    gan_kind: str = Field("non_saturating", description=f"one of {', '.join(KINDS)}")
+    r1_weight: float = Field(0.0, ge=0, description="of the approximate gradient penalty on real clips; 0 is off")
+    r1_sigma: float = Field(0.05, gt=0, description="its perturbation, in units of the noised latents")
+    regression_weight: float = Field(
+        0.0, ge=0, description="of the mean squared error to the true latents (noised input only); the paper has none"
+    )
+    head_channels: int = Field(64, ge=8, multiple_of=8)
+    taps: str = Field("", description="where the head looks, names with commas between; '' is the family's own choice")
+    t_min: int = Field(20, ge=0, le=999, description="lowest timestep at which samples are noised for the critics")
+    t_max: int = Field(979, ge=0, le=999, description="highest one")
+
+    dmd_weight: float = Field(1.0, ge=0, description="of the distribution-matching loss in the student's loss")
+    divergence: str = Field("softened_reverse_kl", description=f"one of {', '.join(DIVERGENCES)}")
+    guidance: float | None = Field(None, ge=0, description="on the real score; null takes the teacher's own")
+    ratio_bins: int = Field(10, ge=1, le=1000, description="bins of timesteps with a running mean of the weight each")
+    ratio_decay: float = Field(0.99, gt=0, lt=1, description="of those running means")
+
+    same_noise: bool = Field(
+        False,
+        description="judge the student at the tau and noise at which the head has just learnt (FVGen algorithm 1 as "
+        "printed): one teacher pass to the tap fewer",
+    )
+
+    @property
+    def matching(self) -> bool:
+        """Whether there is a fake score."""
+        return self.dmd_weight > 0
+
+    @property
+    def judging(self) -> bool:
+        """Whether there is a head: for the adversarial loss, or for the ratio that weighs the matching loss."""
+        return self.gan_weight > 0 or (self.matching and not DIVERGENCES[self.divergence].constant)
+
+    def learners(self) -> tuple[str, ...]:
+        return ("student", *["head"] * self.judging, *["fake_score"] * self.matching)
+
+    def idle(self) -> dict[str, str]:
+        idle: dict[str, str] = {}
+        if not self.matching:
+            idle |= dict.fromkeys(("divergence", "guidance", "ratio_bins", "ratio_decay"), "where dmd_weight is 0")
+        if not self.judging:
+            idle |= dict.fromkeys(("gan_kind", "r1_weight", "head_channels", "taps"), "where no head learns")
+        if not self.judging or not self.r1_weight:
+            idle["r1_sigma"] = "where r1_weight is 0"
+        if not self.judging and not self.matching:
+            idle |= dict.fromkeys(("t_min", "t_max", "same_noise", "critic_updates", "head_warmup"), "without critics")
+        return idle
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DmdSettings:
+        for field, table in (("divergence", DIVERGENCES), ("gan_kind", KINDS)):
+            value = getattr(self, field)
+            if value not in table:
+                raise ValueError(f"{field}={value!r} is unknown{did_you_mean(value, table)}")
+        if self.t_min > self.t_max:
+            raise ValueError(f"t_min={self.t_min} lies above t_max={self.t_max}; swap them")
+        if self.regression_weight > 0 and self.student_input == "simulated":
+            raise ValueError("regression_weight needs student_input=noised: a simulated clip has no true latents")
+        if not (self.gan_weight or self.regression_weight or self.dmd_weight):
+            raise ValueError("gan_weight, regression_weight and dmd_weight are all 0: there is nothing to learn from")
+        return self
+
+    def judge(self, run: Run, data: Data, memory: Memory) -> None:
+        if self.same_noise and memory.accumulation > 1:
+            raise ValueError("same_noise=true needs accumulation=1: it keeps the graph of the whole batch")
+        if self.head_warmup >= run.iterations:
+            raise ValueError(
+                f"head_warmup={self.head_warmup} leaves the student none of {run.iterations} iterations; lower it"
+            )
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """The student's answer to one batch: ``x0`` carries a graph if the student is to learn from it."""
+
+    batch: LatentBatch
+    x0: Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """The student's answer as the critics see it: ``x_tau``, noised to ``tau`` [B] with ``noise``, and what the teacher
+    makes of it. ``features`` carry the answer's graph; ``x0_real``, the guided real score's estimate, has none (and is
+    None where no distribution is matched)."""
+
+    tau: Tensor
+    noise: Tensor
+    x_tau: Tensor
+    features: tuple[Tensor, ...]
+    x0_real: Tensor | None
+
+
+class Dmd(Method):
+    """A student between a teacher and its critics: ``critic`` (with the learner ``head``) and the learner
+    ``fake_score``, each None where the settings need none. ``normalizer`` goes with the fake score."""
+
+    def __init__(
+        self,
+        settings: DmdSettings,
+        teacher: Teacher,
+        student: Learner,
+        critic: Critic | None = None,
+        head: Learner | None = None,
+        fake_score: Learner | None = None,
+        normalizer: RatioNormalizer | None = None,
+        world: World = ALONE,
+    ) -> None:
+        self.settings, self.teacher, self.critic = settings, teacher, critic
+        self.normalizer, self.world = normalizer, world
+        self.learners = {each.name: each for each in (student, head, fake_score) if each is not None}
+        self.states = {} if normalizer is None else {"normalizer": normalizer}
+        self.exported = tuple(name for name in ("student", "head") if name in self.learners)
+
+    @classmethod
+    def build(cls, setup: Setup) -> Dmd:
+        from fvgen.distill.methods.networks import build_dmd  # takes seconds to import
+
+        return build_dmd(cls, setup)
+
+    def export(self, folder: Path, weights: Mapping[str, Mapping[str, Tensor]], base: Any, config: StageConfig) -> None:
+        from fvgen.distill.export import write_adapter, write_head, write_student
+
+        write_student(config, base, weights["student"], folder / "student")
+        if config.memory.student_lora:
+            write_adapter(weights["student"], folder)
+        if self.critic is not None:
+            write_head(self.critic.head, weights["head"], folder / "head")
+
+    @property
+    def student(self) -> Denoiser:
+        return self.learners["student"].module
+
+    @property
+    def fake_score(self) -> Denoiser | None:
+        return self.learners["fake_score"].module if "fake_score" in self.learners else None
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return self.teacher.schedule
+
+    # --- An iteration ---
+
+    def iterate(self, iteration: int, deal: Deal) -> list[Metrics]:
+        """``critic_updates`` updates of the critics, then one of the student, on the last rollout."""
+        settings, student_learns = self.settings, iteration > self.settings.head_warmup
+        for turn in range(settings.critic_updates):
+            parts = deal()
+            starts = [draws.copy() for _, draws in parts] if len(parts) > 1 else []
+            shared = student_learns and turn == settings.critic_updates - 1 and len(parts) == 1
+            rows: list[Metrics] = []
+            for batch, draws in parts:
+                with torch.set_grad_enabled(shared):
+                    rollout = self.roll_out(batch, draws)
+                if shared and settings.same_noise:
+                    metrics, seen = self.update_critics_and_look(rollout, draws)
+                else:
+                    metrics, seen = self.update_critics(rollout, draws), None
+                rows.append(metrics)
+        if student_learns:
+            for index, (batch, draws) in enumerate(parts):
+                if not shared:  # the same rollout once more, with a graph: keeping all parts' graphs takes more memory
+                    rollout = self.roll_out(batch, starts[index])
+                rows[index] |= self.update_student(rollout, draws, seen)
+            average = self.learners["student"].average
+            if average is not None:
+                average.update()
+        return rows
+
+    def sample(self, batch: LatentBatch, seed: int) -> Tensor:
+        """The student's own sampling; noise of ``seed``."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents.device)
+
+        def denoise(x_t: Tensor, t: Tensor) -> Tensor:
+            return self.student(x_t, t, batch.condition)
+
+        return few_step(denoise, noise, self.schedule, self.settings.student_steps, generator=generator)
+
+    # --- What the student denoises ---
+
+    def roll_out(self, batch: LatentBatch, draws: Draws) -> Rollout:
+        """The student denoises one of its timesteps; under `torch.no_grad` for the critics alone."""
+        make_input = {"noised": self.noised_input, "simulated": self.simulated_input}[self.settings.student_input]
+        x_t, t = make_input(batch, draws)
+        return Rollout(batch, self.student(x_t, t, batch.condition))
+
+    def noised_input(self, batch: LatentBatch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """A real clip noised to one of the student's timesteps, drawn per sample (algorithm 1, lines 4 and 5)."""
+        timesteps = torch.tensor(trailing_timesteps(self.settings.student_steps), device=batch.latents.device)
+        t = timesteps[draws.integers(0, len(timesteps), batch.latents)]
+        return self.schedule.add_noise(batch.latents, draws.normal(batch.latents), t), t
+
+    @torch.no_grad()
+    def simulated_input(self, batch: LatentBatch, draws: Draws) -> tuple[Tensor, Tensor]:
+        """The student's own sampling from pure noise down to a random timestep (DMD2, section 4.5), one for the
+        batch."""
+        timesteps = trailing_timesteps(self.settings.student_steps)[::-1]
+        stop = draws.shared_integer(len(timesteps))
+        x_t = draws.normal(batch.latents)
+        for t, t_next in pairwise(timesteps[: stop + 1]):
+            x0 = self.student(x_t, _full(t, x_t), batch.condition)
+            x_t = self.schedule.add_noise(x0, draws.normal(x0), t_next)
+        return x_t, _full(timesteps[stop], x_t)
+
+    # --- The critics ---
+
+    def look(self, rollout: Rollout, draws: Draws) -> View:
+        """One conditional pass of the teacher over the student's answer at a random tau."""
+        x0, condition = rollout.x0, rollout.batch.condition
+        tau, noise = draws.integers(self.settings.t_min, self.settings.t_max + 1, x0), draws.normal(x0)
+        x_tau = self.schedule.add_noise(x0, noise, tau)
+        if self.fake_score is None:
+            return View(tau, noise, x_tau, self.critic.features(x_tau, tau, condition), None)
+        x0_real, features = self.teacher.judge(x_tau, tau, condition, self.critic.taps if self.critic else ())
+        return View(tau, noise, x_tau, features, x0_real)
+
+    def update_critics(self, rollout: Rollout, draws: Draws) -> Metrics:
+        """The head learns to tell real from student (Eq. 5), the fake score to denoise the student's output (Eq. 2)."""
+        metrics = {} if self.critic is None else self.update_head(rollout, draws)
+        if self.fake_score is not None:
+            metrics |= self.update_fake_score(rollout, draws)
+        return metrics
+
+    def update_critics_and_look(self, rollout: Rollout, draws: Draws) -> tuple[Metrics, View]:
+        """The same where the student is then judged by the very `View` that the head learns from. The fake score goes
+        first, so that its graph and the view's are never in memory together."""
+        metrics = {} if self.fake_score is None else self.update_fake_score(rollout, draws)
+        seen = self.look(rollout, draws)
+        return metrics | ({} if self.critic is None else self.update_head(rollout, draws, seen)), seen
+
+    def update_head(self, rollout: Rollout, draws: Draws, seen: View | None = None) -> Metrics:
+        """One step of the discriminator head on the critic's features, of ``seen`` where there is such a view."""
+        settings, critic, batch, fake = self.settings, self.critic, rollout.batch, rollout.x0.detach()
+        if seen is None:
+            tau, noise = draws.integers(settings.t_min, settings.t_max + 1, fake), draws.normal(fake)
+        else:
+            tau, noise = seen.tau, seen.noise
+        real_tau = self.schedule.add_noise(batch.latents, noise, tau)
+        with torch.no_grad():
+            real_features = critic.features(real_tau, tau, batch.condition)
+            if seen is None:
+                fake_features = critic.features(self.schedule.add_noise(fake, noise, tau), tau, batch.condition)
+            else:
+                fake_features = tuple(features.detach() for features in seen.features)
+        real_logits, fake_logits = critic.head(*real_features), critic.head(*fake_features)
+        loss = discriminator_loss(real_logits, fake_logits, settings.gan_kind).mean()
+        metrics = {"loss_head": loss}
+        if settings.r1_weight > 0:
+            with torch.no_grad():
+                shaken = real_tau + settings.r1_sigma * draws.normal(fake)
+                shaken_features = critic.features(shaken, tau, batch.condition)
+            penalty = approximate_r1(real_logits, critic.head(*shaken_features), settings.r1_sigma).mean()
+            loss = loss + settings.r1_weight * penalty
+            metrics["loss_r1"] = penalty
+        norm = self.learners["head"].update(loss)
+        both = torch.cat([real_logits, -fake_logits]).detach()
+        logits = {"logit_real": real_logits.mean(), "logit_fake": fake_logits.mean()}
+        health = {"head_accuracy": (both > 0).float().mean(), MONITOR + "logit_abs": both.abs().mean()}
+        return metrics | logits | health | {"grad_norm_head": norm}
+
+    def update_fake_score(self, rollout: Rollout, draws: Draws) -> Metrics:
+        """One denoising step on the student's output, in the network's own v-parameterisation, t uniform in 0..999."""
+        x0 = rollout.x0.detach()
+        t = draws.integers(0, 1000, x0)
+        noise = draws.normal(x0)
+        x_t = self.schedule.add_noise(x0, noise, t)
+        prediction = self.fake_score.velocity(x_t, t, rollout.batch.condition)
+        loss = denoising_loss(prediction, self.schedule.velocity(x0, noise, t)).mean()
+        norm = self.learners["fake_score"].update(loss)
+        return {"loss_fake_score": loss, "grad_norm_fake_score": norm}
+
+    # --- The student ---
+
+    def update_student(self, rollout: Rollout, draws: Draws, seen: View | None = None) -> Metrics:
+        """One step of the student down the sum of its losses."""
+        losses, metrics = self.student_losses(rollout, draws, seen)
+        loss = _sum(losses)
+        norm = self.learners["student"].update(loss)
+        return metrics | {"loss_student": loss, "grad_norm_student": norm}
+
+    def student_losses(self, rollout: Rollout, draws: Draws, seen: View | None) -> tuple[list[Tensor], Metrics]:
+        """The weighted losses (scalars with a graph) that the student learns from, and what is logged of them: the
+        adversarial loss, the regression, and the weighted distribution-matching loss (Eq. 8).
+
+        All look at the same noised output (``seen``, or a new one), so that the logits that drive the one are the
+        density ratio of the other, and one conditional pass of the teacher gives features and real score. A method of
+        this kind with an objective of its own adds to this list.
+        """
+        settings, x0 = self.settings, rollout.x0
+        losses: list[Tensor] = []
+        metrics: Metrics = {}
+        logits = None
+        if self.critic is not None or self.fake_score is not None:
+            seen = seen or self.look(rollout, draws)
+        if self.critic is not None:
+            with self.learners["head"].frozen() as head:
+                logits = head(*seen.features)
+            adversarial = self.adversarial_loss(rollout, seen, logits)
+            losses.append(settings.gan_weight * adversarial)
+            metrics["loss_student_gan"] = adversarial
+        metrics["student_std"] = x0.detach().std()
+        if settings.regression_weight > 0:
+            regression = (x0 - rollout.batch.latents).square().mean()
+            losses.append(settings.regression_weight * regression)
+            metrics["loss_student_regression"] = regression
+        if self.fake_score is not None:
+            matching, ratios = self.matching_loss(rollout, seen, logits)
+            losses.append(settings.dmd_weight * matching)
+            metrics |= {"loss_student_dmd": matching} | ratios
+        return losses, metrics
+
+    def adversarial_loss(self, rollout: Rollout, seen: View, logits: Tensor) -> Tensor:
+        """How little the head takes the student's output for real, a scalar."""
+        real_logits = None
+        if KINDS[self.settings.gan_kind].paired:
+            with torch.no_grad():
+                real_tau = self.schedule.add_noise(rollout.batch.latents, seen.noise, seen.tau)
+                real_logits = self.critic.logits(real_tau, seen.tau, rollout.batch.condition)
+        return generator_loss(logits, real_logits, self.settings.gan_kind).mean()
+
+    def matching_loss(self, rollout: Rollout, seen: View, logits: Tensor | None) -> tuple[Tensor, Metrics]:
+        """The DMD surrogate loss (scalar) on the student's output, weighted by the divergence's h(r); without logits
+        every ratio weighs one."""
+        tau = seen.tau
+        with torch.no_grad():
+            x0_fake = self.fake_score(seen.x_tau, tau, rollout.batch.condition)
+        if logits is None:
+            weight = torch.ones_like(tau, dtype=torch.float32)
+            return dmd_loss(rollout.x0, dmd_gradient(rollout.x0, seen.x0_real, x0_fake, weight)).mean(), {}
+        ratio = log_ratio(logits)
+        h = divergences.weight(self.settings.divergence, ratio)
+        weight = self.normalizer.normalize(h, tau, self.world.gather)
+        loss = dmd_loss(rollout.x0, dmd_gradient(rollout.x0, seen.x0_real, x0_fake, weight)).mean()
+        ratios = {"log_ratio": ratio.mean(), "log_ratio_max": ratio.abs().max()}
+        weights = {"weight_h": h.mean(), "weight": weight.mean()}
+        extremes = {"weight_min": weight.min(), "weight_max": weight.max()}
+        return loss, ratios | weights | extremes
+
+
+def _sum(losses: list[Tensor]) -> Tensor:
+    total = losses[0]
+    for loss in losses[1:]:
+        total = total + loss
+    return total
+
+
+def _full(t: int, like: Tensor) -> Tensor:
+    return torch.full((like.shape[0],), t, dtype=torch.long, device=like.device)

@@ -1,0 +1,132 @@
+"""The networks of a method, made from the teacher or an earlier stage: whole copies, or roles of one shared network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from fvgen.distill.methods.base import Setup
+from fvgen.distill.methods.dmd import Dmd
+from fvgen.distill.settings import Memory
+from fvgen.errors import UserError, first_line
+from fvgen.models.critic import Critic, head_for
+from fvgen.models.denoiser import Denoiser
+from fvgen.models.lora import Role, SharedBackbone, in_role
+from fvgen.objectives import divergences
+from fvgen.objectives.ratio import RatioNormalizer
+from fvgen.pipelines.folders import load_head, load_pipeline
+from fvgen.pipelines.student import StudentPipeline
+
+ADAPTER = "student_lora.safetensors"
+"""In a stage's folder: the averaged adapter of a student that is one."""
+
+
+def build_dmd(kind: type[Dmd], setup: Setup) -> Dmd:
+    """Student, head and fake score around a teacher; the student starts as the teacher or as the earlier stage's.
+
+    All networks stay in evaluation mode: the teacher's dropout would add noise to every target.
+    """
+    config, settings = setup.config, setup.config.method
+    torch.manual_seed(config.run.seed)  # initial weights of head and adapters
+    critic = make_critic(setup) if settings.judging else None
+    networks, exact = denoisers(setup, ["student", *["fake_score"] * settings.matching])
+    normalizer = None
+    if settings.matching and critic is not None:
+        at_equality = divergences.weight(settings.divergence, torch.zeros(1)).item()
+        normalizer = RatioNormalizer(at_equality, settings.ratio_bins, settings.ratio_decay).to(setup.device)
+    return kind(
+        settings,
+        setup.teacher,
+        setup.learner("student", networks["student"], average=True, start_at=exact),
+        critic,
+        None if critic is None else setup.learner("head", critic.head),
+        setup.learner("fake_score", networks["fake_score"]) if settings.matching else None,
+        normalizer,
+        setup.world,
+    )
+
+
+def make_critic(setup: Setup) -> Critic:
+    """A head on the teacher's taps, fresh or the earlier stage's. Raises UserError where that one does not fit."""
+    network, settings = setup.teacher.network, setup.config.method
+    taps = tuple(settings.taps.split(",")) if settings.taps else (setup.family.default_tap(network),)
+    head = head_for(setup.family.widths(network, taps), settings.head_channels)
+    if setup.start_from is not None and (setup.start_from / "head").is_dir():
+        expected, head = head.config, load_head(setup.start_from / "head")
+        for key in ("in_channels", "channels"):
+            if head.config[key] != expected[key]:
+                raise UserError(
+                    f"the head in init={setup.start_from} has {key}={head.config[key]}, this stage needs "
+                    f"{expected[key]}; set teacher, taps and head_channels as they were there"
+                )
+    return Critic(setup.teacher, taps, _ready(head.to(setup.device)))
+
+
+def denoisers(setup: Setup, names: Sequence[str]) -> tuple[dict[str, Denoiser], dict[str, Tensor]]:
+    """The student and others (which start as the teacher), by name: whole networks, or adapters where `Memory` says so;
+    and the float32 weights that a narrower student was rounded from, by name, empty where there are none.
+
+    The teacher's own network takes the memory settings' type and checkpointing too.
+    """
+    memory: Memory = setup.config.memory
+    teacher, start = setup.teacher.network, setup.start_from
+    adapted = {name: memory.student_lora if name == "student" else memory.share_backbone for name in names}
+    whole: dict[str, nn.Module] = {}
+    for name in [name for name in names if not adapted[name]]:
+        if name == "student" and start is not None:
+            whole[name] = load_pipeline(start / "student", StudentPipeline).network.to(setup.device)
+        else:
+            whole[name] = copy.deepcopy(teacher)
+    # Master weights go on where the earlier stage's ended, not at the next bfloat16, which is further than an update.
+    exact: dict[str, Tensor] = {}
+    if "student" in whole and start is not None and memory.precision == "bfloat16":
+        exact = {f"network.{name}": p.detach().cpu() for name, p in whole["student"].named_parameters()}
+    for network in (teacher, *whole.values()):
+        _prepare(network, memory)
+    calls = dict.fromkeys(names, setup.teacher.call)
+    roles = [name for name in names if adapted[name]]
+    if roles:
+        backbone = SharedBackbone(teacher, roles, memory.lora_rank, setup.family.lora_targets)
+        if memory.checkpoint_activations:
+            teacher.enable_gradient_checkpointing(backbone.checkpointed)
+        whole |= {name: Role(backbone, name) for name in roles}
+        calls |= dict.fromkeys(roles, in_role(setup.teacher.call))
+    if adapted.get("student") and start is not None:
+        _load_adapter(whole["student"], start)
+    schedule = setup.teacher.schedule
+    return {name: _ready(Denoiser(whole[name], schedule, calls[name])) for name in names}, exact
+
+
+def _prepare(network: nn.Module, memory: Memory) -> None:
+    if memory.checkpoint_activations:
+        network.enable_gradient_checkpointing()
+    if memory.precision == "bfloat16" and next(network.parameters()).dtype != torch.bfloat16:
+        nn.Module.to(network, torch.bfloat16)  # diffusers' own warns of a list that is empty
+
+
+def _ready(network: nn.Module) -> nn.Module:
+    return network.requires_grad_(True).eval()
+
+
+def _load_adapter(role: Role, start_from: Path) -> None:
+    """Go on with the student adapter of an earlier stage."""
+    file = start_from / ADAPTER
+    if not file.is_file():
+        raise UserError(
+            f"init={start_from} has no {ADAPTER}: its student was trained whole; train it with student_lora=true, or "
+            "leave student_lora out here"
+        )
+    try:
+        weights = load_file(file)
+        with torch.no_grad():
+            for name, parameter in role.named_parameters():
+                parameter.copy_(weights[f"network.{name}"])
+    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+        reason = first_line(error)
+        raise UserError(f"{file} is damaged or of another lora_rank ({reason}); train that stage again") from error

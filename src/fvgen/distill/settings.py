@@ -1,0 +1,123 @@
+"""The settings of a stage by owner: each says what it holds, what it refuses, and what may change on resume.
+
+On the page, in YAML and on the command line, all are flat ``key: value`` lines (`fvgen.distill.config` sorts them); no
+two owners have a setting of the same name. What is a method's own stands in `fvgen.distill.methods`.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Owner(BaseModel):
+    """Frozen, no unknown names, no silent conversions, no infinite numbers. ``resumable``: what may be changed when a
+    run is resumed, because it does not change what an update means."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    resumable: ClassVar[frozenset[str]] = frozenset()
+
+
+class Run(Owner):
+    """Where from, where to, how long."""
+
+    resumable = frozenset({"out", "iterations"})
+
+    out: str = Field(min_length=1, description="folder of this run; the same command again resumes it")
+    teacher: str = Field("tiny", description="a teacher's model folder, or the name of a shipped preset")
+    init: str = Field(
+        "", description="folder of an earlier stage whose student and head to start from; '' for the teacher"
+    )
+    seed: int = Field(0, ge=0, le=2**32 - 1)
+    device: str = Field("cpu", description="where to train, as torch names it: cpu, cuda, cuda:1")
+    iterations: int = Field(200, ge=1)
+
+
+class Data(Owner):
+    """What to learn from."""
+
+    data: str = Field("builtin", description="'builtin' scenes, a folder of clips, or shards (a folder, s3://, ...)")
+    clips: int = Field(64, ge=1, description="how many built-in clips to train on; ignored for a folder")
+    batch_size: int = Field(4, ge=1)
+
+
+class Optimizer(Owner):
+    """AdamW of one learner. ``LEARNER_lr`` is its own rate; the others hold for all learners, as ``LEARNER_beta1`` for
+    one."""
+
+    lr: float = Field(5e-5, gt=0)
+    beta1: float = Field(0.0, ge=0, lt=1, description="AdamW's first moment; 0 is usual where critics move")
+    beta2: float = Field(0.999, ge=0, lt=1)
+    weight_decay: float = Field(0.01, ge=0)
+    clip_norm: float = Field(1.0, gt=0, description="largest gradient norm of each network")
+
+
+class Memory(Owner):
+    """How the work is done: types, parts, sharing, sharding."""
+
+    resumable = frozenset({"deepspeed", "accumulation", "offload_teacher", "checkpoint_activations"})
+
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of weights and activations; with bfloat16 the optimisers keep float32 master weights"
+    )
+    accumulation: int = Field(1, ge=1, description="parts in which each process passes its clips, to save memory")
+    checkpoint_activations: bool = Field(False, description="compute activations again instead of keeping them")
+    fused: bool | None = Field(None, description="AdamW in one kernel; null means on a GPU (last bits differ)")
+    share_backbone: bool = Field(
+        False, description="the fake score is a LoRA adapter on the one frozen teacher instead of a network of its own"
+    )
+    student_lora: bool = Field(False, description="so is the student; needs share_backbone")
+    lora_rank: int = Field(16, ge=1)
+    deepspeed: str = Field("", description="JSON file of DeepSpeed settings; '' trains in one plain process")
+    offload_teacher: bool = Field(False, description="keep the frozen teacher in the CPU's memory; needs deepspeed")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Memory:
+        if self.student_lora and not self.share_backbone:
+            raise ValueError("student_lora=true needs share_backbone=true: the adapter sits on the shared teacher")
+        if self.offload_teacher and not self.deepspeed:
+            raise ValueError("offload_teacher=true needs deepspeed=FILE: DeepSpeed moves the weights to and fro")
+        return self
+
+
+class Log(Owner):
+    """What is kept and shown; all of it may change on resume."""
+
+    resumable = frozenset(
+        {"checkpoint_every", "keep_checkpoints", "keep_best_by", "max_skips", "sample_every", "track"}
+    )
+
+    checkpoint_every: int = Field(50, ge=1, description="iterations between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest to keep")
+    keep_best_by: str = Field(
+        "", description="also keep the checkpoint before which this metric's mean was lowest, e.g. loss_student"
+    )
+    max_skips: int = Field(3, ge=1, description="iterations in a row with a loss or gradient that is not finite")
+    sample_every: int = Field(
+        100, ge=0, description="iterations between sample clips of the student and their spread; 0 is never"
+    )
+    track: bool = Field(True, description="curves for TensorBoard and Weights & Biases where those are installed")
+
+
+class MethodSettings(Owner):
+    """The base of a method's own settings. A setting that others make idle is refused where it is given.
+
+    all_learners: names of all networks that may learn.
+    """
+
+    all_learners: ClassVar[tuple[str, ...]] = ("student",)
+
+    def learners(self) -> tuple[str, ...]:
+        """Names of the networks that learn under these settings, each with an `Optimizer` of its own."""
+        return ("student",)
+
+    def idle(self) -> dict[str, str]:
+        """Settings that have no effect beside the others, and why."""
+        return {}
+
+    def judge(self, run: Run, data: Data, memory: Memory) -> None:
+        """Raises ValueError, one sentence, where the other owners' settings do not go with these."""
+
+
+OWNERS: dict[str, type[Owner]] = {"run": Run, "data": Data, "memory": Memory, "log": Log}

@@ -1,0 +1,30 @@
+"""What every pipeline's call takes beside its sampler's own arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypedDict
+
+if TYPE_CHECKING:
+    from fvgen.pipelines.base import OnStepEnd
+
+
+class CallOptions(TypedDict, total=False):
+    """Keywords of a pipeline's call; any may be left out.
+
+    photographs: frame index to photograph, for renders whose known frames are not replaced yet.
+    prompt: a text (or one per clip) other than the model's own; needs text encoder and tokenizer.
+    fps: the network's frame rate where it has one (ViewCrafter's `frame_stride`), its default if not given.
+    callback_on_step_end: diffusers' callback (pipeline, index, timestep, tensors) -> changed tensors.
+    callback_on_step_end_tensor_inputs: which tensors it is given, of "latents" and "x0".
+    output_type: "pt", "np", "pil" or "latent", see `fvgen.pipelines.frames.VideoOutput`.
+    return_dict: False for a tuple. With neither this nor `output_type` the result is the plain tensor.
+    """
+
+    photographs: Mapping[int, Any] | None
+    prompt: str | Sequence[str] | None
+    fps: int | None
+    callback_on_step_end: OnStepEnd | None
+    callback_on_step_end_tensor_inputs: Sequence[str]
+    output_type: str | None
+    return_dict: bool | None

@@ -1,0 +1,121 @@
+"""The teacher's half of a pipeline: many steps of DDIM with classifier-free guidance."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from fvgen.diffusion.samplers import Generators, OnStep, ddim
+from fvgen.diffusion.schedule import trailing_timesteps
+from fvgen.models.condition import Condition
+from fvgen.models.denoiser import Teacher
+from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.pipelines.frames import VideoOutput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from fvgen.pipelines.options import CallOptions
+
+
+class TeacherPipeline(NovelViewPipeline):
+    """A family's teacher, two network evaluations a step. Its ``steps``, ``guidance`` and ``guidance_rescale`` are what
+    a call uses where it is not told otherwise."""
+
+    def teacher(
+        self,
+        guidance: float | None = None,
+        image_guidance: float | None = None,
+        guidance_rescale: float | None = None,
+        negative_prompt: str | None = None,
+    ) -> Teacher:
+        """The frozen guided denoiser inside; guidance and rescale default to the model's own."""
+        guidance = self.config.guidance if guidance is None else guidance
+        rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
+        nulls = self.nulls(negative_prompt)
+        return Teacher(self.network, self.schedule, self.family.call, nulls, guidance, rescale, image_guidance)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        condition: Condition,
+        generator: Generators,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        on_step: OnStep | None = None,
+        *,
+        image_guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        negative_prompt: str | None = None,
+        eta: float = 1.0,
+        latents: Tensor | None = None,
+    ) -> Tensor:
+        """Latents [B, C, F, h, w] for a condition: ancestral DDIM (eta 1) at trailing timesteps, as published.
+
+        Args:
+            image_guidance_scale: separate guidance by the image tokens, a third evaluation a step. As in ViewCrafter's
+                sampler for it, the result keeps the last timestep's scale (see `keep_last_scale` of `ddim`).
+            latents: x_T [B, C, F, h, w], drawn if not given.
+        """
+        teacher = self.teacher(guidance_scale, image_guidance_scale, guidance_rescale, negative_prompt)
+        return ddim(
+            partial(teacher, condition=condition),
+            self.initial_noise(condition, generator, latents),
+            self.schedule,
+            trailing_timesteps(self.config.steps if num_inference_steps is None else num_inference_steps),
+            eta=eta,
+            generator=generator,
+            on_step=on_step,
+            keep_last_scale=teacher.nfe == 3,
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        render: Any,
+        generator: Generators | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        on_step: OnStep | None = None,
+        *,
+        negative_prompt: str | None = None,
+        image_guidance_scale: float | None = None,
+        guidance_rescale: float | None = None,
+        eta: float = 1.0,
+        latents: Tensor | None = None,
+        **options: Unpack[CallOptions],
+    ) -> Tensor | tuple | VideoOutput:
+        """Renders [B, F, 3, H, W] in [0, 1], known frames replaced by photographs, to video of the same shape.
+
+        NFE: 2 a step, 1 with guidance 1, 3 with `image_guidance_scale`.
+
+        Args:
+            render: a tensor [B, F, 3, H, W], an array [B, F, H, W, 3], or PIL images (see `as_frames`).
+            generator: one for all clips, or a list of one per clip; seed 0 on the CPU by default.
+            num_inference_steps, guidance_scale, guidance_rescale: the model's own by default.
+            on_step: told about every step (see `fvgen.diffusion.samplers.SamplerStep`); may return other latents.
+            negative_prompt: a text other than the model's own; needs text encoder and tokenizer.
+            image_guidance_scale: see `sample`.
+            eta: 1 is ancestral sampling, as published, 0 deterministic.
+            latents: x_T [B, C, F, h, w], drawn if not given.
+            options: see `fvgen.pipelines.options.CallOptions`.
+
+        Raises:
+            UserError: a render of the wrong shape, size or range, or with non-finite values; parts of the model on
+                different devices or of different types; options that do not exist.
+        """
+        steps = self.config.steps if num_inference_steps is None else num_inference_steps
+        sample = partial(
+            self.sample,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            image_guidance_scale=image_guidance_scale,
+            guidance_rescale=guidance_rescale,
+            negative_prompt=negative_prompt,
+            eta=eta,
+            latents=latents,
+        )
+        return self._generate(render, generator, steps, sample, on_step=on_step, **options)
