@@ -28,7 +28,9 @@ from fvgen.cli import Parser, guarded, positive
 from fvgen.convert.names import vae_config_from_lvdm
 from fvgen.diffusion.samplers import ddim, few_step
 from fvgen.diffusion.schedule import NoiseSchedule, trailing_timesteps
-from fvgen.models.denoiser import Condition, Denoiser, Teacher
+from fvgen.models.condition import Condition
+from fvgen.models.denoiser import Denoiser, Teacher
+from fvgen.models.viewcrafter.family import call
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 from fvgen.pipelines.folders import check_device
 from fvgen.system.files import atomic_path, write_json
@@ -124,8 +126,9 @@ def on_cuda(unet: ViewCrafterUNet, vae: AutoencoderKL, preset: dict, device: str
     rows.append(measured("large forward, compiled", lambda: compiled(*arguments, return_dict=False), device))
 
     schedule = NoiseSchedule.viewcrafter(0.3).to(device)
-    condition = Condition(arguments[0][:, 4:].float(), arguments[2])
-    noise = torch.randn(condition.render_latents.shape, generator=torch.Generator().manual_seed(2)).to(device)
+    text, image = arguments[2].tensor_split([unet.config.text_tokens], dim=1)
+    condition = Condition(render_latents=arguments[0][:, 4:].float(), text_tokens=text, image_tokens=image)
+    noise = torch.randn(condition["render_latents"].shape, generator=torch.Generator().manual_seed(2)).to(device)
     teacher_steps, student_steps = preset["steps"]
 
     def decode(latents: Tensor) -> None:
@@ -133,12 +136,12 @@ def on_cuda(unet: ViewCrafterUNet, vae: AutoencoderKL, preset: dict, device: str
             vae.decode(frame / vae.config.scaling_factor)
 
     def teach() -> None:
-        teacher = partial(Teacher(unet, schedule, arguments[2]), condition=condition)
+        teacher = partial(Teacher(unet, schedule, call, [{}]), condition=condition)
         generator = torch.Generator().manual_seed(3)
         decode(ddim(teacher, noise, schedule, trailing_timesteps(teacher_steps), eta=1.0, generator=generator))
 
     def study() -> None:
-        student = partial(Denoiser(unet, schedule), condition=condition)
+        student = partial(Denoiser(unet, schedule, call), condition=condition)
         decode(few_step(student, noise, schedule, student_steps, generator=torch.Generator().manual_seed(3)))
 
     study()

@@ -26,32 +26,33 @@ from fvgen.system.files import write_json
 
 
 def stage_settings(device: str, rank: int, **changes: object) -> dict[str, Any]:
-    common = {"stage": "dmd", "out": "unused", "batch_size": 1, "critic_updates": 1, "guidance": 1.0, "device": device}
-    return common | {"lora_rank": rank} | changes
+    common = {"out": "unused", "batch_size": 1, "critic_updates": 1, "guidance": 1.0, "device": device}
+    return common | ({"lora_rank": rank} if "share_backbone" in changes else {}) | changes
 
 
 def measure(settings: dict[str, Any], channels: int, frames: int, side: int) -> float:
     """GB that two iterations need, in this process."""
     import torch
-    from stage2_iteration import iterate, make_players, random_batch, unet_of
+    from stage2_iteration import blueprint_of, iterate, make_method, random_batch
 
-    from fvgen.distill.config import StageConfig
-    from fvgen.planning.simulate import Size
+    from fvgen.distill.config import stage_config
+    from fvgen.models.family import Size
     from fvgen.system.processes import ALONE
 
-    config = StageConfig(**settings)
+    config = stage_config("dmd", settings)
     warm_up = torch.nn.Conv2d(4, 4, 3)  # libraries load their kernels at the first use
     torch.optim.AdamW(warm_up.parameters())
     warm_up(torch.randn(1, 4, 8, 8)).sum().backward()
-    if config.share_backbone:
+    if config.memory.share_backbone:
         import peft  # noqa: F401
-    on_gpu = config.device.startswith("cuda")
+    on_gpu = config.run.device.startswith("cuda")
     before = 0.0 if on_gpu else resident("VmRSS")
 
-    players, ema = make_players(config, unet_of(channels), frames, ALONE)
-    batch = random_batch(players.teacher.unet, Size(1, frames, side, side))
-    for number in range(2):
-        iterate(players, config, ema, batch, number)
+    blueprint, size = blueprint_of(channels), Size(1, frames, 8 * side, 8 * side)
+    method = make_method(config, blueprint, size, ALONE)
+    batch = random_batch(blueprint, size, config.run.device)
+    for number in (1, 2):
+        iterate(method, batch, number)
     return torch.cuda.max_memory_allocated() / 1e9 if on_gpu else resident("VmHWM") - before
 
 
@@ -63,17 +64,20 @@ def resident(key: str) -> float:
 
 def predict(settings: dict[str, Any], channels: int, frames: int, side: int) -> tuple[float, float]:
     """(GB, TFLOP of an iteration) by `fvgen.planning.plan`."""
-    from stage2_iteration import unet_of
+    from stage2_iteration import FAMILY, blueprint_of
 
-    from fvgen.distill.config import StageConfig
+    from fvgen.distill.config import stage_config
+    from fvgen.models.family import Size
     from fvgen.planning.plan import CPU_RUNTIME_GB, RUNTIME_GB, SHARES, Choice, Hardware, estimate
-    from fvgen.planning.simulate import Size, simulate
+    from fvgen.planning.simulate import simulate
 
-    config = StageConfig(**settings)
-    profile = simulate(config, unet_of(channels), Size(1, frames, side, side))
-    share = next(name for name, value in SHARES.items() if value == (config.share_backbone, config.student_lora))
-    choice = Choice(0, config.checkpoint_activations, share)
-    runtime = RUNTIME_GB if config.device.startswith("cuda") else CPU_RUNTIME_GB
+    config = stage_config("dmd", settings)
+    profile = simulate(config, FAMILY, blueprint_of(channels), Size(1, frames, 8 * side, 8 * side))
+    share = next(
+        name for name, value in SHARES.items() if value == (config.memory.share_backbone, config.memory.student_lora)
+    )
+    choice = Choice(0, config.memory.checkpoint_activations, share)
+    runtime = RUNTIME_GB if config.run.device.startswith("cuda") else CPU_RUNTIME_GB
     return estimate(config, profile, choice, Hardware(1, runtime_gb=runtime)).total, profile.flops / 1e12
 
 

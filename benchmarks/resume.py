@@ -42,7 +42,7 @@ def train(settings: dict[str, Any]) -> None:
     from fvgen.distill import run, stage_config
 
     torch.set_num_threads(1)
-    run(stage_config(settings["stage"], settings))
+    run(stage_config(settings["method"], settings))
 
 
 def contents(out: Path) -> dict[str, str]:
@@ -76,7 +76,7 @@ def main() -> None:
     server.set_forkserver_preload(["fvgen.distill.trainer", "torch._dynamo"])
     moments = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as scratch:
-        common = {"stage": args.stage, "teacher": args.teacher, "data": args.data, "clips": 8, "batch_size": 2}
+        common = {"method": args.stage, "teacher": args.teacher, "data": args.data, "clips": 8, "batch_size": 2}
         common |= {"iterations": args.iterations, "checkpoint_every": 1, "critic_updates": 1, "track": False}
         whole, killed = ({**common, "out": f"{scratch}/{name}"} for name in ("whole", "killed"))
         start = time.monotonic()

@@ -18,6 +18,7 @@ import json
 import platform
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,85 +27,77 @@ from full_size import cheap_weights
 
 from fvgen.cli import Parser, deepspeed_setting, guarded, positive
 from fvgen.clips.latents import LatentBatch
-from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill.config import StageConfig, parse_overrides, stage_config
 from fvgen.distill.draws import Draws
-from fvgen.distill.ema import EMA
-from fvgen.distill.engines import join_world, make_engine, shard_frozen
+from fvgen.distill.engines import join_world, shard_frozen
+from fvgen.distill.learners import make_learner
+from fvgen.distill.methods import METHODS
+from fvgen.distill.methods.base import Method, Part, Setup
 from fvgen.distill.monitor import peak_memory_gb
-from fvgen.distill.players import assemble
-from fvgen.distill.steps import Players, roll_out, update_critics, update_student
 from fvgen.distill.zero_settings import clips_at_a_time
-from fvgen.models.critic import DiscriminatorHead
-from fvgen.models.denoiser import Condition, Teacher
-from fvgen.models.viewcrafter.unet import IMAGE_TOKENS_PER_FRAME, ViewCrafterUNet
+from fvgen.models.condition import Condition
+from fvgen.models.denoiser import Teacher
+from fvgen.models.family import Blueprint, Size, named
 from fvgen.pipelines.folders import check_device
-from fvgen.planning.simulate import Size, simulate
+from fvgen.planning.simulate import simulate
 from fvgen.system.files import write_json
 from fvgen.system.processes import World
 
 WARM_UP = 2
+FAMILY = named("viewcrafter")
 
 
-def unet_of(channels: int) -> dict[str, Any]:
-    """Settings of ViewCrafter's UNet (320 channels), or of a narrower one of the same build."""
-    narrow = {"model_channels": channels, "num_head_channels": 16, "norm_num_groups": 16, "init_attn_heads": 2}
-    return narrow if channels != 320 else {}
+def blueprint_of(channels: int) -> Blueprint:
+    """ViewCrafter's published sizes (320 channels), or a narrower network of the same build."""
+    files = dict(FAMILY.published["viewcrafter"])
+    if channels != 320:
+        narrow = {"num_head_channels": 16, "norm_num_groups": 16, "init_attn_heads": 2}
+        files["unet"] = {"model_channels": channels, **narrow}
+    return FAMILY.blueprint(files)
 
 
-def make_players(config: StageConfig, unet_settings: dict[str, Any], frames: int, world: World) -> tuple[Players, EMA]:
-    """All of stage 2 around a teacher of random weights."""
+def make_method(config: StageConfig, blueprint: Blueprint, size: Size, world: World) -> Method:
+    """All of a stage around a teacher of random weights."""
     with torch.device("meta"):
-        unet = ViewCrafterUNet(**unet_settings)
-    unet = cheap_weights(unet, config.device, getattr(torch, config.precision))
-    tokens = unet.config.text_tokens + IMAGE_TOKENS_PER_FRAME * frames
-    null = torch.zeros(1, tokens, unet.config.context_dim, device=config.device)
-    teacher = Teacher(unet, NoiseSchedule.viewcrafter(base_scale=0.7), null, config.guidance).to(config.device)
-    head = DiscriminatorHead(unet.config.model_channels * unet.config.channel_mult[-1], config.head_channels)
-    players = assemble(
-        config, teacher, head.to(config.device), None, lambda module, lr: make_engine(module, lr, config, world), world
-    )
-    ema = EMA(players.student_engine, config.ema_decay)
+        network = blueprint.network()
+    network = cheap_weights(network, config.run.device, getattr(torch, config.memory.precision))
+    _, condition = blueprint.example(size)
+    nulls = [{name: condition[name][:1] for name in ("text_tokens", "image_tokens")}]
+    teacher = Teacher(network, blueprint.schedule(), FAMILY.call, nulls, config.method.guidance).to(config.run.device)
+    setup = Setup(config, FAMILY, teacher, partial(make_learner, config, world), world=world)
+    method = METHODS[config.name].method.build(setup)
     shard_frozen(teacher, config, world)
-    return players, ema
+    return method
 
 
-def random_batch(unet: ViewCrafterUNet, size: Size) -> LatentBatch:
-    shape = (size.batch, unet.config.out_channels, size.frames, size.height, size.width)
-    tokens = unet.config.text_tokens + IMAGE_TOKENS_PER_FRAME * size.frames
-    latents, rendered = (torch.randn(shape, device=unet.device) for _ in range(2))
-    context = torch.randn(size.batch, tokens, unet.config.context_dim, device=unet.device, dtype=unet.dtype)
-    return LatentBatch(latents, Condition(rendered, context))
+def random_batch(blueprint: Blueprint, size: Size, device: str) -> LatentBatch:
+    latents, condition = blueprint.example(size)
+    noise = {name: torch.randn(tensor.shape, device=device) for name, tensor in condition.items()}
+    return LatentBatch(torch.randn(latents.shape, device=device), Condition(**noise))
 
 
-def iterate(players: Players, config: StageConfig, ema: EMA, batch: LatentBatch, number: int) -> None:
-    """As `fvgen.distill.Trainer.iterate` with one critic update, all clips at once."""
-    draws = Draws(torch.Generator().manual_seed(number))
-    rollout = roll_out(players, config, batch, draws)
-    update_critics(players, config, rollout, draws)
-    update_student(players, config, rollout, draws)
-    ema.update()
-
-
-def measure(
-    config: StageConfig, world: World, unet_settings: dict[str, Any], size: Size, iterations: int
-) -> dict[str, Any]:
+def measure(config: StageConfig, world: World, blueprint: Blueprint, size: Size, iterations: int) -> dict[str, Any]:
     """Seconds, and peak memory of this process."""
     torch.manual_seed(0)
-    players, ema = make_players(config, unet_settings, size.frames, world)
-    batch, seconds = random_batch(players.teacher.unet, size), []
-    for number in range(WARM_UP + iterations):
+    method = make_method(config, blueprint, size, world)
+    batch, seconds = random_batch(blueprint, size, config.run.device), []
+    for number in range(1, WARM_UP + iterations + 1):
         start = time.perf_counter()
-        iterate(players, config, ema, batch, number)
-        if config.device.startswith("cuda"):
+        iterate(method, batch, number)
+        if config.run.device.startswith("cuda"):
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
     return {
-        "device": torch.cuda.get_device_name() if config.device.startswith("cuda") else platform.processor(),
+        "device": torch.cuda.get_device_name() if config.run.device.startswith("cuda") else platform.processor(),
         "processes": world.size,
         "seconds": round(statistics.median(seconds[WARM_UP:]), 3),
-        "peak_gb": round(peak_memory_gb(config.device), 2),
+        "peak_gb": round(peak_memory_gb(config.run.device), 2),
     }
+
+
+def iterate(method: Method, batch: LatentBatch, number: int) -> None:
+    """The method's own iteration on one batch, all clips at once."""
+    method.iterate(number, lambda: [Part(batch, Draws(torch.Generator().manual_seed(number)))])
 
 
 def main() -> None:
@@ -125,18 +118,18 @@ def main() -> None:
     given = parse_overrides(deepspeed_setting(args.deepspeed) + args.settings)
     common = {"out": "unused", "batch_size": 1, "critic_updates": 1, "guidance": 7.5, "device": args.device}
     config = stage_config("dmd", common | {"precision": "bfloat16", "checkpoint_activations": True} | given)
-    unet_settings = unet_of(args.channels)
-    check_device(config.device)
+    blueprint = blueprint_of(args.channels)
+    check_device(config.run.device)
     world = join_world(config)
-    size = Size(clips_at_a_time(config, world.size), args.frames, args.height // 8, args.width // 8)
-    row = measure(config, world, unet_settings, size, args.iterations)
+    size = Size(clips_at_a_time(config, world.size), args.frames, args.height, args.width)
+    row = measure(config, world, blueprint, size, args.iterations)
     if not world.is_main:
         return
-    once = config.model_copy(update={"checkpoint_activations": False, "deepspeed": ""})
-    tflop = simulate(once, unet_settings, size).flops / 1e12
+    once = config.changed(checkpoint_activations=False, deepspeed="")
+    tflop = simulate(once, FAMILY, blueprint, size).flops / 1e12
     row |= {"tflop": round(tflop, 4), "utilisation": round(tflop / row["seconds"] / args.tflops, 4)}
     row |= {"frames": args.frames, "height": args.height, "width": args.width, "channels": args.channels}
-    row["settings"] = {key: value for key, value in config.model_dump().items() if key in common | given}
+    row["settings"] = {key: value for key, value in config.words().items() if key in common | given}
     if args.out:
         write_json(args.out, row)
     print(json.dumps(row))

@@ -2,29 +2,25 @@
 
 Sizes as in the comparison with FastGen: width 128, depth 4, 4 heads, patch (1, 2, 2), latents [2, 4, 8, 16, 16],
 context [2, 16, 64]; adaptive layer norms, self-attention over all 512 tokens, cross-attention, a GELU feed-forward:
-1.51 M parameters. It speaks the language of ViewCrafter's UNet, so that fvgen's own updates drive it.
+1.51 M parameters. Its `call` is what a family's is, so that fvgen's own
+method drives it.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from fvgen.models.condition import Condition
+from fvgen.models.denoiser import Prediction
+
 LATENTS, CONTEXT = (2, 4, 8, 16, 16), (2, 16, 64)
-TAP = 2  # the discriminator looks at what this block puts out
-
-
-@dataclass
-class Output:
-    """As `fvgen.models.viewcrafter.unet.UNetOutput`."""
-
-    sample: Tensor | None
-    features: dict[str, Tensor]
+TAP, TAPS = 2, ("block.2",)  # the discriminator looks at what this block puts out
 
 
 class StepHead(nn.Module):
@@ -82,34 +78,38 @@ class StepNetwork(nn.Module):
         self.out = nn.Linear(width, 4 * channels)
 
     def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        fps: Tensor | None = None,
-        taps: tuple[str, ...] = (),
-        only_taps: bool = False,
-        cut: bool = False,
-    ) -> Output:
-        """As `ViewCrafterUNet.forward`; the one tap is called "middle"."""
-        time = self.time(sinusoid(timestep, 256))
-        context, x, features = self.context(encoder_hidden_states), self.patches(sample), {}
+        self, x_t: Tensor, t: Tensor, context: Tensor, tapped: bool = False, stop: bool = False, cut: bool = False
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(velocity, features [B, D, F, h, w] of the one tap where ``tapped``): see `fvgen.models.denoiser.Call`."""
+        time = self.time(sinusoid(t, 256))
+        context, x, features = self.context(context), self.patches(x_t), None
         grid = x.shape[2:]
         x = x.flatten(2).transpose(1, 2)
         with_graph = torch.is_grad_enabled()
         for index, block in enumerate(self.blocks):
             with torch.set_grad_enabled(with_graph):
                 x = block(x, time, context)
-            if index == TAP and taps:
-                features = {"middle": x.transpose(1, 2).unflatten(2, grid)}
-                if only_taps:
-                    return Output(None, features)
+            if index == TAP and tapped:
+                features = x.transpose(1, 2).unflatten(2, grid)
+                if stop:
+                    return None, features
                 with_graph = with_graph and not cut
         with torch.set_grad_enabled(with_graph):
             x = self.out(x).unflatten(1, grid)
             velocity = rearrange(x, "b f h w (c p q) -> b c f (h p) (w q)", p=2, q=2)
-        return Output(velocity, features)
+        return velocity, features
 
-    def features(self, *args: Tensor | None, tap: str = "middle") -> Tensor:
-        """Features [B, D, F, h, w]; nothing behind the tap is computed."""
-        return self(*args, taps=(tap,), only_taps=True).features[tap]
+
+def call(
+    network: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    taps: Sequence[str] = (),
+    stop: bool = False,
+    cut: bool = False,
+) -> Prediction:
+    """How fvgen runs it: the family's part of this benchmark."""
+    context = condition.expanded(len(x_t))["context"]
+    velocity, features = network(x_t, t, context, bool(taps), stop, cut)
+    return Prediction(velocity, dict.fromkeys(taps, features))

@@ -19,22 +19,25 @@ import resource
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from step_network import CONTEXT, LATENTS, StepHead, StepNetwork
+from step_network import CONTEXT, LATENTS, TAPS, StepHead, StepNetwork, call
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvgen.cli import Parser, guarded, positive
 from fvgen.diffusion.schedule import NoiseSchedule
-from fvgen.distill.config import StageConfig
+from fvgen.distill.config import StageConfig, stage_config
 from fvgen.distill.draws import Draws
-from fvgen.distill.ema import EMA
-from fvgen.distill.engines import make_engine
-from fvgen.distill.steps import Players, roll_out, update_critics, update_critics_and_look, update_student
-from fvgen.models.denoiser import Condition, Denoiser, Teacher
+from fvgen.distill.learners import make_learner
+from fvgen.distill.methods.base import Part
+from fvgen.distill.methods.dmd import Dmd
+from fvgen.models.condition import Condition
+from fvgen.models.critic import Critic
+from fvgen.models.denoiser import Denoiser, Teacher
 from fvgen.objectives import RatioNormalizer, divergences, dmd, gan
 from fvgen.system.files import write_json
 from fvgen.system.processes import ALONE
@@ -68,56 +71,50 @@ class Operations(TorchDispatchMode):
 
 def settings(same_noise: bool = True, fused: bool = True) -> StageConfig:
     """Of both loops."""
-    common = {"stage": "dmd", "out": "unused", "batch_size": LATENTS[0], "critic_updates": 1, "guidance": 5.0}
-    return StageConfig(**common, fused=fused, same_noise=same_noise)
+    common = {"out": "unused", "batch_size": LATENTS[0], "critic_updates": 1, "guidance": 5.0}
+    return stage_config("dmd", common | {"fused": fused, "same_noise": same_noise})
 
 
-def players_of(config: StageConfig) -> Players:
+def method_of(config: StageConfig) -> Dmd:
     """Teacher, student and fake score of equal size, and the head."""
     torch.manual_seed(0)
     schedule = NoiseSchedule.viewcrafter(base_scale=0.7)
-    null = torch.randn(1, *CONTEXT[1:])
-    student, fake = Denoiser(StepNetwork(), schedule), Denoiser(StepNetwork(), schedule)
+    nulls = [{"context": torch.randn(1, *CONTEXT[1:])}]
+    networks = {"student": StepNetwork(), "fake_score": StepNetwork()}
+    student, fake_score = (Denoiser(networks[name], schedule, call) for name in networks)
     head = StepHead()
-    return Players(
-        teacher=Teacher(StepNetwork(), schedule, null, guidance=config.guidance, rescale=0.0),
-        student=student,
-        head=head,
-        fake_score=fake,
-        normalizer=RatioNormalizer(divergences.weight(config.divergence, torch.zeros(1)).item()),
-        student_engine=make_engine(student, config.student_lr, config, ALONE),
-        head_engine=make_engine(head, config.head_lr, config, ALONE),
-        fake_score_engine=make_engine(fake, config.fake_score_lr, config, ALONE),
+    teacher = Teacher(StepNetwork(), schedule, call, nulls, guidance=config.method.guidance, rescale=0.0)
+    learner = partial(make_learner, config, ALONE)
+    return Dmd(
+        config.method,
+        teacher,
+        learner("student", student, average=True),
+        Critic(teacher, TAPS, head),
+        learner("head", head),
+        learner("fake_score", fake_score),
+        RatioNormalizer(divergences.weight(config.method.divergence, torch.zeros(1)).item()),
     )
 
 
 def batch() -> Batch:
     """Random clips; the network takes no render latents."""
-    return Batch(torch.randn(LATENTS), Condition(torch.zeros(LATENTS[0], 0, *LATENTS[2:]), torch.randn(CONTEXT)))
+    return Batch(torch.randn(LATENTS), Condition(context=torch.randn(CONTEXT)))
 
 
 def fvgen_loop(config: StageConfig) -> Callable[[int], None]:
     """An iteration of `fvgen.distill.Trainer`, without files."""
-    players, clips = players_of(config), batch()
-    ema = EMA(players.student_engine, config.ema_decay)
+    method, clips = method_of(config), batch()
 
     def iterate(iteration: int) -> None:
-        draws = Draws(torch.Generator().manual_seed(iteration))
-        rollout = roll_out(players, config, clips, draws)
-        if config.same_noise:
-            _, seen = update_critics_and_look(players, config, rollout, draws)
-        else:
-            _, seen = update_critics(players, config, rollout, draws), None
-        update_student(players, config, rollout, draws, seen)
-        ema.update()
+        method.iterate(iteration + 1, lambda: [Part(clips, Draws(torch.Generator().manual_seed(iteration)))])
 
     return iterate
 
 
 def bare_loop(config: StageConfig) -> Callable[[int], None]:
     """The same losses with a forward pass wherever one is needed: every update has its own rollout and features."""
-    players, clips = players_of(config), batch()
-    teacher, student, fake_score, head = players.teacher, players.student, players.fake_score, players.head
+    method, clips = method_of(config), batch()
+    teacher, student, fake_score, head = method.teacher, method.student, method.fake_score, method.critic.head
     optimizers = [torch.optim.AdamW(net.parameters(), lr=5e-5) for net in (student, fake_score, head)]
     real, condition, schedule = clips.latents, clips.condition, teacher.schedule
 
@@ -138,12 +135,12 @@ def bare_loop(config: StageConfig) -> Callable[[int], None]:
         prediction = fake_score.velocity(x_t, t, condition)
         step(dmd.denoising_loss(prediction, generated), optimizers[1])
         with torch.no_grad():
-            features = [teacher.features(*noised(x), condition) for x in (real, generated)]
+            features = [teacher.features(*noised(x), condition, TAPS)[0] for x in (real, generated)]
         step(gan.discriminator_loss(head(features[0]), head(features[1])), optimizers[2])
 
         generated = student(*noised(real), condition)
         x_t, t = noised(generated)
-        x0_real, features = teacher.judge(x_t, t, condition)
+        x0_real, (features,) = teacher.judge(x_t, t, condition, TAPS)
         logits = head(features)
         with torch.no_grad():
             x0_fake = fake_score(x_t, t, condition)

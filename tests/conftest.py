@@ -93,9 +93,8 @@ def stage(teacher_folder: Path, clip_folder: Path, tmp_path: Path) -> Callable[.
             "head_channels": 8,
             "student_lr": 1e-3,
             "head_lr": 1e-3,
-            "fake_score_lr": 1e-3,
-        }
-        return stage_config(name, settings | changes)
+        } | ({"fake_score_lr": 1e-3} if name == "dmd" else {})
+        return stage_config(name, settings).changed(**changes)
 
     return make
 

@@ -199,7 +199,7 @@ def finished(stage: Callable[..., StageConfig], out: Path, **changes) -> StageCo
 
 
 def words_of(config: StageConfig) -> list[str]:
-    values = config.model_dump()
+    values = config.words()
     return [f"{key}={'null' if value is None else value}" for key, value in values.items() if key != "init" or value]
 
 

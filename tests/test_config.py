@@ -9,8 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fvgen.distill import StageConfig, read_stage_config, read_yaml, run_config, stage_config
-from fvgen.distill.config import parse_overrides
+from fvgen.distill import read_stage_config, read_yaml, run_config, stage_config
+from fvgen.distill.config import known_words, parse_overrides
+from fvgen.distill.settings import Run
 from fvgen.errors import UserError
 
 FILE = """
@@ -44,54 +45,76 @@ def sentence(error: pytest.ExceptionInfo) -> str:
 def test_a_section_goes_over_the_top_and_the_command_line_over_both(file):
     gan = read_stage_config("gan", file, ["out=runs/a"])
     dmd = read_stage_config("dmd", file, ["out=runs/b", "batch_size=3", "fake_score_lr=3e-5", "batch_size=1"])
-    assert (gan.stage, gan.out, gan.iterations, gan.batch_size, gan.student_lr) == ("gan", "runs/a", 7, 2, 1e-4)
-    assert (dmd.stage, dmd.out, dmd.iterations, dmd.batch_size, dmd.fake_score_lr) == ("dmd", "runs/b", 9, 1, 3e-5)
-    assert read_stage_config("dmd", file, ["out=b"]).fake_score_lr == 2e-5
-    assert gan.seed == StageConfig.model_fields["seed"].default
+    assert (gan.name, gan.run.out, gan.run.iterations, gan.data.batch_size) == ("gan", "runs/a", 7, 2)
+    assert gan.optim["student"].lr == 1e-4 and gan.optim.keys() == {"student", "head"}
+    assert (dmd.name, dmd.run.out, dmd.run.iterations, dmd.data.batch_size) == ("dmd", "runs/b", 9, 1)
+    assert dmd.optim["fake_score"].lr == 3e-5
+    assert read_stage_config("dmd", file, ["out=b"]).optim["fake_score"].lr == 2e-5
+    assert gan.run.seed == Run.model_fields["seed"].default
+
+
+def test_the_method_may_be_named_in_the_file(file):
+    file.write_text("method: dmd\nout: a\n")
+    assert read_stage_config(None, file, []).name == "dmd"
+    assert read_stage_config(None, file, ["method=gan"]).name == "gan"
+    file.write_text("out: a\n")
+    with pytest.raises(UserError, match="names no method; add method="):
+        read_stage_config(None, file, [])
+
+
+def test_an_optimisers_settings_hold_for_all_or_for_one_learner(file):
+    config = read_stage_config("dmd", file, ["out=a", "beta1=0.5", "head_beta1=0.1", "head_weight_decay=0"])
+    assert {name: optimizer.beta1 for name, optimizer in config.optim.items()} == {
+        "student": 0.5,
+        "head": 0.1,
+        "fake_score": 0.5,
+    }
+    assert config.optim["head"].weight_decay == 0 and config.optim["student"].weight_decay > 0
+    assert stage_config("dmd", config.words()) == config
 
 
 @pytest.mark.parametrize("text", ["1e-4", "1E-4", "0.0001", "1.0e-4", "+1e-4"])
 def test_every_way_to_write_a_number(file, text):
-    assert read_stage_config("gan", file, ["out=a", f"head_lr={text}"]).head_lr == 1e-4
+    assert read_stage_config("gan", file, ["out=a", f"head_lr={text}"]).optim["head"].lr == 1e-4
     file.write_text(f"out: a\nhead_lr: {text}\n")
-    assert read_stage_config("gan", file, []).head_lr == 1e-4
+    assert read_stage_config("gan", file, []).optim["head"].lr == 1e-4
 
 
 @pytest.mark.parametrize("name", ["2024", "1e5", "null", "0x10", "true", "a=b", "runs/a: b", "[x"])
 def test_names_stay_names(file, name):
-    assert read_stage_config("gan", file, [f"out={name}"]).out == name
+    assert read_stage_config("gan", file, [f"out={name}"]).run.out == name
 
 
 def test_quoted_names_of_a_file_stay_names(file):
     file.write_text('out: "2024"\ndata: "1e5"\n')
     config = read_stage_config("gan", file, [])
-    assert (config.out, config.data) == ("2024", "1e5")
+    assert (config.run.out, config.data.data) == ("2024", "1e5")
 
 
 def test_null_takes_the_teachers_own_guidance(file):
-    assert read_stage_config("dmd", file, ["out=a", "guidance=2"]).guidance == 2
-    assert read_stage_config("dmd", file, ["out=a", "guidance=2", "guidance=null"]).guidance is None
+    assert read_stage_config("dmd", file, ["out=a", "guidance=2"]).method.guidance == 2
+    assert read_stage_config("dmd", file, ["out=a", "guidance=2", "guidance=null"]).method.guidance is None
 
 
 def test_a_saved_configuration_can_be_read_again():
     config = stage_config("dmd", {"out": "a", "guidance": 3.5, "student_steps": 2})
-    assert stage_config("dmd", config.model_dump()) == config
+    assert stage_config("dmd", config.words()) == config
 
 
 def test_both_stages_of_the_tiny_preset():
     settings = read_yaml(str(files("fvgen") / "configs" / "tiny.yaml"))
     config = run_config({**settings, "seed": 3}, "runs/demo")
-    assert (config.gan.stage, config.dmd.stage) == ("gan", "dmd")
-    assert (config.gan.out, config.dmd.out) == ("runs/demo/stage1_gan", "runs/demo/stage2_dmd")
-    assert (config.gan.init, config.dmd.init) == ("", config.gan.out)
-    assert config.gan.seed == config.dmd.seed == 3
-    assert config.dmd.iterations == settings["dmd"]["iterations"]
+    assert (config.gan.name, config.dmd.name) == ("gan", "dmd")
+    assert (config.gan.run.out, config.dmd.run.out) == ("runs/demo/stage1_gan", "runs/demo/stage2_dmd")
+    assert (config.gan.run.init, config.dmd.run.init) == ("", config.gan.run.out)
+    assert config.gan.run.seed == config.dmd.run.seed == 3
+    assert config.dmd.run.iterations == settings["dmd"]["iterations"]
 
 
 def test_settings_cannot_change_afterwards():
     config = stage_config("gan", {"out": "a"})
     with pytest.raises(ValueError):
-        config.seed = 1
+        config.run.seed = 1
 
 
 # --- What is refused ---
@@ -125,7 +148,7 @@ WORDS = {
     "gan_kind=wasserstein": "gan_kind='wasserstein' is unknown; known are",
     "t_min=980": "t_min=980 lies above t_max=979",
     "head_warmup=7": "head_warmup=7 leaves the student none of 7 iterations",
-    "stage=dmd": "command line: stage='dmd', but this is stage 'gan'",
+    "method=dmd": "command line: method='dmd', but this is stage 'gan'",
     "out=": "out='': string should have at least 1 character",
 }
 
@@ -150,7 +173,7 @@ FILES = {
     "a: 1\n b: 2": "settings.yaml cannot be read",
     "when: 2001-99-99": "settings.yaml cannot be read",
     "1: 2": "unknown setting 1",
-    "stage: dmd": "stage='dmd', but this is stage 'gan'",
+    "method: dmd": "method='dmd', but this is stage 'gan'",
 }
 
 
@@ -195,7 +218,46 @@ def test_settings_that_work_together_after_all():
     stage_config("dmd", {"out": "a", "gan_weight": 0.0})
 
 
-@given(st.sampled_from(sorted(StageConfig.model_fields)), st.text())
+# --- One method, by its settings with and without its parts ---
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "learners"),
+    [
+        ("gan", {}, {"student", "head"}),
+        ("dmd", {}, {"student", "head", "fake_score"}),
+        ("dmd", {"gan_weight": 0.0}, {"student", "head", "fake_score"}),  # the head weighs the matching loss
+        ("dmd", {"gan_weight": 0.0, "divergence": "reverse_kl"}, {"student", "fake_score"}),
+        ("dmd", {"dmd_weight": 0.0}, {"student", "head"}),
+        ("gan", {"gan_weight": 0.0, "regression_weight": 1.0}, {"student"}),
+    ],
+)
+def test_who_learns_follows_from_the_settings(name, changes, learners):
+    config = stage_config(name, {"out": "a", **changes})
+    assert config.optim.keys() == learners
+    assert stage_config(name, config.words()) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("gan", {"divergence": "jeffreys"}, "divergence has no effect where dmd_weight is 0; remove it"),
+        ("gan", {"guidance": 2.0}, "guidance has no effect where dmd_weight is 0"),
+        ("gan", {"dmd_weight": 1.0}, "method gan has dmd_weight=0.0; remove dmd_weight=1.0"),
+        ("gan", {"fake_score_lr": 1e-4}, "fake_score_lr has no effect where no fake_score learns"),
+        ("dmd", {"r1_sigma": 0.1}, "r1_sigma has no effect where r1_weight is 0"),
+        ("dmd", {"gan_weight": 0.0, "divergence": "reverse_kl", "head_channels": 8}, "where no head learns"),
+        ("dmd", {"gan_weight": 0.0, "divergence": "reverse_kl", "head_lr": 1e-3}, "where no head learns"),
+        ("nothing", {}, "there is no method 'nothing'; known are dmd, gan"),
+    ],
+)
+def test_settings_without_effect_are_refused_by_name(name, changes, words):
+    with pytest.raises(UserError) as error:
+        stage_config(name, {"out": "a", **changes})
+    assert words in sentence(error)
+
+
+@given(st.sampled_from(sorted(known_words("gan"))), st.text())
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_any_text_is_a_setting_or_a_sentence(key, text):
     try:
@@ -203,4 +265,4 @@ def test_any_text_is_a_setting_or_a_sentence(key, text):
     except UserError as error:
         assert "\n" not in str(error)
     else:
-        assert getattr(config, key) is not None or key in ("guidance", "fused")
+        assert config.words()[key] is not None or key == "fused"

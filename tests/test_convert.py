@@ -40,7 +40,7 @@ from fvgen.convert.names import (
     vae_to_lvdm,
 )
 from fvgen.errors import UserError
-from fvgen.models.denoiser import Condition
+from fvgen.models.condition import Condition
 from fvgen.models.viewcrafter.encoders import (
     EMPTY_IDS,
     PROMPT,
@@ -272,8 +272,10 @@ def test_whole_pipeline_equals_the_recorded_run(shared, vae):
     null = torch.cat([inputs["uncond_text"], projector(inputs["uncond_clip_tokens"])], dim=1)
     assert_near(null, inputs["uncond_context"])
 
-    pipeline.null_context = lambda prompt: null
-    condition = Condition(latents, context, inputs["fs"])
+    text, image = null.tensor_split([unet.config.text_tokens], dim=1)
+    pipeline.nulls = lambda prompt: [{"text_tokens": text, "image_tokens": image}]
+    text, image = context.tensor_split([unet.config.text_tokens], dim=1)
+    condition = Condition(render_latents=latents, text_tokens=text, image_tokens=image, fps=inputs["fs"])
     steps = []
     sample = pipeline.sample(condition, None, 6, eta=0.0, latents=inputs["x_T"], on_step=lambda s: steps.append(s.x))
     for x, expected in zip(steps, run["x"][1:], strict=True):

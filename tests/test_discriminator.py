@@ -7,8 +7,9 @@ import torch
 from small_models import LATENTS, random_latents
 from torch import nn
 
-from fvgen.models.critic import DiscriminatorHead, logits_of
-from fvgen.models.denoiser import Condition
+from fvgen.models.condition import Condition
+from fvgen.models.critic import Critic
+from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.objectives.gan import discriminator_loss
 
@@ -72,13 +73,13 @@ def test_group_norm_must_fit():
 
 def test_teacher_stops_at_its_middle_and_sees_the_timestep(teacher: ViewCrafterPipeline):
     frozen, head = teacher.teacher(), head_of(teacher.unet.config.model_channels * 2)
-    ran = []
+    critic, ran = Critic(frozen, ("middle",), head), []
     hooks = [block.register_forward_hook(lambda *_: ran.append(1)) for block in teacher.unet.output_blocks]
-    condition = Condition(random_latents(2, seed=1), teacher.null_context().repeat(2, 1, 1))
+    condition = Condition(render_latents=random_latents(2, seed=1), **teacher.nulls()[0])
     try:
         with torch.no_grad():
-            early = logits_of(head, frozen, random_latents(2), torch.tensor([100, 900]), condition)
-            late = logits_of(head, frozen, random_latents(2), torch.tensor([100, 300]), condition)
+            early = critic.logits(random_latents(2), torch.tensor([100, 900]), condition)
+            late = critic.logits(random_latents(2), torch.tensor([100, 300]), condition)
     finally:
         for hook in hooks:
             hook.remove()

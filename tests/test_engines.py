@@ -6,6 +6,7 @@ import copy
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,16 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvgen.clips.clip import ClipFolder
 from fvgen.clips.latents import load_latents
-from fvgen.distill import StageConfig, Trainer, run
+from fvgen.distill import Trainer, run, stage_config
 from fvgen.distill.draws import Draws
 from fvgen.distill.engines import Optimization, PlainEngine, join_world
-from fvgen.distill.players import build_players
-from fvgen.distill.steps import frozen, roll_out, update_critics, update_critics_and_look, update_student
+from fvgen.distill.learners import Learner, make_learner
+from fvgen.distill.methods.base import Part, Setup
+from fvgen.distill.methods.dmd import Dmd
 from fvgen.distill.zero_settings import zero_settings
 from fvgen.errors import UserError
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
 from fvgen.pipelines.folders import load_pipeline
-from fvgen.system.processes import World
+from fvgen.system.processes import ALONE, World
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -125,20 +127,22 @@ def test_steps_too_small_for_bfloat16_add_up_in_the_masters():
 def test_masters_go_on_where_the_earlier_stage_ended(stage):
     gan = stage("gan", precision="bfloat16", iterations=1)
     run(gan)
-    trainer = Trainer(stage("dmd", precision="bfloat16", init=gan.out))
+    trainer = Trainer(stage("dmd", precision="bfloat16", init=gan.run.out))
     name = "middle_block.0.conv1.weight"
-    saved = load_pipeline(Path(gan.out) / "student", FVGenPipeline).unet.get_parameter(name)
-    start = trainer.players.student_engine.gather(trainer.players.student_engine.masters)[f"unet.{name}"]
-    assert torch.equal(start, saved) and torch.equal(trainer.ema.weights()[f"unet.{name}"], saved)
+    saved = load_pipeline(Path(gan.run.out) / "student", FVGenPipeline).unet.get_parameter(name)
+    student = trainer.method.learners["student"]
+    start = student.engine.gather(student.engine.masters)[f"network.{name}"]
+    assert torch.equal(start, saved) and torch.equal(student.average.weights()[f"network.{name}"], saved)
     assert not torch.equal(saved, saved.bfloat16().float())
-    assert torch.equal(trainer.players.student.unet.get_parameter(name), saved.bfloat16())
+    assert torch.equal(trainer.method.student.network.get_parameter(name), saved.bfloat16())
 
 
 def test_a_stage_in_bfloat16(stage):
     trainer = Trainer(stage("dmd", precision="bfloat16", iterations=2))
     folder = trainer.train()
-    assert trainer.players.student.unet.dtype == torch.bfloat16 and folder.is_dir()
-    masters, average = trainer.players.student_engine.masters, trainer.ema.weights()
+    assert trainer.method.student.network.dtype == torch.bfloat16 and folder.is_dir()
+    student = trainer.method.learners["student"]
+    masters, average = student.engine.masters, student.average.weights()
     assert all(master.dtype == torch.float32 for master in masters)
     assert all(tensor.dtype == torch.float32 for tensor in average.values())
 
@@ -165,7 +169,7 @@ def test_a_state_goes_on_where_it_was(fused):
 
 def test_frozen_lets_gradients_through_but_not_in():
     head, x = nn.Linear(3, 1), torch.ones(3, requires_grad=True)
-    with frozen(head):
+    with Learner("head", head, engine_of(head)).frozen():
         loss = head(x).sum()
     loss.backward()
     assert torch.equal(x.grad, head.weight[0]) and head.weight.grad is None and head.weight.requires_grad
@@ -204,18 +208,13 @@ def test_the_counter_sees_what_it_should():
 def test_no_update_waits_for_a_tensor(stage, clip_folder, kind, same_noise):
     # fused=True is what a GPU gets. The other AdamW keeps its counters on the CPU and reads them there.
     config, base = stage("dmd", fused=True, r1_weight=0.1, gan_kind=kind, same_noise=same_noise), small_teacher()
-    players, ema = build_players(config, base, None)
+    learner = partial(make_learner, config, ALONE)
+    method = Dmd.build(Setup(config, base.family, base.teacher(), learner))
     batch = load_latents(ClipFolder(clip_folder), base).batch([0, 1])
     draws = Draws(rng())
     with Waits() as waits:
-        for _ in range(2):
-            rollout = roll_out(players, config, batch, draws)
-            if same_noise:
-                metrics, seen = update_critics_and_look(players, config, rollout, draws)
-            else:
-                metrics, seen = update_critics(players, config, rollout, draws), None
-            metrics |= update_student(players, config, rollout, draws, seen)
-            ema.update()
+        for iteration in (1, 2):
+            (metrics,) = method.iterate(iteration, lambda: [Part(batch, draws)])
     assert waits.found == []
     assert all(isinstance(value, Tensor) for value in metrics.values())
 
@@ -223,9 +222,9 @@ def test_no_update_waits_for_a_tensor(stage, clip_folder, kind, same_noise):
 def test_one_look_serves_head_and_student(stage):
     passes = {}
     for same in (False, True):
-        trainer = Trainer(stage("dmd", same_noise=same, guidance=1.0, out=str(stage().out) + str(same)))
+        trainer = Trainer(stage("dmd", same_noise=same, guidance=1.0, out=str(stage().run.out) + str(same)))
         calls: list[bool] = []
-        handle = trainer.players.teacher.unet.register_forward_hook(lambda *_, calls=calls: calls.append(True))
+        handle = trainer.method.teacher.network.register_forward_hook(lambda *_, calls=calls: calls.append(True))
         row = trainer.iterate(1)
         handle.remove()
         passes[same] = len(calls)
@@ -295,7 +294,7 @@ def test_settings_of_deepspeed_are_completed(stage, tmp_path):
     file = tmp_path / "zero.json"
     file.write_text(json.dumps(ZERO))
     config = stage(deepspeed=str(file), batch_size=8, accumulation=2, clip_norm=0.5, precision="bfloat16")
-    settings = zero_settings(config, World(size=2))
+    settings = zero_settings(config, World(size=2), config.optim["head"].clip_norm)
     assert settings["train_micro_batch_size_per_gpu"] == 2 and settings["gradient_accumulation_steps"] == 2
     assert settings["gradient_clipping"] == 0.5 and settings["bf16"]["enabled"] is True
     assert settings["zero_optimization"] == {"stage": 2}
@@ -331,7 +330,7 @@ def test_parts_that_do_not_divide(stage):
     config = stage(batch_size=3, accumulation=2)
     with pytest.raises(UserError, match="batch_size=3 does not divide among 1 processes x accumulation=2"):
         Trainer(config)
-    assert not Path(config.out).exists()
+    assert not Path(config.run.out).exists()
 
 
 @pytest.mark.parametrize(
@@ -348,4 +347,4 @@ def test_settings_that_contradict_each_other(stage, changes, words):
 
 
 def test_settings_are_of_the_stage() -> None:
-    assert StageConfig(stage="gan", out="x").precision == "float32"
+    assert stage_config("gan", {"out": "x"}).memory.precision == "float32"

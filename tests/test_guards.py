@@ -44,8 +44,8 @@ def test_sigterm_sets_a_flag_and_nothing_else():
 def test_sigterm_while_the_student_is_written(stage, tmp_path):
     config = stage(iterations=2)
     settings = tmp_path / "settings.yaml"
-    settings.write_text(yaml.safe_dump({k: v for k, v in config.model_dump().items() if k != "stage"}))
-    words, out = ["recipes/stage1_gan.py", "--config", settings], Path(config.out)
+    settings.write_text(yaml.safe_dump(config.words()))
+    words, out = ["recipes/stage1_gan.py", "--config", settings], Path(config.run.out)
     command = processes.Command(words, tmp_path)
     while command.running() and not (out / "student.partial").exists():
         time.sleep(0.0005)
@@ -61,17 +61,17 @@ def test_a_run_that_is_told_to_stop_saves_and_goes_on_later(stage, tmp_path):
     run(whole)
     config = stage(iterations=6, checkpoint_every=100, out=str(tmp_path / "told"))
     settings = tmp_path / "settings.yaml"
-    settings.write_text(yaml.safe_dump({k: v for k, v in config.model_dump().items() if k != "stage"}))
-    words, log = ["recipes/stage1_gan.py", "--config", settings], Path(config.out) / "metrics.jsonl"
+    settings.write_text(yaml.safe_dump(config.words()))
+    words, log = ["recipes/stage1_gan.py", "--config", settings], Path(config.run.out) / "metrics.jsonl"
     command = processes.Command(words, tmp_path)
     while command.running() and not (log.exists() and log.read_bytes().count(b"\n") >= 2):
         time.sleep(0.0005)
     os.kill(command.process.pid, signal.SIGTERM)
     outcome = command.finish()
     assert outcome.code == 0 and "stopped by SIGTERM after iteration" in outcome.err
-    done = len(read_metrics(config.out))
+    done = len(read_metrics(config.run.out))
     assert 2 <= done < 6 and f"after iteration {done}; the same command resumes" in outcome.err
-    assert (Path(config.out) / "checkpoints" / f"{done:08d}").is_dir()
+    assert (Path(config.run.out) / "checkpoints" / f"{done:08d}").is_dir()
     assert processes.run(words, tmp_path).code == 0
     for name in ("metrics.jsonl", "student/unet/diffusion_pytorch_model.safetensors"):
-        assert (Path(config.out) / name).read_bytes() == (Path(whole.out) / name).read_bytes()
+        assert (Path(config.run.out) / name).read_bytes() == (Path(whole.run.out) / name).read_bytes()

@@ -13,8 +13,9 @@ from small_models import FRAMES, HEIGHT, WIDTH
 
 from fvgen.distill import Trainer, read_metrics, run
 from fvgen.distill.monitor import SEEDS, sample_clips
-from fvgen.planning.plan import unet_settings
-from fvgen.planning.simulate import Size, simulate
+from fvgen.models.family import Size
+from fvgen.planning.plan import teacher_blueprint
+from fvgen.planning.simulate import simulate
 
 
 def monitored(out: str) -> list[dict]:
@@ -24,21 +25,21 @@ def monitored(out: str) -> list[dict]:
 def test_what_differs_between_equal_runs_stands_apart(stage):
     config = stage(iterations=3)
     run(config)
-    rows = monitored(config.out)
+    rows = monitored(config.run.out)
     assert [row["iteration"] for row in rows] == [1, 2, 3]
-    for row, metrics in zip(rows, read_metrics(config.out), strict=True):
+    for row, metrics in zip(rows, read_metrics(config.run.out), strict=True):
         assert row["seconds"] > 0 and row["peak_memory_gb"] > 0.1 and row["logit_abs"] > 0
-        assert row["clips_per_second"] == pytest.approx(config.batch_size / row["seconds"], rel=0.05)
+        assert row["clips_per_second"] == pytest.approx(config.data.batch_size / row["seconds"], rel=0.05)
         assert not row.keys() & metrics.keys() - {"iteration"} and not any("/" in key for key in metrics)
 
 
 def test_the_reached_rate_is_counted_work_per_second(stage, teacher_folder):
     config = stage("dmd", iterations=3, head_warmup=1, critic_updates=1)
     run(config)
-    unet, factor = unet_settings(str(teacher_folder))
-    rows = monitored(config.out)
+    family, blueprint = teacher_blueprint(str(teacher_folder))
+    rows = monitored(config.run.out)
     work = [row["flops_per_second"] * row["seconds"] for row in rows]
-    expected = simulate(config, unet, Size(config.batch_size, FRAMES, HEIGHT // factor, WIDTH // factor)).flops
+    expected = simulate(config, family, blueprint, Size(config.data.batch_size, FRAMES, HEIGHT, WIDTH)).flops
     assert work[1] == pytest.approx(expected, rel=0.01) and work[2] == pytest.approx(expected, rel=0.01)
     assert work[0] < 0.7 * expected  # critics alone
 
@@ -46,9 +47,9 @@ def test_the_reached_rate_is_counted_work_per_second(stage, teacher_folder):
 def test_curves_that_cannot_be_drawn_are_not_worth_a_run(stage, capsys):
     pytest.importorskip("tensorboard")
     config = stage(iterations=1)
-    Path(config.out).mkdir()
-    (Path(config.out) / "config.yaml").write_text(yaml.safe_dump(config.model_dump()))
-    (Path(config.out) / "tensorboard").write_text("in the way")
+    Path(config.run.out).mkdir()
+    (Path(config.run.out) / "config.yaml").write_text(yaml.safe_dump(config.words()))
+    (Path(config.run.out) / "tensorboard").write_text("in the way")
     assert run(config).is_dir()
     assert "fvgen: goes on without these curves" in capsys.readouterr().err
 
@@ -57,25 +58,23 @@ def test_sample_clips_change_no_number(stage, tmp_path):
     silent, seen = stage(iterations=4), stage(iterations=4, sample_every=2, out=str(tmp_path / "seen"))
     run(silent)
     run(seen)
-    assert (Path(silent.out) / "metrics.jsonl").read_bytes() == (Path(seen.out) / "metrics.jsonl").read_bytes()
-    pictures = sorted(path.name for path in (Path(seen.out) / "samples").iterdir())
+    assert (Path(silent.run.out) / "metrics.jsonl").read_bytes() == (Path(seen.run.out) / "metrics.jsonl").read_bytes()
+    pictures = sorted(path.name for path in (Path(seen.run.out) / "samples").iterdir())
     assert pictures == ["00000002.png", "00000004.png"]
-    with Image.open(Path(seen.out) / "samples" / pictures[0]) as picture:
+    with Image.open(Path(seen.run.out) / "samples" / pictures[0]) as picture:
         assert picture.size == (FRAMES * WIDTH, SEEDS * HEIGHT)
-    spreads = [row.get("seed_spread") for row in monitored(seen.out)]
+    spreads = [row.get("seed_spread") for row in monitored(seen.run.out)]
     assert spreads[0] is spreads[2] is None and spreads[1] > 0 and spreads[3] > 0
 
 
 def test_a_student_that_ignores_its_noise_has_no_spread(stage):
     trainer = Trainer(stage())
-    clips, spread = sample_clips(trainer.players.student, trainer.latents, trainer.config)
+    clips, spread = sample_clips(trainer.method, trainer.latents, trainer.config)
     assert clips.shape[0] == SEEDS and spread > 0.01
 
-    class Constant(torch.nn.Module):
-        schedule = trainer.players.student.schedule
-
-        def forward(self, x_t, t, condition):
-            return torch.ones_like(x_t)
+    class Constant:
+        def sample(self, batch, seed):
+            return torch.ones_like(batch.latents)
 
     assert sample_clips(Constant(), trainer.latents, trainer.config)[1] == 0
 
@@ -86,10 +85,10 @@ def test_curves_for_tensorboard_where_it_is_installed(stage):
 
     config = stage(iterations=2, sample_every=2)
     run(config)
-    events = EventAccumulator(str(Path(config.out) / "tensorboard"))
+    events = EventAccumulator(str(Path(config.run.out) / "tensorboard"))
     events.Reload()
     scalars = [event.value for event in events.Scalars("loss_head")]
-    assert scalars == pytest.approx([row["loss_head"] for row in read_metrics(config.out)])
+    assert scalars == pytest.approx([row["loss_head"] for row in read_metrics(config.run.out)])
     assert "clips_per_second" in events.Tags()["scalars"] and events.Tags()["images"] == ["sample"]
-    run(stage(iterations=2, track=False, out=config.out + "-untracked"))
-    assert not (Path(config.out + "-untracked") / "tensorboard").exists()
+    run(stage(iterations=2, track=False, out=config.run.out + "-untracked"))
+    assert not (Path(config.run.out + "-untracked") / "tensorboard").exists()

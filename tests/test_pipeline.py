@@ -11,7 +11,7 @@ import diffusers
 import pytest
 import torch
 import transformers
-from small_models import FRAMES, HEIGHT, LATENTS, STEPS, TEXT_TOKENS, WIDTH, small_clips, small_teacher, student_of
+from small_models import FRAMES, HEIGHT, LATENTS, STEPS, WIDTH, small_clips, small_teacher, student_of
 from torch import Tensor
 
 from fvgen.clips.clip import ClipFolder, save_clips
@@ -133,22 +133,23 @@ def test_decoding_undoes_the_scale_and_clamps(teacher):
 
 def test_context_is_the_prompt_then_the_first_frame(teacher, render):
     condition = teacher.condition(render, rng())
-    assert condition.context.shape == (2, TEXT_TOKENS + 16 * FRAMES, teacher.unet.config.context_dim)
-    assert torch.equal(condition.context[:, :TEXT_TOKENS], teacher.prompts.positive.expand(2, -1, -1))
-    assert torch.equal(condition.render_latents, teacher.encode_frames(render, rng()))
+    assert condition["image_tokens"].shape == (2, 16 * FRAMES, teacher.unet.config.context_dim)
+    assert torch.equal(condition["text_tokens"], teacher.prompts.positive)
+    assert torch.equal(condition["render_latents"], teacher.encode_frames(render, rng()))
     others = render.clone()
     others[:, 1:] = 1 - others[:, 1:]
-    assert torch.equal(teacher.condition(others, rng()).context, condition.context)
+    assert torch.equal(teacher.condition(others, rng())["image_tokens"], condition["image_tokens"])
     first = render.clone()
     first[:, 0] = 1 - first[:, 0]
-    assert (teacher.condition(first, rng()).context - condition.context)[:, TEXT_TOKENS:].abs().max() > 1e-3
+    assert (teacher.condition(first, rng())["image_tokens"] - condition["image_tokens"]).abs().max() > 1e-3
 
 
-def test_null_context_is_the_empty_prompt_and_a_grey_image(teacher, render):
-    null = teacher.null_context()
-    assert torch.equal(null[:, :TEXT_TOKENS], teacher.prompts.negative)
-    grey = teacher.condition(torch.full_like(render[:1], 0.5), rng()).context
-    torch.testing.assert_close(null[:, TEXT_TOKENS:], grey[:, TEXT_TOKENS:])
+def test_the_null_condition_is_the_empty_prompt_and_a_grey_image(teacher, render):
+    null, text_alone = teacher.nulls()
+    assert torch.equal(null["text_tokens"], teacher.prompts.negative)
+    assert text_alone.keys() == {"text_tokens"} and torch.equal(text_alone["text_tokens"], null["text_tokens"])
+    grey = teacher.condition(torch.full_like(render[:1], 0.5), rng())["image_tokens"]
+    torch.testing.assert_close(null["image_tokens"], grey)
     assert not torch.equal(teacher.prompts.negative, teacher.prompts.positive)
 
 
@@ -271,7 +272,7 @@ def clips(tmp_path) -> ClipFolder:
 
 
 def caches(clips: ClipFolder) -> list[Path]:
-    return sorted(clips.path.glob("latents-*"))
+    return sorted(clips.path.glob("encoded-*"))
 
 
 def test_latents_are_encoded_once(teacher, clips):
@@ -296,8 +297,8 @@ def test_latents_are_those_of_the_pipeline(teacher, clips):
     latents = load_latents(clips, teacher, seed=7)
     batch = latents.batch([2, 0])
     assert torch.equal(batch.latents, torch.cat([expected[2][0], expected[0][0]]))
-    assert torch.equal(batch.condition.render_latents[1:], expected[0][1].render_latents)
-    assert torch.equal(batch.condition.context[:1], expected[2][1].context)
+    assert torch.equal(batch.condition["render_latents"][1:], expected[0][1]["render_latents"])
+    assert torch.equal(batch.condition["image_tokens"][:1], expected[2][1]["image_tokens"])
 
 
 def test_another_seed_or_teacher_has_a_cache_of_its_own(teacher, clips):

@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection
 
 from fvgen.errors import UserError
+from fvgen.models.viewcrafter import pipelines
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
-from fvgen.pipelines import base as novel_view
 from fvgen.pipelines import hub
 from fvgen.pipelines.folders import save_model
 from fvgen.pipelines.frames import as_frames
@@ -221,12 +221,12 @@ def talking(teacher, tmp_path_factory) -> ViewCrafterPipeline:
 
 
 def test_prompts_take_the_place_of_the_fixed_one(talking, render):
-    fixed = talking.condition(render, rng()).context
-    one = talking.condition(render, rng(), "a b").context
-    two = talking.condition(render, rng(), ["a b", "c"]).context
-    assert not torch.allclose(one, fixed) and torch.equal(one[:, TEXT_TOKENS:], fixed[:, TEXT_TOKENS:])
-    torch.testing.assert_close(two[0], one[0])
-    assert not torch.allclose(two[1, :TEXT_TOKENS], one[1, :TEXT_TOKENS])
+    fixed, one, two = (talking.condition(render, rng(), prompt) for prompt in (None, "a b", ["a b", "c"]))
+    text = one["text_tokens"]
+    assert text.shape == fixed["text_tokens"].shape and not torch.allclose(text, fixed["text_tokens"])
+    assert torch.equal(one["image_tokens"], fixed["image_tokens"])
+    torch.testing.assert_close(two["text_tokens"][0], text[0])
+    assert not torch.allclose(two["text_tokens"][1], text[0])
     with pytest.raises(UserError, match="3 prompts do not fit 2 clips"):
         talking(render, prompt=["a", "b", "c"])
     assert not torch.equal(talking(render, prompt="a", negative_prompt="b"), talking(render, prompt="a"))
@@ -245,7 +245,7 @@ def test_text_tower_and_tokenizer_survive_the_disk(talking, render, tmp_path):
 
 def test_frames_in_groups_give_the_same_video(student, render, monkeypatch):
     video = student(render, rng())
-    monkeypatch.setattr(novel_view, "PIXELS_AT_ONCE", HEIGHT * WIDTH)
+    monkeypatch.setattr(pipelines, "PIXELS_AT_ONCE", HEIGHT * WIDTH)
     sizes = []
     hook = student.vae.encoder.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
     torch.testing.assert_close(student(render, rng()), video, rtol=0, atol=1e-4)

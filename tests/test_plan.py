@@ -11,7 +11,9 @@ from small_models import small_teacher
 from typer.testing import CliRunner
 
 from fvgen.cli import app
-from fvgen.distill import StageConfig
+from fvgen.distill import StageConfig, stage_config
+from fvgen.models.family import Size
+from fvgen.models.viewcrafter.family import FAMILY
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 from fvgen.planning import simulate as simulation
 from fvgen.planning.plan import (
@@ -24,19 +26,21 @@ from fvgen.planning.plan import (
     estimate,
     plan,
     print_plan,
-    unet_settings,
+    teacher_blueprint,
 )
-from fvgen.planning.simulate import Allocations, Profile, Size, simulate
+from fvgen.planning.simulate import Allocations, Profile, simulate
 
 GB = 1e9
 SMALL = {k: v for k, v in small_teacher().unet.config.items() if not k.startswith("_")}
 SMALL |= {"num_res_blocks": 1, "channel_mult": (1, 2)}  # following every allocation takes its time
-SIZE = Size(2, 4, 4, 6)
+MODEL = FAMILY, FAMILY.blueprint({"unet": SMALL, "vae": {"block_out_channels": (8, 8, 16)}})
+SIZE = Size(2, 4, 16, 24)
 
 
 def config(**changes) -> StageConfig:
-    settings = {"stage": "dmd", "out": "unused", "batch_size": 2, "critic_updates": 1, "head_channels": 8}
-    return StageConfig(**settings | changes)
+    name = changes.pop("method", "dmd")
+    settings = {"out": "unused", "batch_size": 2, "critic_updates": 1, "head_channels": 8}
+    return stage_config(name, settings | changes)
 
 
 def test_allocations_are_followed_until_they_are_freed():
@@ -65,7 +69,7 @@ def test_work_is_torchs_own_count():
 
 @pytest.fixture(scope="module")
 def profile() -> Profile:
-    return simulate(config(), SMALL, SIZE)
+    return simulate(config(), *MODEL, SIZE)
 
 
 def test_fake_tensors_take_what_real_ones_take(profile, monkeypatch):
@@ -77,7 +81,7 @@ def test_fake_tensors_take_what_real_ones_take(profile, monkeypatch):
         def __exit__(self, *_: object) -> None: ...
 
     monkeypatch.setattr(simulation, "FakeTensorMode", NoFakes)
-    real = simulate(config(), SMALL, SIZE)
+    real = simulate(config(), *MODEL, SIZE)
     assert real.flops == profile.flops > 0 and real.parameters == profile.parameters
     assert sum(real.peak()) == pytest.approx(sum(profile.peak()), rel=0.01)
 
@@ -85,19 +89,19 @@ def test_fake_tensors_take_what_real_ones_take(profile, monkeypatch):
 def test_parameters_are_counted(profile):
     unet = sum(p.numel() for p in ViewCrafterUNet(**SMALL).parameters())
     assert profile.parameters["teacher"] == profile.parameters["student"] == profile.parameters["fake_score"] == unet
-    shared = simulate(config(share_backbone=True, student_lora=True, lora_rank=2), SMALL, SIZE)
+    shared = simulate(config(share_backbone=True, student_lora=True, lora_rank=2), *MODEL, SIZE)
     assert shared.parameters["teacher"] == unet and shared.parameters["student"] < unet / 2
-    assert "fake_score" not in simulate(config(stage="gan"), SMALL, SIZE).parameters
+    assert "fake_score" not in simulate(config(method="gan"), *MODEL, SIZE).parameters
 
 
 def test_checkpointing_trades_memory_for_work(profile):
-    again = simulate(config(checkpoint_activations=True), SMALL, SIZE)
+    again = simulate(config(checkpoint_activations=True), *MODEL, SIZE)
     assert again.peak()[0] < 0.6 * profile.peak()[0]
     assert 1.1 * profile.flops < again.flops < 1.5 * profile.flops
 
 
 def test_more_clips_take_more(profile):
-    double = simulate(config(), SMALL, Size(4, 4, 4, 6))
+    double = simulate(config(), *MODEL, Size(4, 4, 16, 24))
     assert double.flops == pytest.approx(2 * profile.flops, rel=0.05)
     assert double.peak()[0] == pytest.approx(2 * profile.peak()[0], rel=0.1)
 
@@ -109,7 +113,7 @@ MACHINES = Hardware(gpus=8, memory_gb=80, runtime_gb=0.0)
 
 
 def parts(choice: Choice, **changes) -> tuple[float, ...]:
-    e = estimate(config(stage="gan", **changes), BIG, choice, MACHINES)
+    e = estimate(config(method="gan", **changes), BIG, choice, MACHINES)
     return e.weights, e.gradients, e.optimizer, e.activations, e.buffers
 
 
@@ -137,7 +141,7 @@ def test_bfloat16_halves_weights_and_adds_masters():
 
 def test_time_follows_the_work():
     choice = Choice(0, False, "three models")
-    slow, fast = (estimate(config(stage="gan"), BIG, choice, Hardware(8, 80, tflops)) for tflops in (100, 200))
+    slow, fast = (estimate(config(method="gan"), BIG, choice, Hardware(8, 80, tflops)) for tflops in (100, 200))
     assert slow.seconds == pytest.approx(1e15 / (100e12 * 0.35)) and fast.seconds == slow.seconds / 2
 
 
@@ -158,9 +162,12 @@ def test_one_gpu_is_offered_the_plain_engine():
 
 
 def test_the_published_model_needs_no_weights():
-    assert unet_settings("viewcrafter") == ({}, 8)
-    settings, factor = unet_settings("tiny")
-    assert settings["context_dim"] > 0 and factor == 4
+    family, blueprint = teacher_blueprint("viewcrafter")
+    latents, condition = blueprint.example(Size(1, 16, 320, 512))
+    assert family.name == "viewcrafter" and latents.shape == (1, 4, 16, 40, 64)
+    assert condition["text_tokens"].shape == (1, 77, 1024) and condition["image_tokens"].shape == (1, 256, 1024)
+    _, blueprint = teacher_blueprint("tiny")
+    assert blueprint.example(Size(2, 8, 48, 64))[0].shape == (2, 4, 8, 12, 16) and blueprint.guidance == 7.5
     assert clip_size("builtin", None, None, None)[1:] == (48, 64) and clip_size("builtin", 9, 16, 24) == (9, 16, 24)
 
 

@@ -7,17 +7,13 @@ import torch
 from safetensors.torch import load_file
 from viewcrafter_reference import recording, reference_unet, settings
 
-from fvgen.diffusion.samplers import (
-    SamplerStep,
-    ddim,
-    few_step,
-    guided_velocity,
-    guided_velocity_three_way,
-    rescale_guidance,
-)
+from fvgen.diffusion.guidance import guided_velocity, guided_velocity_three_way, rescale_guidance
+from fvgen.diffusion.samplers import SamplerStep, ddim, few_step
 from fvgen.diffusion.schedule import NoiseSchedule, trailing_timesteps, uniform_timesteps
 from fvgen.errors import UserError
-from fvgen.models.denoiser import Condition, Teacher
+from fvgen.models.condition import Condition
+from fvgen.models.denoiser import Teacher
+from fvgen.models.viewcrafter.family import call
 
 SPACINGS = {"uniform_trailing": trailing_timesteps, "uniform": uniform_timesteps}
 BASE_SCALES = {"1024": 0.3, "512": 0.7}
@@ -44,15 +40,23 @@ def tiny_unet(shared):
     return reference_unet(shared, "tiny")
 
 
+def tokens(unet, context):
+    """Text and image tokens of a context, apart."""
+    text, image = context.tensor_split([unet.config.text_tokens], dim=1)
+    return {"text_tokens": text, "image_tokens": image}
+
+
 @pytest.mark.parametrize("name", "ABCDE")
 @torch.no_grad()
 def test_ddim_follows_the_recorded_run(shared, tiny_unet, name):
     run = settings(shared, "ddim_tiny_config")["runs"][name]
     inputs, record = recording(shared, "ddim_tiny_inputs"), recording(shared, f"ddim_tiny_run{name}")
     schedule = NoiseSchedule.viewcrafter(BASE_SCALES[run["cn"]])
-    teacher = Teacher(tiny_unet, schedule, inputs["uncond_context"], run["g"], run["gr"], run.get("cfg_img"))
+    null = tokens(tiny_unet, inputs["uncond_context"])
+    text = {"text_tokens": null["text_tokens"]}
+    teacher = Teacher(tiny_unet, schedule, call, [null, text], run["g"], run["gr"], run.get("cfg_img"))
     assert teacher.nfe == record["model_out"].shape[1]
-    condition = Condition(inputs["c_concat"], inputs["context"], inputs["fs"])
+    condition = Condition(render_latents=inputs["c_concat"], fps=inputs["fs"], **tokens(tiny_unet, inputs["context"]))
     timesteps = SPACINGS[run["sp"]](run["S"])
     three_way = "cfg_img" in run
     sample = partial(ddim, schedule=schedule, timesteps=timesteps, eta=run["eta"], keep_last_scale=three_way)

@@ -23,7 +23,7 @@ from small_models import LATENTS, random_latents, small_clips
 from fvgen.clips.clip import save_clips
 from fvgen.distill import RunConfig, StageConfig, Trainer, read_metrics, run
 from fvgen.errors import UserError
-from fvgen.models.critic import DiscriminatorHead
+from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
 from fvgen.pipelines.folders import load_pipeline
 
@@ -63,7 +63,7 @@ def finished(teacher_folder, clip_folder, tmp_path_factory) -> Callable[..., tup
 
     def copy_to(folder: Path, **changes) -> tuple[StageConfig, Path]:
         shutil.copytree(out, folder / "gan")
-        return config.model_copy(update={"out": str(folder / "gan")} | changes), folder / "gan"
+        return config.changed(out=str(folder / "gan"), **changes), folder / "gan"
 
     return copy_to
 
@@ -95,10 +95,14 @@ def test_the_student_is_the_average_and_the_head_goes_with_it(stage):
     trainer = Trainer(stage(ema_decay=0.5))
     folder = trainer.train()
     student = load_pipeline(folder, FVGenPipeline)
-    averaged, last, first = trainer.ema.weights(), trainer.players.student.unet, trainer.base.unet
+    averaged, last, first = (
+        trainer.method.learners["student"].average.weights(),
+        trainer.method.student.network,
+        trainer.base.unet,
+    )
     name = "middle_block.0.conv1.weight"
     saved = student.unet.get_parameter(name)
-    assert torch.equal(saved, averaged[f"unet.{name}"])
+    assert torch.equal(saved, averaged[f"network.{name}"])
     assert not torch.equal(saved, last.get_parameter(name)) and not torch.equal(saved, first.get_parameter(name))
     for part in ("vae", "image_encoder", "image_projector", "prompts"):
         theirs = getattr(trainer.base, part).state_dict()
@@ -106,16 +110,21 @@ def test_the_student_is_the_average_and_the_head_goes_with_it(stage):
     assert student.config.steps == 4 and student.config.base_scale == trainer.base.config.base_scale
     assert not (student.unet.conv_out.weight.isnan()).any()
     head = DiscriminatorHead.from_pretrained(folder.parent / "head")
-    assert all(torch.equal(value, head.state_dict()[key]) for key, value in trainer.players.head.state_dict().items())
+    assert all(
+        torch.equal(value, head.state_dict()[key]) for key, value in trainer.method.critic.head.state_dict().items()
+    )
     assert not (folder / "latents").exists() and random_latents(1).shape[1:] == LATENTS
 
 
 def test_both_stages_follow_each_other(stage, tmp_path):
     gan = stage("gan", iterations=2)
-    dmd = stage("dmd", iterations=2, init=gan.out)
+    dmd = stage("dmd", iterations=2, init=gan.run.out)
     student = run(RunConfig(gan=gan, dmd=dmd))
-    assert student == Path(dmd.out) / "student" and len(read_metrics(gan.out)) == len(read_metrics(dmd.out)) == 2
-    untouched = {path: path.stat().st_mtime_ns for path in files_of(Path(gan.out)) if path.name != "config.yaml"}
+    assert (
+        student == Path(dmd.run.out) / "student"
+        and len(read_metrics(gan.run.out)) == len(read_metrics(dmd.run.out)) == 2
+    )
+    untouched = {path: path.stat().st_mtime_ns for path in files_of(Path(gan.run.out)) if path.name != "config.yaml"}
     assert run(RunConfig(gan=gan, dmd=dmd)) == student  # done: nothing is trained or written again
     assert untouched == {path: path.stat().st_mtime_ns for path in untouched}
 
@@ -125,29 +134,28 @@ def test_stage_two_starts_where_stage_one_ended(stage, finished, tmp_path):
     trainer = Trainer(stage("dmd", init=str(first)))
     student = load_pipeline(first / "student", FVGenPipeline)
     assert all(
-        torch.equal(v, trainer.players.student.unet.state_dict()[k]) for k, v in student.unet.state_dict().items()
+        torch.equal(v, trainer.method.student.network.state_dict()[k]) for k, v in student.unet.state_dict().items()
     )
     head = DiscriminatorHead.from_pretrained(first / "head")
-    assert all(torch.equal(v, trainer.players.head.state_dict()[k]) for k, v in head.state_dict().items())
-    fake = trainer.players.fake_score.unet.state_dict()  # ... and the fake score with the teacher
+    assert all(torch.equal(v, trainer.method.critic.head.state_dict()[k]) for k, v in head.state_dict().items())
+    fake = trainer.method.fake_score.network.state_dict()  # ... and the fake score with the teacher
     assert all(torch.equal(v, fake[k]) for k, v in trainer.base.unet.state_dict().items())
-    assert all(parameter.requires_grad for parameter in trainer.players.student.parameters())
+    assert all(parameter.requires_grad for parameter in trainer.method.student.parameters())
 
 
 def test_critics_alone_at_first(stage):
     trainer = Trainer(stage(head_warmup=2))
-    before = {key: value.clone() for key, value in trainer.players.student.state_dict().items()}
+    before = {key: value.clone() for key, value in trainer.method.student.state_dict().items()}
     rows = [trainer.iterate(iteration) for iteration in (1, 2)]
     assert all("loss_head" in row and "loss_student" not in row for row in rows)
-    assert all(torch.equal(value, before[key]) for key, value in trainer.players.student.state_dict().items())
+    assert all(torch.equal(value, before[key]) for key, value in trainer.method.student.state_dict().items())
     assert "loss_student" in trainer.iterate(3)
 
 
 def test_critics_learn_several_times_per_iteration(stage):
     trainer = Trainer(stage("dmd", critic_updates=3, iterations=1))
     trainer.train()
-    players = trainer.players
-    engines = (players.head_engine, players.fake_score_engine, players.student_engine)
+    engines = [trainer.method.learners[name].engine for name in ("head", "fake_score", "student")]
     updates = [next(iter(engine.optimizer.state.values()))["step"].item() for engine in engines]
     assert updates == [3, 3, 1]
 
@@ -183,13 +191,13 @@ def test_rows_behind_the_checkpoint_are_dropped(stage, tmp_path):
     config, whole = stage(iterations=4, checkpoint_every=2), stage(iterations=4, out=str(tmp_path / "whole"))
     run(whole)
     trainer = Trainer(config)
-    trainer.config = config.model_copy(update={"iterations": 2})
+    trainer.config = config.changed(iterations=2)
     trainer.train()
-    (Path(config.out) / "summary.json").unlink()
-    with (Path(config.out) / "metrics.jsonl").open("a") as log:
+    (Path(config.run.out) / "summary.json").unlink()
+    with (Path(config.run.out) / "metrics.jsonl").open("a") as log:
         log.write('{"iteration": 3, "loss_head": 0.5}\n{"iteration": 4, "lo')
     run(config)
-    assert same_files(Path(whole.out), Path(config.out))
+    assert same_files(Path(whole.run.out), Path(config.run.out))
 
 
 class Victim:
@@ -197,8 +205,8 @@ class Victim:
 
     def __init__(self, config: StageConfig, folder: Path) -> None:
         settings = folder / "settings.yaml"
-        settings.write_text(yaml.safe_dump({k: v for k, v in config.model_dump().items() if k != "stage"}))
-        script = {"gan": "recipes/stage1_gan.py", "dmd": "recipes/stage2_dmd.py"}[config.stage]
+        settings.write_text(yaml.safe_dump(config.words()))
+        script = {"gan": "recipes/stage1_gan.py", "dmd": "recipes/stage2_dmd.py"}[config.name]
         self.command = processes.Command([script, "--config", settings], folder)
 
     def kill_when(self, moment: Callable[[], bool]) -> bool:
@@ -244,7 +252,7 @@ def after_rows(log: Path, rows: int, delay: float) -> Callable[[], bool]:
 
 def killed_run(config: StageConfig, folder: Path, kills: int, seed: int) -> int:
     """Start a stage, kill it, start it again ..., and let the last one finish; returns how many kills struck."""
-    chosen, struck = moments(Path(config.out), random.Random(seed)), 0
+    chosen, struck = moments(Path(config.run.out), random.Random(seed)), 0
     for _ in range(kills):
         struck += Victim(config, folder).kill_when(next(chosen))
     outcome = Victim(config, folder).command.finish()
@@ -266,8 +274,8 @@ def test_killed_at_random_moments_and_while_saving(stage, tmp_path, one_thread):
     run(whole)
     config = stage(iterations=4, checkpoint_every=1, out=str(tmp_path / "killed"))
     assert killed_run(config, tmp_path, kills=4, seed=1) >= 2
-    assert same_files(Path(whole.out), Path(config.out))
-    assert not list(Path(config.out).rglob("*.partial*"))
+    assert same_files(Path(whole.run.out), Path(config.run.out))
+    assert not list(Path(config.run.out).rglob("*.partial*"))
 
 
 @pytest.mark.slow
@@ -277,19 +285,19 @@ def test_killed_many_times_in_both_stages(stage, tmp_path, one_thread, seed):
     config = stage(iterations=5, checkpoint_every=2, out=str(tmp_path / "killed"))
     run(whole)
     assert killed_run(config, tmp_path, kills=10, seed=seed) >= 3
-    assert same_files(Path(whole.out), Path(config.out))
-    whole_dmd = stage("dmd", iterations=5, checkpoint_every=2, init=whole.out, out=str(tmp_path / "whole-dmd"))
-    config_dmd = stage("dmd", iterations=5, checkpoint_every=2, init=config.out, out=str(tmp_path / "killed-dmd"))
+    assert same_files(Path(whole.run.out), Path(config.run.out))
+    whole_dmd = stage("dmd", iterations=5, checkpoint_every=2, init=whole.run.out, out=str(tmp_path / "whole-dmd"))
+    config_dmd = stage("dmd", iterations=5, checkpoint_every=2, init=config.run.out, out=str(tmp_path / "killed-dmd"))
     run(whole_dmd)
     assert killed_run(config_dmd, tmp_path, kills=10, seed=100 + seed) >= 3
-    assert same_files(Path(whole_dmd.out), Path(config_dmd.out))
+    assert same_files(Path(whole_dmd.run.out), Path(config_dmd.run.out))
 
 
 @pytest.mark.parametrize("leftover", [".write-test.partial", "config.yaml.partial"])
 def test_a_kill_before_the_first_file_does_not_lock_the_folder(stage, leftover):
     config = stage(iterations=1)
-    os.makedirs(config.out)
-    (Path(config.out) / leftover).touch()
+    os.makedirs(config.run.out)
+    (Path(config.run.out) / leftover).touch()
     assert run(config).is_dir()
 
 
@@ -299,25 +307,25 @@ def test_a_kill_before_the_first_file_does_not_lock_the_folder(stage, leftover):
 def test_the_folder_of_another_run(finished, tmp_path):
     config, out = finished(tmp_path)
     before = {path: path.read_bytes() for path in files_of(out)}
-    assert "holds another run (seed is 0 there and 1 here)" in refused(config.model_copy(update={"seed": 1}))
-    assert "holds another run (head_lr is" in refused(config.model_copy(update={"head_lr": 0.5}))
+    assert "holds another run (seed is 0 there and 1 here)" in refused(config.changed(seed=1))
+    assert "holds another run (head_lr is" in refused(config.changed(head_lr=0.5))
     assert before == {path: path.read_bytes() for path in files_of(out)}
 
 
 def test_the_folder_is_judged_before_anything_is_read(finished, tmp_path):
     config, _ = finished(tmp_path)
-    assert "holds another run (teacher is" in refused(config.model_copy(update={"teacher": "/nowhere"}))
+    assert "holds another run (teacher is" in refused(config.changed(teacher="/nowhere"))
 
 
 def test_the_folder_of_a_run_at_work(stage, tmp_path):
     config = stage(iterations=6)
     first = Victim(config, tmp_path)
-    while first.command.running() and not (Path(config.out) / "metrics.jsonl").exists():
+    while first.command.running() and not (Path(config.run.out) / "metrics.jsonl").exists():
         time.sleep(0.001)
     second = Victim(config, tmp_path).command.finish()
-    assert second.code == 2 and second.err.startswith(f"fvgen: another run is at work in {config.out}; wait")
+    assert second.code == 2 and second.err.startswith(f"fvgen: another run is at work in {config.run.out}; wait")
     assert first.command.finish().code == 0
-    assert [row["iteration"] for row in read_metrics(config.out)] == [1, 2, 3, 4, 5, 6]
+    assert [row["iteration"] for row in read_metrics(config.run.out)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_metric_to_keep_by_that_is_once_not_finite(stage):
@@ -331,18 +339,18 @@ def test_a_metric_to_keep_by_that_is_once_not_finite(stage):
 @pytest.mark.parametrize("name", ["notes.txt", "student/model.bin", "student.old/model.bin"])
 def test_a_folder_with_something_else(stage, name):
     config = stage()
-    file = Path(config.out) / name
+    file = Path(config.run.out) / name
     file.parent.mkdir(parents=True)
     file.write_text("precious")
     assert "is not empty and holds no run; choose another out=DIR" in refused(config)
-    assert files_of(Path(config.out)) == [file] and file.read_text() == "precious"
+    assert files_of(Path(config.run.out)) == [file] and file.read_text() == "precious"
 
 
 @pytest.mark.parametrize("text", ["[1, 2]", "a: [", "just text", ""])
 def test_a_folder_with_a_foreign_config(stage, text):
     config = stage()
-    os.makedirs(config.out)
-    (Path(config.out) / "config.yaml").write_text(text)
+    os.makedirs(config.run.out)
+    (Path(config.run.out) / "config.yaml").write_text(text)
     assert "config.yaml" in refused(config)
 
 
@@ -392,7 +400,7 @@ def test_without_its_newest_checkpoint_a_run_goes_on_from_the_one_before(finishe
     shutil.rmtree(out / "checkpoints" / "00000003")
     (out / "summary.json").unlink()
     run(config)
-    assert same_files(Path(whole.out), out)
+    assert same_files(Path(whole.run.out), out)
 
 
 def rewrite(folder: Path, name: str, content: object) -> None:
@@ -441,9 +449,9 @@ def test_a_checkpoint_with_code_in_it(finished, tmp_path):
 def test_the_newest_checkpoints_stay_and_the_best(stage):
     config = stage(iterations=6, checkpoint_every=1, keep_checkpoints=2, keep_best_by="loss_student")
     run(config)
-    rows = read_metrics(config.out)
+    rows = read_metrics(config.run.out)
     best = min(rows, key=lambda row: row["loss_student"])["iteration"]
-    kept = sorted(int(path.name) for path in (Path(config.out) / "checkpoints").iterdir())
+    kept = sorted(int(path.name) for path in (Path(config.run.out) / "checkpoints").iterdir())
     assert kept == sorted({best, 5, 6})
 
 
@@ -473,18 +481,18 @@ def test_training_that_diverges(stage):
     sentence = refused(config)
     assert "training diverged" in sentence and "is not finite at iteration 4, the last of 3 in a row" in sentence
     assert "lower the learning rates" in sentence
-    assert not (Path(config.out) / "student").exists()
-    assert [("not_finite" in row) for row in read_metrics(config.out)] == [False, True, True, True]
+    assert not (Path(config.run.out) / "student").exists()
+    assert [("not_finite" in row) for row in read_metrics(config.run.out)] == [False, True, True, True]
 
 
 def test_a_device_that_is_not_there(stage):
     config = stage(device="cuda:99")
     assert "device 'cuda:99' cannot be used here" in refused(config)
-    assert not Path(config.out).exists()
+    assert not Path(config.run.out).exists()
 
 
 def test_clips_that_do_not_fit_the_teacher(stage, tmp_path):
     save_clips(tmp_path / "odd", small_clips(1, height=20), {})
     config = stage(data=str(tmp_path / "odd"))
     assert "frames of 20x24 do not fit this model; use multiples of 8" in refused(config)
-    assert not Path(config.out).exists()
+    assert not Path(config.run.out).exists()

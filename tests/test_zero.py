@@ -53,7 +53,7 @@ def runs(teacher_folder, clip_folder, tmp_path_factory) -> Path:
     jobs = []
 
     def add(stage: str, name: str, **changes: object) -> dict:
-        settings = {"stage": stage, **common, "out": str(folder / f"{stage}-{name}")} | changes
+        settings = {"method": stage, **common, "out": str(folder / f"{stage}-{name}")} | changes
         if stage == "dmd":
             settings |= {"init": str(folder / "gan-plain")}
         return settings
@@ -203,7 +203,7 @@ def test_a_process_that_dies_ends_the_run_and_says_why(runs, tmp_path):
     script.write_text(
         "import os, sys\n"
         "from fvgen.distill import Trainer, stage_config\n"
-        f"settings = {dict(stage='gan', out=str(tmp_path / 'run'), deepspeed=ZERO[2])!r}\n"
+        f"settings = {dict(method='gan', out=str(tmp_path / 'run'), deepspeed=ZERO[2])!r}\n"
         f"settings |= {json.loads((runs / 'jobs.json').read_text())[0]!r} | settings\n"
         "trainer = Trainer(stage_config('gan', settings))\n"
         "if os.environ['RANK'] == '1':\n"

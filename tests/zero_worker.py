@@ -21,7 +21,7 @@ from fvgen.errors import UserError
 
 def train(settings: dict) -> None:
     poisoned = settings.pop("poisoned", None)
-    trainer = Trainer(stage_config(settings["stage"], settings))
+    trainer = Trainer(stage_config(settings["method"], settings))
     if poisoned is not None:
         trainer.latents.tensors["latents"][poisoned] = torch.nan
     trainer.train()

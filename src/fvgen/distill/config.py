@@ -182,7 +182,9 @@ def _check_names(name: str, settings: Mapping[str, Any], place: Place) -> None:
         for other in METHODS:
             if key in known_words(other):
                 raise UserError(f"{place(key)}: {key} is a setting of method {other}, not of {name}; remove it")
-        raise UserError(f"{place(key)}: unknown setting {key!r}{did_you_mean(str(key), {*known, *METHODS} - {key})}")
+        of_one = {f"{learner}_{key}" for learner in METHODS[name].settings.all_learners for key in SHARED}
+        near = {*known, *METHODS} - {key} - of_one  # a list of all would be twice as long
+        raise UserError(f"{place(key)}: unknown setting {key!r}{did_you_mean(str(key), near)}")
 
 
 def _optimizer(learner: str, settings: Mapping[str, Any], place: Place, where: str) -> Optimizer:

@@ -14,8 +14,8 @@ from fvgen.distill.config import StageConfig
 from fvgen.distill.methods.networks import ADAPTER
 from fvgen.distill.run_folder import read_run_config
 from fvgen.errors import UserError
-from fvgen.models.critic import DiscriminatorHead
 from fvgen.models.family import family_of
+from fvgen.models.head import DiscriminatorHead
 from fvgen.models.lora import merged_weights
 from fvgen.pipelines.folders import load_pipeline, model_kind, save_model
 from fvgen.pipelines.teacher import TeacherPipeline

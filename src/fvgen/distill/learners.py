@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
 from fvgen.distill.ema import EMA
-from fvgen.distill.engines import Engine
+from fvgen.distill.engines import Engine, make_engine
+from fvgen.system.processes import World
+
+if TYPE_CHECKING:
+    from fvgen.distill.config import StageConfig
 
 
 @dataclass(frozen=True)
@@ -37,3 +42,21 @@ class Learner:
         finally:
             for parameter in parameters:
                 parameter.requires_grad_(True)
+
+
+def make_learner(
+    config: StageConfig,
+    world: World,
+    name: str,
+    module: nn.Module,
+    average: bool = False,
+    start_at: Mapping[str, Tensor] | None = None,
+) -> Learner:
+    """A network with the engine and the optimiser that the settings ask for.
+
+    ``average``: keep the average of its weights. ``start_at``: named float32 weights that it was rounded from.
+    """
+    engine = make_engine(module, config.optim[name], config, world)
+    if start_at:
+        engine.start_at(start_at)
+    return Learner(name, module, engine, EMA(engine, config.method.ema_decay) if average else None)

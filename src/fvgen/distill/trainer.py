@@ -9,15 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich import get_console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import Tensor
 
 from fvgen.clips.builtin import builtin_clips
 from fvgen.clips.clip import ClipFolder
@@ -25,10 +26,9 @@ from fvgen.clips.latents import LatentSet, load_latents
 from fvgen.distill.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from fvgen.distill.config import RunConfig, StageConfig
 from fvgen.distill.deal import Dealer
-from fvgen.distill.ema import EMA
-from fvgen.distill.engines import join_world, make_engine, shard_frozen
+from fvgen.distill.engines import join_world, shard_frozen
 from fvgen.distill.guards import SKIPPED, SkipGuard, finite_row, stop_on_sigterm
-from fvgen.distill.learners import Learner
+from fvgen.distill.learners import Learner, make_learner
 from fvgen.distill.methods import METHODS
 from fvgen.distill.methods.base import MONITOR, Method, Metrics, Setup
 from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
@@ -82,7 +82,8 @@ class Trainer:
         self.base = load_pipeline(config.run.teacher, TeacherPipeline).to(config.run.device)
         data = self.world.main_first(lambda: stage_data(config, self.base))
         teacher = self.base.teacher(getattr(config.method, "guidance", None))
-        setup = Setup(config, self.base.family, teacher, self.learner, self.start_from, self.world)
+        learner = partial(make_learner, config, self.world)
+        setup = Setup(config, self.base.family, teacher, learner, self.start_from, self.world)
         self.method = METHODS[config.name].method.build(setup)
         shard_frozen(teacher, config, self.world)
         with no_leftovers(*([self.out] if self.world.is_main else [])):
@@ -95,15 +96,6 @@ class Trainer:
         self.clock = Clock()
         self.facts = {"stage": config.name, "model": fingerprint(self.method)}
         self.things = things(self.method) | {"clock": self.clock}
-
-    def learner(
-        self, name: str, module: nn.Module, average: bool = False, start_at: Mapping[str, Tensor] | None = None
-    ) -> Learner:
-        """A network with the engine and the optimiser that the settings ask for."""
-        engine = make_engine(module, self.config.optim[name], self.config, self.world)
-        if start_at:
-            engine.start_at(start_at)
-        return Learner(name, module, engine, EMA(engine, self.config.method.ema_decay) if average else None)
 
     def train(self) -> Path:
         """Run (or finish) the stage; returns the student's folder. Raises Stopped after SIGTERM, all saved."""

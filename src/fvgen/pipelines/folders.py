@@ -15,8 +15,8 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from fvgen.errors import UserError, first_line
-from fvgen.models.critic import DiscriminatorHead
 from fvgen.models.family import family_of
+from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
 from fvgen.system.files import atomic_path
 

@@ -15,8 +15,9 @@ from fvgen.distill.methods.base import Setup
 from fvgen.distill.methods.dmd import Dmd
 from fvgen.distill.settings import Memory
 from fvgen.errors import UserError, first_line
-from fvgen.models.critic import Critic, head_for
+from fvgen.models.critic import Critic
 from fvgen.models.denoiser import Denoiser
+from fvgen.models.head import head_for
 from fvgen.models.lora import Role, SharedBackbone, in_role
 from fvgen.objectives import divergences
 from fvgen.objectives.ratio import RatioNormalizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -14,21 +15,12 @@ from fvgen.clips.clip import ClipFolder
 from fvgen.clips.latents import LatentBatch, load_latents
 from fvgen.diffusion.samplers import few_step
 from fvgen.diffusion.schedule import trailing_timesteps
-from fvgen.distill import StageConfig
 from fvgen.distill.draws import Draws
-from fvgen.distill.players import build_players
-from fvgen.distill.steps import (
-    Players,
-    noised_input,
-    roll_out,
-    simulated_input,
-    update_critics,
-    update_fake_score,
-    update_head,
-    update_student,
-)
-from fvgen.models.critic import logits_of
+from fvgen.distill.learners import make_learner
+from fvgen.distill.methods.base import Setup
+from fvgen.distill.methods.dmd import Dmd
 from fvgen.objectives.gan import approximate_r1, generator_loss
+from fvgen.system.processes import ALONE
 
 
 def rng(seed: int = 0) -> torch.Generator:
@@ -40,13 +32,15 @@ def draws(seed: int = 0) -> Draws:
 
 
 @pytest.fixture
-def play(stage, clip_folder) -> Callable[..., tuple[StageConfig, Players, LatentBatch]]:
-    """(settings, fresh players, a batch of the test clips) of a stage."""
+def play(stage, clip_folder) -> Callable[..., tuple[Dmd, LatentBatch]]:
+    """(a fresh method, a batch of the test clips) of a stage."""
 
-    def make(name: str = "gan", **changes) -> tuple[StageConfig, Players, LatentBatch]:
+    def make(name: str = "gan", **changes) -> tuple[Dmd, LatentBatch]:
         config, base = stage(name, **changes), small_teacher()
         latents = load_latents(ClipFolder(clip_folder), base)
-        return config, build_players(config, base, None)[0], latents.batch(list(range(config.batch_size)))
+        learner = partial(make_learner, config, ALONE)
+        setup = Setup(config, base.family, base.teacher(getattr(config.method, "guidance", None)), learner)
+        return Dmd.build(setup), latents.batch(list(range(config.data.batch_size)))
 
     return make
 
@@ -59,27 +53,27 @@ def unchanged(module: nn.Module, before: dict[str, Tensor]) -> bool:
     return all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 
 
-def blind(players: Players) -> None:
+def blind(method: Dmd) -> None:
     """Give the head one opinion of everything."""
-    nn.init.zeros_(players.head.layers[-1].weight)
+    nn.init.zeros_(method.critic.head.layers[-1].weight)
 
 
-def shout(players: Players) -> None:
+def shout(method: Dmd) -> None:
     """Let the untrained head's logits spread over several units, as a trained one's do."""
-    players.head.layers[-1].weight.data *= 30
+    method.critic.head.layers[-1].weight.data *= 30
 
 
 # --- The student's gradient ---
 
 
 def test_the_students_gradient_comes_through_the_teachers_features(play):
-    _, players, batch = play()
-    shout(players)
+    method, batch = play()
+    shout(method)
     x_0, tau, noise = batch.latents, torch.tensor([300, 700]), torch.randn(batch.latents.shape, generator=rng(1))
 
     def loss_of(x_0: Tensor) -> Tensor:
-        x_tau = players.schedule.add_noise(x_0, noise, tau)
-        return generator_loss(logits_of(players.head, players.teacher, x_tau, tau, batch.condition)).mean()
+        x_tau = method.schedule.add_noise(x_0, noise, tau)
+        return generator_loss(method.critic.logits(x_tau, tau, batch.condition)).mean()
 
     x = x_0.clone().requires_grad_()
     loss_of(x).backward()
@@ -91,44 +85,44 @@ def test_the_students_gradient_comes_through_the_teachers_features(play):
 
 
 def test_a_blind_head_teaches_the_student_nothing(play):
-    config, players, batch = play()
-    blind(players)
-    before = weights_of(players.student)
-    metrics = update_student(players, config, roll_out(players, config, batch, draws()), draws(1))
+    method, batch = play()
+    blind(method)
+    before = weights_of(method.student)
+    metrics = method.update_student(method.roll_out(batch, draws()), draws(1))
     assert metrics["grad_norm_student"] == 0
     # AdamW's decay alone: every weight shrinks by the same factor
-    shrunk = {name: value * (1 - config.student_lr * config.weight_decay) for name, value in before.items()}
-    for name, value in players.student.state_dict().items():
+    optimizer = method.learners["student"].engine.settings
+    shrunk = {name: value * (1 - optimizer.lr * optimizer.weight_decay) for name, value in before.items()}
+    for name, value in method.student.state_dict().items():
         torch.testing.assert_close(value, shrunk[name])
 
 
 def test_the_student_fools_a_fixed_head_better_and_better(play):
-    config, players, batch = play(beta1=0.9)
-    shout(players)
+    method, batch = play(beta1=0.9)
+    shout(method)
     losses = [
-        update_student(players, config, roll_out(players, config, batch, draws()), draws(1))["loss_student_gan"].item()
-        for _ in range(8)
+        method.update_student(method.roll_out(batch, draws()), draws(1))["loss_student_gan"].item() for _ in range(8)
     ]
     assert losses[-1] < 0.8 * losses[0]
 
 
 @pytest.mark.parametrize("name", ["gan", "dmd"])
 def test_nobody_changes_but_who_learns(play, name):
-    config, players, batch = play(name, r1_weight=0.1)
-    networks = {"student": players.student, "head": players.head, "teacher": players.teacher}
-    if players.fake_score is not None:
-        networks["fake_score"] = players.fake_score
+    method, batch = play(name, r1_weight=0.1)
+    networks = {"student": method.student, "head": method.critic.head, "teacher": method.teacher}
+    if method.fake_score is not None:
+        networks["fake_score"] = method.fake_score
     critics = {"head", "fake_score"} & networks.keys()
 
-    for update, learners in ((update_critics, critics), (update_student, {"student"})):
+    for update, learners in (("update_critics", critics), ("update_student", {"student"})):
         before = {key: weights_of(network) for key, network in networks.items()}
         grads = {key: [p.grad for p in network.parameters()] for key, network in networks.items()}
-        update(players, config, roll_out(players, config, batch, draws()), draws(1))
+        getattr(method, update)(method.roll_out(batch, draws()), draws(1))
         changed = {key for key, network in networks.items() if not unchanged(network, before[key])}
         assert changed == learners
         for key in networks.keys() - learners:
             assert all(p.grad is g for p, g in zip(networks[key].parameters(), grads[key], strict=True)), key
-    assert all(p.grad is None and not p.requires_grad for p in players.teacher.parameters())
+    assert all(p.grad is None and not p.requires_grad for p in method.teacher.parameters())
     assert not any(module.training for network in networks.values() for module in network.modules())
 
 
@@ -137,18 +131,18 @@ def test_nobody_changes_but_who_learns(play, name):
 
 @pytest.mark.parametrize("kind", ["non_saturating", "relativistic"])
 def test_the_head_learns_a_fixed_batch(play, kind):
-    config, players, batch = play(gan_kind=kind, head_lr=5e-3, beta1=0.9)
-    rollout = roll_out(players, config, batch, draws())
-    rows = [update_head(players, config, rollout, draws(1)) for _ in range(15)]
+    method, batch = play(gan_kind=kind, head_lr=5e-3, beta1=0.9)
+    rollout = method.roll_out(batch, draws())
+    rows = [method.update_head(rollout, draws(1)) for _ in range(15)]
     assert rows[-1]["loss_head"] < 0.8 * rows[0]["loss_head"]
     assert rows[-1]["logit_real"] > rows[-1]["logit_fake"] + 0.5
     assert rows[-1]["head_accuracy"] > max(0.6, rows[0]["head_accuracy"])
 
 
 def test_the_fake_score_learns_a_fixed_batch(play):
-    config, players, batch = play("dmd", beta1=0.9)
-    rollout = roll_out(players, config, batch, draws())
-    losses = [update_fake_score(players, rollout, draws(1))["loss_fake_score"].item() for _ in range(8)]
+    method, batch = play("dmd", beta1=0.9)
+    rollout = method.roll_out(batch, draws())
+    losses = [method.update_fake_score(rollout, draws(1))["loss_fake_score"].item() for _ in range(8)]
     assert losses[-1] < 0.8 * losses[0]
 
 
@@ -157,43 +151,43 @@ def test_r1_is_nothing_at_identical_logits_and_counts_otherwise(play):
     assert torch.equal(approximate_r1(logits, logits, 0.05), torch.zeros(2))
     norms = {}
     for weight in (1.0, 1e4):
-        config, players, batch = play(r1_weight=weight)
-        metrics = update_head(players, config, roll_out(players, config, batch, draws()), draws(1))
+        method, batch = play(r1_weight=weight)
+        metrics = method.update_head(method.roll_out(batch, draws()), draws(1))
         assert metrics["loss_r1"] > 0
         norms[weight] = metrics["grad_norm_head"]
     assert norms[1e4] > 2 * norms[1.0]
-    blind(players)
-    assert update_head(players, config, roll_out(players, config, batch, draws()), draws(1))["loss_r1"] == 0
+    blind(method)
+    assert method.update_head(method.roll_out(batch, draws()), draws(1))["loss_r1"] == 0
 
 
 # --- Distribution matching ---
 
 
 def test_no_pull_where_student_teacher_and_fake_score_are_one(play):
-    config, players, batch = play("dmd", guidance=1.0, gan_weight=0.0)
-    metrics = update_student(players, config, roll_out(players, config, batch, draws()), draws(1))
+    method, batch = play("dmd", guidance=1.0, gan_weight=0.0)
+    metrics = method.update_student(method.roll_out(batch, draws()), draws(1))
     assert metrics["loss_student_dmd"] < 1e-10 and metrics["grad_norm_student"] < 1e-5
 
 
 def test_guidance_pulls_the_student_towards_the_guided_teacher(play):
-    config, players, batch = play("dmd", guidance=7.5, gan_weight=0.0, divergence="reverse_kl", student_lr=3e-4)
-    rows = [update_student(players, config, roll_out(players, config, batch, draws()), draws(1)) for _ in range(5)]
+    method, batch = play("dmd", guidance=7.5, gan_weight=0.0, divergence="reverse_kl", student_lr=3e-4)
+    rows = [method.update_student(method.roll_out(batch, draws()), draws(1)) for _ in range(5)]
     assert rows[0]["loss_student_dmd"] > 1e-4 and rows[0]["grad_norm_student"] > 1e-4
-    rollout = roll_out(players, config, batch, draws())
+    rollout = method.roll_out(batch, draws())
     tau, noise = torch.tensor([500, 500]), torch.randn(batch.latents.shape, generator=rng(2))
-    _, untrained, _ = play("dmd", guidance=7.5)
-    before = roll_out(untrained, config, batch, draws()).x0
+    untrained, _ = play("dmd", guidance=7.5)
+    before = untrained.roll_out(batch, draws()).x0
     with torch.no_grad():
-        x_tau = players.schedule.add_noise(before, noise, tau)
-        gap = players.teacher(x_tau, tau, batch.condition) - players.fake_score(x_tau, tau, batch.condition)
+        x_tau = method.schedule.add_noise(before, noise, tau)
+        gap = method.teacher(x_tau, tau, batch.condition) - method.fake_score(x_tau, tau, batch.condition)
     moved = (rollout.x0 - before).flatten()
     assert torch.cosine_similarity(moved, gap.flatten(), dim=0) > 0.1
 
 
 def test_weights_at_micro_batch_one_are_weights(play):
-    config, players, batch = play("dmd", batch_size=1)
-    shout(players)
-    rows = [update_student(players, config, roll_out(players, config, batch, draws(i)), draws(i)) for i in range(6)]
+    method, batch = play("dmd", batch_size=1)
+    shout(method)
+    rows = [method.update_student(method.roll_out(batch, draws(i)), draws(i)) for i in range(6)]
     weights = torch.stack([row["weight"] for row in rows])
     assert weights.max() > 3 * weights.min()
     assert torch.equal(weights, torch.stack([row["weight_max"] for row in rows]))
@@ -205,10 +199,10 @@ def test_weights_at_micro_batch_one_are_weights(play):
 def test_the_weight_scales_the_pull(play):
     losses = {}
     for bias in (-4.0, 4.0):  # r = p/q at the student's samples
-        config, players, batch = play("dmd", gan_weight=0.0)
-        blind(players)
-        nn.init.constant_(players.head.layers[-1].bias, bias)
-        losses[bias] = update_student(players, config, roll_out(players, config, batch, draws()), draws(1))
+        method, batch = play("dmd", gan_weight=0.0)
+        blind(method)
+        nn.init.constant_(method.critic.head.layers[-1].bias, bias)
+        losses[bias] = method.update_student(method.roll_out(batch, draws()), draws(1))
     small, large = losses[4.0], losses[-4.0]
     ratio = large["weight"] / small["weight"]
     torch.testing.assert_close(ratio, torch.tensor(4.0).exp())  # sigmoid(4) / sigmoid(-4)
@@ -216,18 +210,18 @@ def test_the_weight_scales_the_pull(play):
 
 
 def test_reverse_kl_weighs_everything_as_one(play):
-    config, players, batch = play("dmd", divergence="reverse_kl")
-    shout(players)
+    method, batch = play("dmd", divergence="reverse_kl")
+    shout(method)
     for i in range(5):
-        metrics = update_student(players, config, roll_out(players, config, batch, draws(i)), draws(i))
+        metrics = method.update_student(method.roll_out(batch, draws(i)), draws(i))
         assert metrics["weight_min"] == metrics["weight_max"] == metrics["weight"] == 1
 
 
 @pytest.mark.parametrize("kind", ["non_saturating", "relativistic"])
 def test_the_students_loss_is_the_weighted_sum(play, kind):
-    config, players, batch = play("dmd", gan_weight=0.5, dmd_weight=3.0, regression_weight=2.0, gan_kind=kind)
-    rollout = roll_out(players, config, batch, draws())
-    metrics = update_student(players, config, rollout, draws(1))
+    method, batch = play("dmd", gan_weight=0.5, dmd_weight=3.0, regression_weight=2.0, gan_kind=kind)
+    rollout = method.roll_out(batch, draws())
+    metrics = method.update_student(rollout, draws(1))
     torch.testing.assert_close(metrics["loss_student_regression"], (rollout.x0 - batch.latents).square().mean())
     parts = ((0.5, "loss_student_gan"), (3.0, "loss_student_dmd"), (2.0, "loss_student_regression"))
     torch.testing.assert_close(metrics["loss_student"], sum(weight * metrics[name] for weight, name in parts))
@@ -238,12 +232,12 @@ def test_the_students_loss_is_the_weighted_sum(play, kind):
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_noised_input_is_a_real_clip_at_one_of_the_students_timesteps(play, steps):
-    config, players, batch = play(student_steps=steps, batch_size=5)
-    x_t, t = noised_input(players, config, batch, draws())
+    method, batch = play(student_steps=steps, batch_size=5)
+    x_t, t = method.noised_input(batch, draws())
     assert set(t.tolist()) <= set(trailing_timesteps(steps))
     if steps == 4:
         assert len(set(t.tolist())) > 1  # drawn per sample
-    noise = (x_t - players.schedule.add_noise(batch.latents, torch.zeros(()), t)) / players.schedule.sigma[t].reshape(
+    noise = (x_t - method.schedule.add_noise(batch.latents, torch.zeros(()), t)) / method.schedule.sigma[t].reshape(
         -1, 1, 1, 1, 1
     )
     assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
@@ -251,13 +245,13 @@ def test_noised_input_is_a_real_clip_at_one_of_the_students_timesteps(play, step
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
 def test_simulated_input_is_where_the_sampler_would_be(play, steps):
-    config, players, batch = play(student_steps=steps, student_input="simulated")
+    method, batch = play(student_steps=steps, student_input="simulated")
     ladder = trailing_timesteps(steps)[::-1]
     seen = set()
     for seed in range(12):
         calls = []
-        hook = players.student.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args[1].tolist()))
-        x_t, t = simulated_input(players, config, batch, draws(seed))
+        hook = method.student.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args[1].tolist()))
+        x_t, t = method.simulated_input(batch, draws(seed))
         hook.remove()
         stop = ladder.index(t[0].item())
         assert t.tolist() == [ladder[stop]] * 2 and not x_t.requires_grad
@@ -269,9 +263,9 @@ def test_simulated_input_is_where_the_sampler_would_be(play, steps):
         states = [torch.randn(batch.latents.shape, generator=generator)]
         with torch.no_grad():
             few_step(
-                lambda x, t: players.student(x, t, batch.condition),
+                lambda x, t: method.student(x, t, batch.condition),
                 states[0],
-                players.schedule,
+                method.schedule,
                 steps,
                 generator=generator,
                 on_step=lambda step, states=states: states.append(step.x),
@@ -282,10 +276,10 @@ def test_simulated_input_is_where_the_sampler_would_be(play, steps):
 
 @pytest.mark.parametrize("student_input", ["noised", "simulated"])
 def test_random_numbers_do_not_depend_on_who_learns(play, student_input):
-    config, players, batch = play(student_input=student_input)
+    method, batch = play(student_input=student_input)
     first, second = draws(), draws()
     with torch.no_grad():
-        silent = roll_out(players, config, batch, first)
-    learning = roll_out(players, config, batch, second)
+        silent = method.roll_out(batch, first)
+    learning = method.roll_out(batch, second)
     assert torch.equal(silent.x0, learning.x0) and learning.x0.requires_grad and not silent.x0.requires_grad
     assert torch.equal(first.generator.get_state(), second.generator.get_state())
