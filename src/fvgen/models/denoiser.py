@@ -64,8 +64,9 @@ class Denoiser(nn.Module):
         return self.schedule.to(x_t.device).x0_from_v(x_t, self.velocity(x_t, t, condition), t)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's output, [B, 4, F, h, w] float32."""
-        return self.unet(*self._inputs(x_t, t, condition)).sample.float()
+        """The network's output as a velocity, [B, 4, F, h, w] float32."""
+        output = self.unet(*self._inputs(x_t, t, condition)).sample.float()
+        return self.schedule.to(x_t.device).as_velocity(x_t, output, t)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, tap: str = "middle") -> Tensor:
         """Features [B, C, F, h', w'] of one stage of the UNet, which stops there."""
@@ -133,7 +134,8 @@ class Teacher(Denoiser):
         """
         output = self.unet(*self._inputs(x_t, t, condition), taps=(tap,), cut=True)
         with torch.no_grad():
-            x_t, velocity = x_t.detach(), output.sample.float()
+            x_t = x_t.detach()
+            velocity = self.schedule.to(x_t.device).as_velocity(x_t, output.sample.float(), t)
             if self.guidance != 1.0:
                 others = self._velocities(x_t, t, condition, self._other_contexts(condition))
                 velocity = self._guided(velocity, others)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from fvgen.diffusion.samplers import Generators, OnStep, SamplerStep, normal
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.errors import UserError
 from fvgen.models.denoiser import Condition
+from fvgen.models.viewcrafter.conditioning import Conditioning
 from fvgen.models.viewcrafter.encoders import FixedPrompts, clip_pixels, encode_tokens, token_ids
 from fvgen.models.viewcrafter.projector import ImageProjector
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
@@ -49,8 +51,11 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         prompts: the encoded text prompt and the encoded empty text.
         text_encoder, tokenizer: for other prompts; not needed otherwise.
         fast_decoder: decodes in place of the VAE, see `enable_fast_decoder`.
-        base_scale: last value of ViewCrafter's dynamic rescale of latents (0.7 for 320x512, 0.3 for 576x1024).
+        base_scale: last value of ViewCrafter's dynamic rescale of latents (0.7 for 320x512, 0.3 for 576x1024), None for
+            none.
         image_resize: how photographs become CLIP's input, see `fvgen.models.viewcrafter.encoders.clip_pixels`.
+        zero_snr, prediction: see `fvgen.diffusion.schedule.NoiseSchedule.lvdm`.
+        conditioning: fields of `fvgen.models.viewcrafter.conditioning.Conditioning`; ViewCrafter's own by default.
     """
 
     model_cpu_offload_seq = "text_encoder->image_encoder->image_projector->unet->vae->fast_decoder"
@@ -68,8 +73,11 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         text_encoder: CLIPTextModelWithProjection | None = None,
         tokenizer: CLIPTokenizer | None = None,
         fast_decoder: AutoencoderTiny | None = None,
-        base_scale: float = 0.7,
+        base_scale: float | None = 0.7,
         image_resize: str = "viewcrafter",
+        zero_snr: bool = True,
+        prediction: str = "v",
+        conditioning: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -82,15 +90,27 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
             tokenizer=tokenizer,
             fast_decoder=fast_decoder,
         )
-        self.register_to_config(base_scale=base_scale, image_resize=image_resize)
+        self.register_to_config(
+            base_scale=base_scale,
+            image_resize=image_resize,
+            zero_snr=zero_snr,
+            prediction=prediction,
+            conditioning=asdict(Conditioning.of(conditioning)),
+        )
 
     @property
     def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.viewcrafter(base_scale=self.config.base_scale).to(self._execution_device)
+        settings = (self.config.base_scale, self.config.zero_snr, self.config.prediction)
+        return NoiseSchedule.lvdm(*settings).to(self._execution_device)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How the model is told what to show."""
+        return Conditioning.of(self.config.conditioning)
 
     @torch.no_grad()
     def encode_frames(self, frames: Tensor, generator: Generators | None = None, noise: Tensor | None = None) -> Tensor:
-        """Frames [B, F, 3, H, W] in [0, 1] to a posterior sample of scaled latents [B, 4, F, h, w].
+        """Frames [B, F, C, H, W] in [0, 1] to a posterior sample of scaled latents [B, 4, F, h, w].
 
         The sample is the mean plus the standard deviation times `noise` [B*F, 4, h, w], drawn if it is not given.
         """
@@ -105,7 +125,7 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, 4, F, h, w] to frames [B, F, 3, H, W] in [0, 1], clamped, float32."""
+        """Scaled latents [B, 4, F, h, w] to frames [B, F, C, H, W] in [0, 1], clamped, float32."""
         decoder = self.vae if self.fast_decoder is None else self.fast_decoder
         # A decoder on a GPU stays there; one that waits on the CPU is fetched by its hook or is to work there.
         device = decoder.device if decoder.device.type == "cuda" else self._execution_device
@@ -128,6 +148,11 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
             UserError: no such folder, a download that is not allowed, or a decoder for other latents.
         """
         decoder = decoder if isinstance(decoder, AutoencoderTiny) else fetch_decoder(decoder)
+        if decoder.config.out_channels != self.vae.config.out_channels:
+            raise UserError(
+                f"the fast decoder gives {decoder.config.out_channels} channels, the model's frames have "
+                f"{self.vae.config.out_channels}; give one that was trained for this VAE"
+            )
         ours, its = self.vae.config.latent_channels, decoder.config.latent_channels
         factor = 2 ** (len(decoder.config.num_decoder_blocks) - 1)
         if (its, factor) != (ours, self._vae_factor):
@@ -185,27 +210,40 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         generator: Generators | None = None,
         prompt: str | Sequence[str] | None = None,
         fps: int | None = None,
+        reference: Tensor | None = None,
     ) -> Condition:
-        """All that the UNet sees of renders [B, F, 3, H, W] in [0, 1]; the first frame feeds the image branch."""
-        render, batch = render.to(self._execution_device), render.shape[0]
-        text = self.text_tokens(prompt)
-        if len(text) not in (1, batch):
-            raise UserError(f"{len(text)} prompts do not fit {batch} clips; give one, or one per clip")
-        image = self.image_tokens(render[:, 0] * 2 - 1)
-        context = torch.cat([text.to(image).expand(batch, -1, -1), image], dim=1)
+        """All that the UNet sees of renders [B, F, C, H, W] in [0, 1], as `conditioning` says.
+
+        `reference`: a photograph [3, H, W] or [B, 3, H, W] in [0, 1], for a model that looks at one beside the clip.
+        """
+        rules, render, batch = self.conditioning, render.to(self._execution_device), render.shape[0]
+        image = self.image_tokens(rules.photograph(render, reference) * 2 - 1)
+        context = image
+        if rules.has_text:
+            text = self.text_tokens(prompt)
+            if len(text) not in (1, batch):
+                raise UserError(f"{len(text)} prompts do not fit {batch} clips; give one, or one per clip")
+            context = torch.cat([text.to(image).expand(batch, -1, -1), image], dim=1)
+        elif prompt is not None:
+            raise UserError(f"prompt {prompt!r} cannot take effect: this model sees no text; leave it out")
         rates = None if fps is None else torch.full((batch,), fps, device=render.device)
-        return Condition(self.encode_frames(render, generator), context, rates)
+        latents = self.encode_frames(rules.frames_to_encode(render), generator)
+        return Condition(rules.spread(latents, render.shape[1]), context, rates)
 
     @torch.no_grad()
     def null_context(self, negative_prompt: str | None = None) -> Tensor:
-        """[1, M, D]: the empty prompt and the tokens of a grey image, for classifier-free guidance."""
+        """[1, M, D]: the empty prompt (if texts are seen) and the tokens of a grey image, for guidance."""
         size = self.image_encoder.config.image_size
         image = self.image_tokens(torch.zeros(1, 3, size, size, device=self._execution_device))
+        if not self.conditioning.has_text:
+            return image
         return torch.cat([self.text_tokens(negative_prompt or "").to(image), image], dim=1)
 
     def encoder_fingerprint(self) -> str:
         """Twelve hex digits that change with any weight or setting that goes into latents or context."""
         digest = hashlib.sha256(self.config.image_resize.encode())
+        if self.conditioning != Conditioning():  # clips that were encoded before there was a choice keep their digest
+            digest.update(repr(self.conditioning).encode())
         for part in (self.vae, self.image_encoder, self.image_projector, self.prompts):
             for name, tensor in sorted(part.state_dict().items() if part else ()):
                 digest.update(name.encode() + tensor.detach().float().cpu().contiguous().numpy().tobytes())
@@ -250,6 +288,7 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str],
         output_type: str | None,
         return_dict: bool | None,
+        reference: Tensor | None = None,
     ) -> Tensor | tuple | VideoOutput:
         """The body of both calls: check, encode, ``sample(condition, generator, on_step=...)``, decode, answer."""
         check_output_type(output_type)
@@ -257,9 +296,10 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         check_parts(self.components)
         render = with_photographs(as_frames(render), photographs)
         check_render(render)
+        self.conditioning.check(render)
         self.check_size(*render.shape[3:])
         generator = generator or torch.Generator().manual_seed(0)
-        condition = self.condition(render, generator, prompt, fps)
+        condition = self.condition(render, generator, prompt, fps, reference)
         with self.progress_bar(total=steps) as bar:
 
             def told(step: SamplerStep) -> Tensor | None:

@@ -16,7 +16,8 @@ from torch import Tensor
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, CLIPVisionModel, CLIPVisionModelWithProjection
 
 from fvgen.diffusion.samplers import Generators, OnStep, ddim, few_step
-from fvgen.diffusion.schedule import trailing_timesteps
+from fvgen.diffusion.schedule import timesteps
+from fvgen.errors import UserError
 from fvgen.models.denoiser import Condition, Denoiser, Teacher
 from fvgen.models.viewcrafter.encoders import FixedPrompts
 from fvgen.models.viewcrafter.projector import ImageProjector
@@ -32,6 +33,8 @@ class ViewCrafterPipeline(NovelViewPipeline):
 
     Args:
         steps, guidance, guidance_rescale: what a call uses where it is not told otherwise.
+        spacing: of the timesteps, "trailing" or "uniform".
+        keep_last_scale: see `fvgen.diffusion.samplers.ddim`; DynamiCrafter's and GenFusion's samplers do.
     """
 
     def __init__(
@@ -44,15 +47,21 @@ class ViewCrafterPipeline(NovelViewPipeline):
         text_encoder: CLIPTextModelWithProjection | None = None,
         tokenizer: CLIPTokenizer | None = None,
         fast_decoder: AutoencoderTiny | None = None,
-        base_scale: float = 0.7,
+        base_scale: float | None = 0.7,
         image_resize: str = "viewcrafter",
+        zero_snr: bool = True,
+        prediction: str = "v",
+        conditioning: Mapping[str, Any] | None = None,
         steps: int = 50,
         guidance: float = 7.5,
         guidance_rescale: float = 0.7,
+        spacing: str = "trailing",
+        keep_last_scale: bool = False,
     ) -> None:
         parts = (vae, unet, image_encoder, image_projector, prompts, text_encoder, tokenizer, fast_decoder)
-        super().__init__(*parts, base_scale=base_scale, image_resize=image_resize)
+        super().__init__(*parts, base_scale, image_resize, zero_snr, prediction, conditioning)
         self.register_to_config(steps=steps, guidance=guidance, guidance_rescale=guidance_rescale)
+        self.register_to_config(spacing=spacing, keep_last_scale=keep_last_scale)
 
     def teacher(
         self,
@@ -62,6 +71,10 @@ class ViewCrafterPipeline(NovelViewPipeline):
         negative_prompt: str | None = None,
     ) -> Teacher:
         """The frozen guided denoiser inside; guidance and rescale default to the model's own."""
+        if image_guidance is not None and not self.conditioning.has_text:
+            raise UserError(
+                "this model sees no text from which the image could be told apart; leave image guidance out"
+            )
         guidance = self.config.guidance if guidance is None else guidance
         rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
         null_context = self.null_context(negative_prompt)
@@ -82,7 +95,7 @@ class ViewCrafterPipeline(NovelViewPipeline):
         eta: float = 1.0,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Latents [B, 4, F, h, w] for a condition: ancestral DDIM (eta 1) at trailing timesteps, as published.
+        """Latents [B, 4, F, h, w] for a condition: ancestral DDIM (eta 1) at the model's spacing, as published.
 
         Args:
             image_guidance_scale: separate guidance by the image tokens, a third evaluation a step. As in ViewCrafter's
@@ -94,11 +107,11 @@ class ViewCrafterPipeline(NovelViewPipeline):
             partial(teacher, condition=condition),
             self.initial_noise(condition, generator, latents),
             self.schedule,
-            trailing_timesteps(self.config.steps if num_inference_steps is None else num_inference_steps),
+            timesteps(self.config.spacing, self.config.steps if num_inference_steps is None else num_inference_steps),
             eta=eta,
             generator=generator,
             on_step=on_step,
-            keep_last_scale=teacher.nfe == 3,
+            keep_last_scale=self.config.keep_last_scale or teacher.nfe == 3,
         )
 
     @torch.no_grad()
@@ -117,6 +130,7 @@ class ViewCrafterPipeline(NovelViewPipeline):
         guidance_rescale: float | None = None,
         eta: float = 1.0,
         fps: int | None = None,
+        reference: Tensor | None = None,
         latents: Tensor | None = None,
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -137,6 +151,7 @@ class ViewCrafterPipeline(NovelViewPipeline):
             image_guidance_scale: see `sample`.
             eta: 1 is ancestral sampling, as published, 0 deterministic.
             fps: the UNet's frame rate (ViewCrafter's `frame_stride`), its default if not given.
+            reference: [3, H, W] or [B, 3, H, W] in [0, 1], for a model that looks at a photograph beside the clip.
             latents: x_T [B, 4, F, h, w], drawn if not given.
             callback_on_step_end: diffusers' callback (pipeline, index, timestep, tensors) -> changed tensors.
             callback_on_step_end_tensor_inputs: which tensors it is given, of "latents" and "x0".
@@ -171,6 +186,7 @@ class ViewCrafterPipeline(NovelViewPipeline):
             callback_on_step_end_tensor_inputs,
             output_type,
             return_dict,
+            reference,
         )
 
 
@@ -191,19 +207,23 @@ class FVGenPipeline(NovelViewPipeline):
         text_encoder: CLIPTextModelWithProjection | None = None,
         tokenizer: CLIPTokenizer | None = None,
         fast_decoder: AutoencoderTiny | None = None,
-        base_scale: float = 0.7,
+        base_scale: float | None = 0.7,
         image_resize: str = "viewcrafter",
+        zero_snr: bool = True,
+        prediction: str = "v",
+        conditioning: Mapping[str, Any] | None = None,
         steps: int = 4,
     ) -> None:
         parts = (vae, unet, image_encoder, image_projector, prompts, text_encoder, tokenizer, fast_decoder)
-        super().__init__(*parts, base_scale=base_scale, image_resize=image_resize)
+        super().__init__(*parts, base_scale, image_resize, zero_snr, prediction, conditioning)
         self.register_to_config(steps=steps)
 
     @classmethod
     def from_teacher(cls, teacher: NovelViewPipeline, unet: ViewCrafterUNet, steps: int = 4) -> FVGenPipeline:
         """A student with the teacher's other components and settings."""
         parts = {name: part for name, part in teacher.components.items() if name != "unet"}
-        settings = {name: teacher.config[name] for name in ("base_scale", "image_resize")}
+        names = ("base_scale", "image_resize", "zero_snr", "prediction", "conditioning")
+        settings = {name: teacher.config[name] for name in names}
         return cls(unet=unet, **parts, **settings, steps=steps)
 
     @torch.no_grad()
@@ -233,6 +253,7 @@ class FVGenPipeline(NovelViewPipeline):
         photographs: Mapping[int, Any] | None = None,
         prompt: str | Sequence[str] | None = None,
         fps: int | None = None,
+        reference: Tensor | None = None,
         latents: Tensor | None = None,
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -258,4 +279,5 @@ class FVGenPipeline(NovelViewPipeline):
             callback_on_step_end_tensor_inputs,
             output_type,
             return_dict,
+            reference,
         )
