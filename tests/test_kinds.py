@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lvdm_files import LAYOUTS, PUBLISHED, YAMLS, lvdm_settings, lvdm_state, write_yaml
+from lvdm_files import CLIP, LAYOUTS, PUBLISHED, YAMLS, lvdm_settings, lvdm_state, write_yaml
 from safetensors.torch import load_file
 from torch import Tensor
 from viewcrafter_reference import reference_folder
@@ -166,6 +166,20 @@ def test_the_folder_makes_videos(converted):
     unseen[:, 1] = 0
     same = torch.equal(pipeline(unseen, **options), video)
     assert same == (rules.layout in ("first_frame", "ends"))
+
+
+@pytest.mark.parametrize(("name", "stored"), [("ViewCrafter_25", 2), ("DynamiCrafter_512", 1), ("GenFusion", 0)])
+def test_the_models_own_texts_are_encoded_where_the_tower_knows_them(tmp_path, name, stored):
+    """ViewCrafter has a sentence and the empty text, DynamiCrafter the empty text twice, GenFusion none."""
+    content = lvdm_settings(name)
+    clip = {**CLIP, "text_cfg": {**CLIP["text_cfg"], "vocab_size": 49408}}
+    for section in ("cond_stage_config", "img_cond_stage_config"):
+        content["model"]["params"][section]["params"]["model_cfg"] = clip
+    config = write_yaml(tmp_path / "inference.yaml", content)
+    torch.save({"state_dict": lvdm_state(config)}, tmp_path / "model.ckpt")
+    pipeline = ViewCrafterPipeline.from_pretrained(convert(str(config), str(tmp_path / "model.ckpt"), tmp_path / "out"))
+    texts = {} if pipeline.prompts is None else pipeline.prompts.state_dict()
+    assert len({tuple(text.flatten().tolist()) for text in texts.values()}) == stored
 
 
 def test_the_table_claims_every_yaml_of_its_classes():
