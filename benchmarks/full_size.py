@@ -25,7 +25,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from fvgen.cli import Parser, guarded, positive
-from fvgen.convert.names import vae_config_from_lvdm
+from fvgen.convert.sizes import vae_config
 from fvgen.diffusion.samplers import ddim, few_step
 from fvgen.diffusion.schedule import NoiseSchedule, trailing_timesteps
 from fvgen.models.condition import Condition
@@ -182,7 +182,7 @@ def main() -> None:
     preset = PRESETS[args.preset]
     with torch.device("meta"):
         unet = ViewCrafterUNet(**preset["unet"])
-        vae = AutoencoderKL(**vae_config_from_lvdm(preset["vae"]))
+        vae = AutoencoderKL(**vae_config(preset["vae"]))
     rows = [measured("building", lambda: cheap_weights(unet, args.device), args.device)]
     rows += any_device(unet, preset["small"], args.device)
     cuda = args.device.startswith("cuda")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fvgen.cli import Parser, guarded, positive
-from fvgen.convert.names import unet_to_lvdm
+from fvgen.convert.names import KEY_MAPS
 from fvgen.models.viewcrafter.unet import IMAGE_TOKENS_PER_FRAME, ViewCrafterUNet
 from fvgen.pipelines.folders import SHIPPED
 from fvgen.system.files import write_json
@@ -272,7 +272,7 @@ def compare(batch: int, repeats: int, shared_tokens: bool) -> dict:
     """Medians of both networks in milliseconds, their ratio, and the largest difference of their outputs."""
     ours = ViewCrafterUNet.from_pretrained(SHIPPED / "tiny", subfolder="unet").float().eval()
     port = PortUNet(dict(ours.config)).eval()
-    port.load_state_dict(unet_to_lvdm(ours.state_dict()))
+    port.load_state_dict(KEY_MAPS["unet"].to_theirs(ours.state_dict()))
     generator = torch.Generator().manual_seed(0)
     sample = torch.randn(batch, 8, FRAMES, HEIGHT, WIDTH, generator=generator)
     tokens = ours.config.text_tokens + IMAGE_TOKENS_PER_FRAME * (FRAMES + shared_tokens)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file
 from viewcrafter_reference import reference_folder
 
-from fvgen.convert.names import projector_from_lvdm, projector_to_lvdm
+from fvgen.convert.names import KEY_MAPS
 from fvgen.models.viewcrafter.projector import ImageProjector
 
 TINY = dict(
@@ -19,7 +19,7 @@ def recorded_projector(recorded) -> tuple[ImageProjector, dict[str, torch.Tensor
     record = load_file(recorded / "image_projector.safetensors")
     weights = {k.removeprefix("weights."): v.float() for k, v in record.items() if k.startswith("weights.")}
     projector = ImageProjector(**TINY)
-    projector.load_state_dict(projector_from_lvdm(weights))
+    projector.load_state_dict(KEY_MAPS["image_projector"].to_ours(weights))
     return projector, weights, record
 
 
@@ -31,7 +31,7 @@ def test_output_equals_the_recording(recorded):
 
 def test_weights_survive_the_way_there_and_back(recorded):
     projector, weights, _ = recorded_projector(recorded)
-    back = projector_to_lvdm(projector.state_dict())
+    back = KEY_MAPS["image_projector"].to_theirs(projector.state_dict())
     assert back.keys() == weights.keys() and all(torch.equal(back[key], weights[key]) for key in weights)
 
 
@@ -41,7 +41,9 @@ def test_published_architecture_has_every_key_and_shape_of_the_checkpoint(shared
     theirs = {key.removeprefix(prefix): shape for key, (shape, _) in keys.items() if key.startswith(prefix)}
     with torch.device("meta"):
         projector = ImageProjector()
-    assert {key: list(value.shape) for key, value in projector_to_lvdm(projector.state_dict()).items()} == theirs
+    assert {
+        key: list(value.shape) for key, value in KEY_MAPS["image_projector"].to_theirs(projector.state_dict()).items()
+    } == theirs
     assert sum(parameter.numel() for parameter in projector.parameters()) == 48_787_456
 
 

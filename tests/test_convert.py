@@ -21,24 +21,9 @@ from transformers import (
 from viewcrafter_reference import recording, reference_folder, reference_unet, tiny_clip_weights
 from viewcrafter_reference import settings as reference_settings
 
-from fvgen.convert.lvdm_yaml import VIT_H_14
-from fvgen.convert.names import (
-    PREFIXES,
-    image_config_from_open_clip,
-    image_encoder_from_lvdm,
-    image_encoder_to_lvdm,
-    projector_from_lvdm,
-    projector_to_lvdm,
-    rename,
-    text_config_from_open_clip,
-    text_encoder_from_lvdm,
-    text_encoder_to_lvdm,
-    unet_from_lvdm,
-    unet_to_lvdm,
-    vae_config_from_lvdm,
-    vae_from_lvdm,
-    vae_to_lvdm,
-)
+from fvgen.convert.components import COMPONENTS
+from fvgen.convert.names import KEY_MAPS, rename, vae_key_map
+from fvgen.convert.sizes import VIT_H_14, image_config, text_config, vae_config
 from fvgen.errors import UserError
 from fvgen.models.condition import Condition
 from fvgen.models.viewcrafter.encoders import (
@@ -55,13 +40,16 @@ from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.models.viewcrafter.projector import ImageProjector
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 
+TINY_VAE = vae_key_map(2)
+
 
 def assert_near(ours: Tensor, theirs: Tensor, tolerance: float = 1e-4) -> None:
     torch.testing.assert_close(ours, theirs, rtol=0, atol=tolerance)
 
 
 def without_prefix(keys: dict, part: str) -> dict:
-    return {key.removeprefix(PREFIXES[part]): value for key, value in keys.items() if key.startswith(PREFIXES[part])}
+    prefix = COMPONENTS[part].prefix
+    return {key.removeprefix(prefix): value for key, value in keys.items() if key.startswith(prefix)}
 
 
 @pytest.fixture(scope="module")
@@ -75,21 +63,21 @@ def keys(shared) -> dict[str, list[int]]:
 def vae(shared) -> AutoencoderKL:
     """The recorded VAE."""
     config = reference_settings(shared, "vae_tiny_config")
-    vae = AutoencoderKL(**vae_config_from_lvdm(config["params"], config["scale_factor"]))
-    vae.load_state_dict(vae_from_lvdm(recording(shared, "vae_tiny_weights")))
+    vae = AutoencoderKL(**vae_config(config["params"], config["scale_factor"]))
+    vae.load_state_dict(TINY_VAE.to_ours(recording(shared, "vae_tiny_weights")))
     return vae.eval()
 
 
 # --- The published checkpoint ---
 
 PUBLISHED = {
-    "unet": (1_438_854_980, lambda: unet_to_lvdm(ViewCrafterUNet().state_dict())),
-    "image_projector": (48_787_456, lambda: projector_to_lvdm(ImageProjector().state_dict())),
-    "vae": (83_653_863, lambda: vae_to_lvdm(AutoencoderKL(**PUBLISHED_VAE).state_dict())),
-    "text_encoder": (354_032_641, lambda: text_encoder_to_lvdm(published_text().state_dict())),
-    "image_encoder": (683_800_065, lambda: image_encoder_to_lvdm(published_image().state_dict())),
+    "unet": (1_438_854_980, lambda: KEY_MAPS["unet"].to_theirs(ViewCrafterUNet().state_dict())),
+    "image_projector": (48_787_456, lambda: KEY_MAPS["image_projector"].to_theirs(ImageProjector().state_dict())),
+    "vae": (83_653_863, lambda: vae_key_map(4).to_theirs(AutoencoderKL(**PUBLISHED_VAE).state_dict())),
+    "text_encoder": (354_032_641, lambda: KEY_MAPS["text_encoder"].to_theirs(published_text().state_dict())),
+    "image_encoder": (683_800_065, lambda: KEY_MAPS["image_encoder"].to_theirs(published_image().state_dict())),
 }
-PUBLISHED_VAE = vae_config_from_lvdm(
+PUBLISHED_VAE = vae_config(
     {
         "ddconfig": {
             "ch": 128,
@@ -105,11 +93,11 @@ PUBLISHED_VAE = vae_config_from_lvdm(
 
 
 def published_text() -> CLIPTextModelWithProjection:
-    return CLIPTextModelWithProjection(CLIPTextConfig(**text_config_from_open_clip(VIT_H_14)))
+    return CLIPTextModelWithProjection(CLIPTextConfig(**text_config(VIT_H_14)))
 
 
 def published_image() -> CLIPVisionModelWithProjection:
-    return CLIPVisionModelWithProjection(CLIPVisionConfig(**image_config_from_open_clip(VIT_H_14)))
+    return CLIPVisionModelWithProjection(CLIPVisionConfig(**image_config(VIT_H_14)))
 
 
 @pytest.mark.parametrize("part", PUBLISHED)
@@ -135,7 +123,7 @@ def test_every_key_and_shape_of_the_published_checkpoint(keys, part):
 def test_all_2520_keys_belong_somewhere(keys):
     buffers = [key for key in keys if "." not in key]
     assert len(keys) == 2520 and len(buffers) == 13
-    assert sum(len(without_prefix(keys, part)) for part in PREFIXES) == 2520 - 13
+    assert sum(len(without_prefix(keys, part)) for part in COMPONENTS) == 2520 - 13
     assert len(without_prefix(keys, "text_encoder")) == 294 and len(without_prefix(keys, "image_encoder")) == 398
 
 
@@ -157,7 +145,7 @@ def test_vae_equals_the_recording(shared, vae):
 
 def test_vae_weights_survive_the_way_there_and_back(shared, vae):
     theirs = recording(shared, "vae_tiny_weights")
-    back = vae_to_lvdm(vae_from_lvdm(theirs))
+    back = TINY_VAE.to_theirs(TINY_VAE.to_ours(theirs))
     assert back.keys() == theirs.keys() and all(torch.equal(back[key], theirs[key]) for key in theirs)
 
 
@@ -167,8 +155,8 @@ def test_vae_weights_survive_the_way_there_and_back(shared, vae):
 @torch.no_grad()
 def test_text_tower_equals_the_recording(shared):
     io, model = recording(shared, "clip_tiny_io"), reference_settings(shared, "clip_tiny_config")
-    encoder = CLIPTextModelWithProjection(CLIPTextConfig(**text_config_from_open_clip(model))).eval()
-    encoder.load_state_dict(text_encoder_from_lvdm(tiny_clip_weights(shared, "text")))
+    encoder = CLIPTextModelWithProjection(CLIPTextConfig(**text_config(model))).eval()
+    encoder.load_state_dict(KEY_MAPS["text_encoder"].to_ours(tiny_clip_weights(shared, "text")))
     assert_near(encode_tokens(encoder, io["tokens"]), io["text_out"], 1e-5)
     last = encoder(io["tokens"]).last_hidden_state
     assert (last - io["text_out"]).abs().max() > 0.01  # not the last layer but the one before
@@ -177,8 +165,8 @@ def test_text_tower_equals_the_recording(shared):
 @torch.no_grad()
 def test_image_tower_equals_the_recording(shared):
     io, model = recording(shared, "clip_tiny_io"), reference_settings(shared, "clip_tiny_config")
-    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**image_config_from_open_clip(model))).eval()
-    encoder.load_state_dict(image_encoder_from_lvdm(tiny_clip_weights(shared, "image")))
+    encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**image_config(model))).eval()
+    encoder.load_state_dict(KEY_MAPS["image_encoder"].to_ours(tiny_clip_weights(shared, "image")))
     assert_near(encoder(clip_pixels(io["image"], 224)).last_hidden_state, io["image_tokens"])
     grey = clip_pixels(torch.zeros(1, 3, 224, 224), 224)
     assert_near(encoder(grey).last_hidden_state, io["zero_image_tokens"], 1e-5)
@@ -187,11 +175,8 @@ def test_image_tower_equals_the_recording(shared):
 @pytest.mark.parametrize("part", ["text", "image"])
 def test_clip_weights_survive_the_way_there_and_back(shared, part):
     theirs = tiny_clip_weights(shared, part)
-    there, back = {
-        "text": (text_encoder_from_lvdm, text_encoder_to_lvdm),
-        "image": (image_encoder_from_lvdm, image_encoder_to_lvdm),
-    }[part]
-    returned = back(there(theirs))
+    names = KEY_MAPS[f"{part}_encoder"]
+    returned = names.to_theirs(names.to_ours(theirs))
     expected = {key: x for key, x in theirs.items() if key != "logit_scale" and (part == "text" or "visual." in key)}
     assert returned.keys() == expected.keys() and all(torch.equal(returned[key], expected[key]) for key in expected)
 
@@ -242,7 +227,7 @@ def test_texts_are_cut_and_padded_with_zero(tmp_path):
 
 def test_the_older_name_of_the_frame_rate_is_understood():
     state = {"framestride_embed.0.weight": torch.ones(2), "fps_embedding.2.bias": torch.zeros(1)}
-    assert set(unet_from_lvdm(state)) == {"fps_embedding.linear_1.weight", "fps_embedding.linear_2.bias"}
+    assert set(KEY_MAPS["unet"].to_ours(state)) == {"fps_embedding.linear_1.weight", "fps_embedding.linear_2.bias"}
 
 
 @settings(max_examples=100, deadline=None)
@@ -261,7 +246,7 @@ def test_whole_pipeline_equals_the_recorded_run(shared, vae):
     inputs, run = recording(shared, "ddim_tiny_inputs"), recording(shared, "ddim_tiny_runA")
     params = reference_settings(shared, "resampler_tiny_config")["params"]
     projector = ImageProjector(**params).eval()
-    projector.load_state_dict(projector_from_lvdm(recording(shared, "resampler_tiny_weights")))
+    projector.load_state_dict(KEY_MAPS["image_projector"].to_ours(recording(shared, "resampler_tiny_weights")))
     unet = reference_unet(shared, "tiny")
     pipeline = ViewCrafterPipeline(vae, unet, None, projector, base_scale=0.3)
     frames = inputs["video"].transpose(1, 2) / 2 + 0.5
@@ -272,10 +257,12 @@ def test_whole_pipeline_equals_the_recorded_run(shared, vae):
     null = torch.cat([inputs["uncond_text"], projector(inputs["uncond_clip_tokens"])], dim=1)
     assert_near(null, inputs["uncond_context"])
 
-    text, image = null.tensor_split([unet.config.text_tokens], dim=1)
-    pipeline.nulls = lambda prompt: [{"text_tokens": text, "image_tokens": image}]
-    text, image = context.tensor_split([unet.config.text_tokens], dim=1)
-    condition = Condition(render_latents=latents, text_tokens=text, image_tokens=image, fps=inputs["fs"])
+    names = ("text_tokens", "image_tokens")
+    tokens, empty = (
+        dict(zip(names, x.tensor_split([unet.config.text_tokens], dim=1), strict=True)) for x in (context, null)
+    )
+    pipeline.nulls = lambda prompt: [empty]
+    condition = Condition(render_latents=latents, fps=inputs["fs"], **tokens)
     steps = []
     sample = pipeline.sample(condition, None, 6, eta=0.0, latents=inputs["x_T"], on_step=lambda s: steps.append(s.x))
     for x, expected in zip(steps, run["x"][1:], strict=True):

@@ -21,7 +21,8 @@ from viewcrafter_reference import recording, reference_weights, settings, tiny_c
 
 from fvgen.cli import main
 from fvgen.convert.command import LEFTOVERS, convert, convert_back, newer_name
-from fvgen.convert.names import PREFIXES, unet_from_lvdm
+from fvgen.convert.components import COMPONENTS
+from fvgen.convert.names import KEY_MAPS
 from fvgen.convert.weights_file import CheckpointFile
 from fvgen.errors import UserError
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
@@ -91,7 +92,7 @@ def test_half_precision_and_a_text_half_of_its_own(config, tmp_path, same_text):
     torch.save({"state_dict": state}, tmp_path / "model.ckpt")
     folder = convert(str(config), str(tmp_path / "model.ckpt"), tmp_path / "out")
     assert equal(read(convert_back(folder, tmp_path / "back")), state)
-    embedding = PREFIXES["image_encoder"] + "token_embedding.weight"
+    embedding = COMPONENTS["image_encoder"].prefix + "token_embedding.weight"
     assert (embedding in load_file(folder / LEFTOVERS)) != same_text
 
 
@@ -118,7 +119,7 @@ def test_all_forms_of_a_checkpoint_are_read(state, tmp_path, form):
 
 
 def test_only_some_components(config, state, tmp_path):
-    unet = {key: value for key, value in state.items() if key.startswith(PREFIXES["unet"])}
+    unet = {key: value for key, value in state.items() if key.startswith(COMPONENTS["unet"].prefix)}
     torch.save({"state_dict": unet}, tmp_path / "unet.ckpt")
     out = convert(str(config), str(tmp_path / "unet.ckpt"), tmp_path / "out", ["unet"])
     assert {path.name for path in out.iterdir()} == {"unet", "model_index.json", LEFTOVERS}
@@ -129,14 +130,14 @@ def test_only_some_components(config, state, tmp_path):
 
 @pytest.mark.parametrize("part", ["image_encoder", "text_encoder", "vae", "image_projector"])
 def test_one_component_back(folder, state, tmp_path, part):
-    expected = {key: value for key, value in state.items() if key.startswith(PREFIXES[part])}
+    expected = {key: value for key, value in state.items() if key.startswith(COMPONENTS[part].prefix)}
     assert equal(read(convert_back(folder, tmp_path / "back.ckpt", only=[part])), expected)
 
 
 def test_a_students_unet_goes_back(teacher, tmp_path):
     save_model(student_of(teacher), tmp_path / "student")
     back = read(convert_back(tmp_path / "student", tmp_path / "back.ckpt", only=["unet"]))
-    unet = unet_from_lvdm({key.removeprefix(PREFIXES["unet"]): value for key, value in back.items()})
+    unet = KEY_MAPS["unet"].to_ours({key.removeprefix(COMPONENTS["unet"].prefix): value for key, value in back.items()})
     assert equal(unet, teacher.unet.state_dict())
 
 
@@ -148,7 +149,8 @@ def test_recorded_weights_convert_as_they_are(shared, tmp_path):
     params["first_stage_config"]["params"] = settings(shared, "vae_tiny_config")["params"]
     params["image_proj_stage_config"]["params"] = settings(shared, "resampler_tiny_config")["params"]
     clip = settings(shared, "clip_tiny_config")
-    params["cond_stage_config"]["params"] = params["img_cond_stage_config"]["params"] = {"model_cfg": clip}
+    params["cond_stage_config"]["params"] = {"model_cfg": clip, "layer": "penultimate"}
+    params["img_cond_stage_config"]["params"] = {"model_cfg": clip}
     config = write_yaml(tmp_path / "tiny.yaml", content)
     parts = {
         "unet": reference_weights(shared, "tiny"),
@@ -157,7 +159,7 @@ def test_recorded_weights_convert_as_they_are(shared, tmp_path):
         "image_encoder": tiny_clip_weights(shared, "image"),
         "text_encoder": tiny_clip_weights(shared, "text"),
     }
-    state = {PREFIXES[part] + key: value for part, weights in parts.items() for key, value in weights.items()}
+    state = {COMPONENTS[part].prefix + key: value for part, weights in parts.items() for key, value in weights.items()}
     schedule = recording(shared, "schedule")
     buffers = {key.removeprefix("buffer."): value for key, value in schedule.items() if key.startswith("buffer.")}
     state |= {**buffers, "scale_arr": schedule["scale_arr_1024"]}
@@ -339,7 +341,7 @@ def test_the_command_converts_there_and_back(config, checkpoint, state, tmp_path
     assert capsys.readouterr().out == f"{tmp_path / 'out'}\n"
     back = ["--checkpoint", str(tmp_path / "out"), "--out", str(tmp_path / "back.ckpt"), "--to-lvdm", "--only", "vae"]
     assert run(monkeypatch, *back) == 0
-    expected = {key: value for key, value in state.items() if key.startswith(PREFIXES["vae"])}
+    expected = {key: value for key, value in state.items() if key.startswith(COMPONENTS["vae"].prefix)}
     assert equal(read(tmp_path / "back.ckpt"), expected)
 
 
@@ -372,7 +374,10 @@ def test_converting_needs_little_more_than_the_largest_component(tmp_path):
     config = write_yaml(tmp_path / "big.yaml", content)
     state = lvdm_state(config, same_text=False)
     torch.save({"state_dict": state}, tmp_path / "model.ckpt")
-    sizes = {part: sum(x.nbytes for k, x in state.items() if k.startswith(p)) / 2**20 for part, p in PREFIXES.items()}
+    sizes = {
+        part: sum(x.nbytes for k, x in state.items() if k.startswith(p.prefix)) / 2**20
+        for part, p in COMPONENTS.items()
+    }
     del state
     command = [sys.executable, "-c", MEASURE, str(config), str(tmp_path / "model.ckpt"), str(tmp_path / "out")]
     needed = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) / 1024

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch.overrides import TorchFunctionMode
 from viewcrafter_reference import recording, reference_folder, reference_unet, reference_weights, small_unet
 
-from fvgen.convert.names import unet_from_lvdm, unet_to_lvdm
+from fvgen.convert.names import KEY_MAPS
 from fvgen.errors import UserError
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 
@@ -58,7 +58,7 @@ def test_gradients_equal_the_recording(shared):
     x = io["x"].requires_grad_()
     output = unet(x, io["timesteps"], io["context_shared"], io["fs"]).sample
     (output * theirs["grad_out"]).sum().backward()
-    ours = unet_to_lvdm({name: parameter.grad for name, parameter in unet.named_parameters()})
+    ours = KEY_MAPS["unet"].to_theirs({name: parameter.grad for name, parameter in unet.named_parameters()})
     pairs = [(x.grad, theirs["grad_x"])]
     pairs += [(ours[k.removeprefix("param_grad.")], v) for k, v in theirs.items() if k.startswith("param_grad.")]
     assert len(pairs) == 8
@@ -73,20 +73,20 @@ def test_published_architecture_has_every_key_and_shape_of_the_checkpoint(shared
     theirs = {key.removeprefix(prefix): shape for key, (shape, _) in keys.items() if key.startswith(prefix)}
     with torch.device("meta"):
         unet = ViewCrafterUNet()
-    ours = {key: list(value.shape) for key, value in unet_to_lvdm(unet.state_dict()).items()}
+    ours = {key: list(value.shape) for key, value in KEY_MAPS["unet"].to_theirs(unet.state_dict()).items()}
     assert ours == theirs
     assert sum(parameter.numel() for parameter in unet.parameters()) == 1_438_854_980
 
 
 def test_weights_survive_the_way_there_and_back(shared):
     theirs = reference_weights(shared, "deep")
-    back = unet_to_lvdm(unet_from_lvdm(theirs))
+    back = KEY_MAPS["unet"].to_theirs(KEY_MAPS["unet"].to_ours(theirs))
     assert back.keys() == theirs.keys() and all(torch.equal(back[key], theirs[key]) for key in theirs)
 
 
 def test_learnable_image_scale_has_its_key_and_its_effect():
     unet, inputs = small_unet(image_cross_attention_scale_learnable=True), small_inputs()
-    gates = [name for name in unet_to_lvdm(unet.state_dict()) if name.endswith("attn2.alpha")]
+    gates = [name for name in KEY_MAPS["unet"].to_theirs(unet.state_dict()) if name.endswith("attn2.alpha")]
     assert len(gates) == 4  # one down, one in the middle, two up
     with torch.no_grad():
         before = unet(*inputs).sample

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fvgen.convert.names import unet_config_from_lvdm, unet_from_lvdm
+from fvgen.convert.names import KEY_MAPS
+from fvgen.convert.sizes import unet_config
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 
 
@@ -33,8 +34,8 @@ def reference_weights(shared: Path, name: str) -> dict[str, Tensor]:
 
 def reference_unet(shared: Path, name: str) -> ViewCrafterUNet:
     """The recorded UNet `name` ("tiny" or "deep") with its weights, in evaluation mode."""
-    unet = ViewCrafterUNet(**unet_config_from_lvdm(settings(shared, f"unet_{name}_config")["params"]))
-    unet.load_state_dict(unet_from_lvdm(reference_weights(shared, name)))
+    unet = ViewCrafterUNet(**unet_config(settings(shared, f"unet_{name}_config")["params"]))
+    unet.load_state_dict(KEY_MAPS["unet"].to_ours(reference_weights(shared, name)))
     return unet.eval()
 
 

@@ -44,14 +44,15 @@ def demo(
 
 @app.command()
 def convert(
-    checkpoint: Annotated[str, typer.Option(help="ViewCrafter's checkpoint; with --to-lvdm a model folder.")],
+    checkpoint: Annotated[str, typer.Option(help="The published checkpoint; with --to-lvdm a model folder.")],
     out: Annotated[Path, typer.Option(help="New model folder; with --to-lvdm a .ckpt or .safetensors.")],
-    config: Annotated[str | None, typer.Option(help="ViewCrafter's yaml (path, URL or Hub file).")] = None,
+    config: Annotated[str | None, typer.Option(help="Its yaml (path, URL or Hub file).")] = None,
     only: Annotated[str | None, typer.Option(help="unet,vae,image_projector,image_encoder,text_encoder")] = None,
     to_lvdm: Annotated[bool, typer.Option("--to-lvdm", help="From a model folder back to one checkpoint.")] = False,
+    layout: Annotated[str | None, typer.Option(help="ends: for DynamiCrafter_512_Interp, which has no yaml.")] = None,
 ) -> None:
-    """Convert ViewCrafter's checkpoints to model folders, and back."""
-    guarded(partial(_convert, config, checkpoint, out, only, to_lvdm))
+    """Convert checkpoints of ViewCrafter, DynamiCrafter and GenFusion to model folders, and back."""
+    guarded(partial(_convert, config, checkpoint, out, only, to_lvdm, layout))
 
 
 @app.command()
@@ -132,16 +133,20 @@ def numbers(text: str, separator: str, name: str, example: str) -> tuple[int, in
     return int(parts[0]), int(parts[1])
 
 
-def _convert(config: str | None, checkpoint: str, out: Path, only: str | None, to_lvdm: bool) -> None:
+def _convert(
+    config: str | None, checkpoint: str, out: Path, only: str | None, to_lvdm: bool, layout: str | None
+) -> None:
     from fvgen.convert import command as conversion  # takes seconds to import
 
-    components = conversion.COMPONENTS if only is None else [name.strip() for name in only.split(",")]
+    components = conversion.ALL if only is None else [name.strip() for name in only.split(",")]
+    if to_lvdm and layout:
+        raise UserError("a model folder says its own layout; leave --layout out")
     if to_lvdm:
         written = conversion.convert_back(checkpoint, out, config, components)
     elif config is None:
         raise UserError("converting a checkpoint needs its yaml; add --config")
     else:
-        written = conversion.convert(config, checkpoint, out, components)
+        written = conversion.convert(config, checkpoint, out, components, layout)
     print(written)
 
 

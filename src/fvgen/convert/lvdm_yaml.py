@@ -1,7 +1,8 @@
-"""ViewCrafter's configuration files: which networks of which sizes, checked to be ViewCrafter's.
+"""Configuration files of ViewCrafter, DynamiCrafter and GenFusion: which networks of which sizes, and which model.
 
 A file describes more than this library can build: every switch that would make another network or another diffusion is
-compared with ViewCrafter's value, and refused where it differs. Sizes are free.
+compared with the published value, and refused where it differs. A switch that a file leaves out has the default of the
+class that it configures, which is often another one. Sizes are free.
 
 The sizes of the CLIP towers are not in the file, which names a model of open_clip at most; for other sizes give
 open_clip's own description of a model (`embed_dim`, `vision_cfg`, `text_cfg`) as `model_cfg` in their `params`.
@@ -21,79 +22,33 @@ from diffusers import AutoencoderKL
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from fvgen.convert.names import (
-    image_config_from_open_clip,
-    text_config_from_open_clip,
-    unet_config_from_lvdm,
-    vae_config_from_lvdm,
-)
+from fvgen.convert.components import COMPONENTS, VAE_SWITCHES, Switches
+from fvgen.convert.kinds import KINDS, Kind, check_layout, kind_of
+from fvgen.convert.sizes import VIT_H_14, image_config, projector_config, text_config, unet_config, vae_config
+from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.errors import UserError, first_line
 from fvgen.models.viewcrafter.projector import ImageProjector
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 
-MODEL = "VIPLatentDiffusion"
-# Component: (section below model.params, class that it must name).
-SECTIONS = {
-    "unet": ("unet_config", "UNetModel"),
-    "vae": ("first_stage_config", "AutoencoderKL"),
-    "image_projector": ("image_proj_stage_config", "Resampler"),
-    "image_encoder": ("img_cond_stage_config", "FrozenOpenCLIPImageEmbedderV2"),
-    "text_encoder": ("cond_stage_config", "FrozenOpenCLIPEmbedder"),
-}
-# Values that a file may state, but not otherwise.
-MODEL_SWITCHES = {
-    "parameterization": "v",
-    "rescale_betas_zero_snr": True,
-    "beta_schedule": "linear",
-    "linear_start": 0.00085,
-    "linear_end": 0.012,
-    "timesteps": 1000,
-    "conditioning_key": "hybrid",
-    "scale_by_std": False,
-    "use_ema": False,
-    "use_dynamic_rescale": True,
-}
-SWITCHES = {
-    "unet": {
-        "dims": 2,
-        "transformer_depth": 1,
-        "use_linear": True,
-        "temporal_conv": True,
-        "temporal_attention": True,
-        "temporal_selfatt_only": True,
-        "use_relative_position": False,
-        "use_causal_attention": False,
-        "addition_attention": True,
-        "image_cross_attention": True,
-        "fs_condition": True,
-        "use_scale_shift_norm": False,
-        "resblock_updown": False,
-        "conv_resample": True,
-        "tempspatial_aware": False,
-    },
-    "text_encoder": {"layer": "penultimate"},
-    "image_encoder": {"antialias": True},
-    "image_projector": {},
-    "vae": {},
-}
-VAE_SWITCHES = {"double_z": True, "attn_resolutions": [], "dropout": 0.0}
-
-# open_clip's description of the model that ViewCrafter uses.
-VIT_H_14 = {
-    "embed_dim": 1024,
-    "vision_cfg": {"image_size": 224, "layers": 32, "width": 1280, "head_width": 80, "patch_size": 14},
-    "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 1024, "heads": 16, "layers": 24},
-}
-DAMAGED = "the yaml {path} is damaged ({reason}); give a ViewCrafter configuration file"
+WANTED = "give a configuration file of ViewCrafter, DynamiCrafter or GenFusion"
+DAMAGED = f"the yaml {{path}} is damaged ({{reason}}); {WANTED}"
 
 
 @dataclass(frozen=True)
 class LvdmConfig:
-    """What a configuration file says: base_scale and how to build each component (on the default device)."""
+    """What a configuration file says: which model it is, and how to build each component (on the default device)."""
 
-    base_scale: float
+    kind: Kind
+    base_scale: float | None  # None: its latents have no dynamic scale
     builders: dict[str, Callable[[], nn.Module]]
     open_clip: Mapping[str, Any]  # open_clip's description of the second CLIP, `embedder`
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The noise levels with which the checkpoint was trained."""
+        return NoiseSchedule.lvdm(
+            self.base_scale, self.kind.stated("rescale_betas_zero_snr"), self.kind.stated("parameterization")
+        )
 
     def build_empty(self, component: str) -> nn.Module:
         """The component without weights, on the meta device."""
@@ -101,17 +56,25 @@ class LvdmConfig:
             return self.builders[component]().eval()
 
 
-def read_lvdm_config(path: str | Path) -> LvdmConfig:
-    """Read a ViewCrafter yaml. Raises UserError for one that is damaged or describes another model."""
+def read_lvdm_config(path: str | Path, layout: str | None = None) -> LvdmConfig:
+    """Read a yaml.
+
+    Args:
+        path: the file.
+        layout: "ends" for DynamiCrafter's interpolation model, which is published with the yaml of another one.
+
+    Raises:
+        UserError: a file that is damaged, describes another model, or one that has another layout.
+    """
     try:
         content = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "no text"
-        raise UserError(f"cannot read the yaml {path} ({reason}); give a ViewCrafter configuration file") from error
+        raise UserError(f"cannot read the yaml {path} ({reason}); {WANTED}") from error
     except yaml.YAMLError as error:
         raise UserError(DAMAGED.format(path=path, reason=first_line(error))) from error
     try:
-        return _lvdm_config(content, path)
+        return _lvdm_config(content, path, layout)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, UserError):
             raise
@@ -119,31 +82,49 @@ def read_lvdm_config(path: str | Path) -> LvdmConfig:
         raise UserError(DAMAGED.format(path=path, reason=reason)) from error
 
 
-def _lvdm_config(content: Any, path: str | Path) -> LvdmConfig:
+def _lvdm_config(content: Any, path: str | Path, layout: str | None) -> LvdmConfig:
     model = content["model"]
-    _check_class(model, MODEL, "model", path)
-    params = model["params"]
-    _check_switches(params, MODEL_SWITCHES, "model", path)
+    # A yaml with interp_mode is the interpolation model's own, for training; the published one leaves it out.
+    params = {**model["params"], **({"interp_mode": True} if layout == "ends" else {})}
+    kind = kind_of(str(model["target"]), params)
+    if kind is None:
+        known = " or ".join(dict.fromkeys(kind.target for kind in KINDS))
+        raise UserError(f"the yaml {path} is of another model: its model is {model['target']}, not {known}")
+    check_layout(kind, layout, path)
+    _check_switches(params, kind.switches, "model", kind, path)
     sections = {}
-    for component, (name, kind) in SECTIONS.items():
-        _check_class(params[name], kind, name, path)
-        sections[component] = params[name].get("params") or {}
-        _check_switches(sections[component], SWITCHES[component], name, path)
-    vae, clip = sections["vae"], _open_clip(sections["image_encoder"], path)
-    _check_switches(vae["ddconfig"], VAE_SWITCHES, "first_stage_config", path)
+    for component, row in COMPONENTS.items():
+        _check_class(params[row.section], row.target, row.section, path)
+        sections[component] = params[row.section].get("params") or {}
+        _check_switches(sections[component], row.switches, row.section, kind, path)
+    return LvdmConfig(
+        kind,
+        float(params["base_scale"]) if kind.stated("use_dynamic_rescale") else None,
+        _builders(kind, sections, params["scale_factor"], path),
+        _open_clip(sections["image_encoder"], path),
+    )
+
+
+def _builders(
+    kind: Kind, sections: Mapping[str, Mapping[str, Any]], scale_factor: float, path: str | Path
+) -> dict[str, Callable[[], nn.Module]]:
+    unet, vae = unet_config(sections["unet"]), sections["vae"]
+    if kind.default_fps is not None:
+        unet["default_fps"] = kind.default_fps
+    _check_switches(vae["ddconfig"], VAE_SWITCHES, "first_stage_config", kind, path)
     if vae["embed_dim"] != vae["ddconfig"]["z_channels"]:
         raise UserError(f"the yaml {path} has another embed_dim than z_channels, which AutoencoderKL cannot have")
-    text = text_config_from_open_clip(_open_clip(sections["text_encoder"], path))
-    builders = {
-        "unet": partial(ViewCrafterUNet, **unet_config_from_lvdm(sections["unet"])),
-        "vae": partial(AutoencoderKL, **vae_config_from_lvdm(vae, params["scale_factor"])),
-        "image_projector": partial(ImageProjector, **sections["image_projector"]),
-        "image_encoder": partial(
-            _build, CLIPVisionModelWithProjection, CLIPVisionConfig, image_config_from_open_clip(clip)
-        ),
-        "text_encoder": partial(_build, CLIPTextModelWithProjection, CLIPTextConfig, text),
+    vae = vae_config(vae, scale_factor)
+    if kind.vae_channels is not None:
+        vae |= {"in_channels": kind.vae_channels, "out_channels": kind.vae_channels}
+    image, text = (_open_clip(sections[name], path) for name in ("image_encoder", "text_encoder"))
+    return {
+        "unet": partial(ViewCrafterUNet, **unet),
+        "vae": partial(AutoencoderKL, **vae),
+        "image_projector": partial(ImageProjector, **projector_config(sections["image_projector"])),
+        "image_encoder": partial(_build, CLIPVisionModelWithProjection, CLIPVisionConfig, image_config(image)),
+        "text_encoder": partial(_build, CLIPTextModelWithProjection, CLIPTextConfig, text_config(text)),
     }
-    return LvdmConfig(float(params["base_scale"]), builders, clip)
 
 
 def _build(model: type, config: type, settings: dict) -> nn.Module:
@@ -169,9 +150,9 @@ def _check_class(section: Mapping[str, Any], expected: str, name: str, path: str
         raise UserError(f"the yaml {path} is of another model: its {name} is {found}, not {expected}")
 
 
-def _check_switches(params: Mapping[str, Any], expected: Mapping[str, Any], name: str, path: str | Path) -> None:
-    for key, value in expected.items():
-        if key in params and params[key] != value:
-            raise UserError(
-                f"the yaml {path} is of another model: {name} has {key}={params[key]!r}, ViewCrafter's is {value!r}"
-            )
+def _check_switches(params: Mapping[str, Any], switches: Switches, name: str, kind: Kind, path: str | Path) -> None:
+    for key, (value, default) in switches.items():
+        found = params.get(key, default)
+        if found != value:
+            told = f"{name} has {key}={found!r}" if key in params else f"{name} has no {key}, which means {default!r}"
+            raise UserError(f"the yaml {path} is of another model: {told}, {kind.name}'s is {value!r}")

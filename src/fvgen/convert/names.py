@@ -1,6 +1,7 @@
-"""ViewCrafter's weights in our modules and back: the one place where their parameter names are known.
+"""The published weights in our modules and back: the one place where their parameter names are known.
 
-Theirs are the names in the public checkpoints, each network without its prefix (`PREFIXES`). Ours are those of
+ViewCrafter, DynamiCrafter and GenFusion name everything alike but for GenFusion's VAE. Theirs are the names in the
+public checkpoints, each network without its prefix (`fvgen.convert.components`). Ours are those of
 `ViewCrafterUNet`, `ImageProjector`, diffusers' `AutoencoderKL` and transformers' `CLIPTextModelWithProjection` and
 `CLIPVisionModelWithProjection`. A name is a path of dot-separated segments; each rule replaces a run of whole segments.
 
@@ -13,7 +14,6 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,17 +21,10 @@ from torch import Tensor
 Rules = tuple[tuple[str, str], ...]
 State = dict[str, Tensor]
 
-# Where each network's weights are in a whole checkpoint.
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "image_projector": "image_proj_model.",
-    "image_encoder": "embedder.model.",
-    "text_encoder": "cond_stage_model.model.",
-}
-
 # (theirs, ours), applied in this order; from ours to theirs, the other way round.
 UNET_RULES: Rules = (
+    ("framestride_embed.0", "fps_embedding.linear_1"),  # DynamiCrafter's 256-pixel model has the older name;
+    ("framestride_embed.2", "fps_embedding.linear_2"),  # on the way back the rules below come first
     ("time_embed.0", "time_embedding.linear_1"),
     ("time_embed.2", "time_embedding.linear_2"),
     ("fps_embedding.0", "fps_embedding.linear_1"),
@@ -125,6 +118,7 @@ class KeyMap:
             ones that became 2-D).
         transposed: our weights that are theirs transposed.
         fused_qkv: their attention layers hold queries, keys and values in one matrix, ours in three.
+        unused: their weights that no network of ours holds.
     """
 
     rules: Rules
@@ -132,15 +126,17 @@ class KeyMap:
     axes: int = 1
     transposed: re.Pattern = NOTHING
     fused_qkv: bool = False
+    unused: re.Pattern = NOTHING
 
     def to_ours(self, state: Mapping[str, Tensor]) -> State:
         """The state dict in our names and shapes, from theirs; views of the same memory but for transposed weights."""
-        split = _split_qkv(state) if self.fused_qkv else state
+        used = {key: value for key, value in state.items() if not self.unused.fullmatch(key)}
+        split = _split_qkv(used) if self.fused_qkv else used
         renamed = {rename(key, self.rules): value for key, value in split.items()}
         return self._reshape(renamed, lambda x: x.reshape(x.shape[: x.ndim - self.axes]))
 
     def to_theirs(self, state: Mapping[str, Tensor]) -> State:
-        """The state dict in their names and shapes, from ours."""
+        """The state dict in their names and shapes, from ours; without what is `unused`."""
         shaped = self._reshape(state, lambda x: x.reshape(*x.shape, *[1] * self.axes))
         renamed = {rename(key, inverse(self.rules)): value for key, value in shaped.items()}
         return _join_qkv(renamed) if self.fused_qkv else renamed
@@ -156,10 +152,24 @@ class KeyMap:
         return {key: shaped(key, value) for key, value in state.items()}
 
 
-UNET = KeyMap(UNET_RULES, re.compile(r"init_attn\.proj_(in|out)\.weight|.*\.temporal\.stages\.\d\.conv\.weight"))
-PROJECTOR = KeyMap(PROJECTOR_RULES)
-TEXT = KeyMap(TEXT_RULES, transposed=re.compile(r"text_projection\.weight"), fused_qkv=True)
-IMAGE = KeyMap(IMAGE_RULES, transposed=re.compile(r"visual_projection\.weight"), fused_qkv=True)
+# Component: its names. The VAE's depend on its size: see `vae_key_map`.
+KEY_MAPS = {
+    "unet": KeyMap(UNET_RULES, re.compile(r"init_attn\.proj_(in|out)\.weight|.*\.temporal\.stages\.\d\.conv\.weight")),
+    "image_projector": KeyMap(PROJECTOR_RULES),
+    "image_encoder": KeyMap(
+        IMAGE_RULES,
+        transposed=re.compile(r"visual_projection\.weight"),
+        fused_qkv=True,
+        unused=re.compile(r"(?!visual\.).*"),
+    ),
+    "text_encoder": KeyMap(
+        TEXT_RULES,
+        transposed=re.compile(r"text_projection\.weight"),
+        fused_qkv=True,
+        unused=re.compile("logit_scale"),
+    ),
+}
+DIFFUSERS_VAE = KeyMap(())  # GenFusion's is diffusers' own, saved as it is
 
 
 def vae_key_map(levels: int) -> KeyMap:
@@ -185,132 +195,6 @@ def inverse(rules: Rules) -> Rules:
     return tuple((new, old) for old, new in reversed(rules))
 
 
-def unet_from_lvdm(state: Mapping[str, Tensor]) -> State:
-    """The UNet's state dict in our names and shapes, from theirs (`framestride_embed` is an older `fps_embedding`)."""
-    return UNET.to_ours({rename(key, [("framestride_embed", "fps_embedding")]): x for key, x in state.items()})
-
-
-def unet_to_lvdm(state: Mapping[str, Tensor]) -> State:
-    """The UNet's state dict in their names and shapes, from ours."""
-    return UNET.to_theirs(state)
-
-
-def unet_config_from_lvdm(params: Mapping) -> dict:
-    """Arguments of `ViewCrafterUNet` from the `unet_config.params` of a ViewCrafter configuration file.
-
-    Only what varies is taken over; the architecture's fixed switches are not ours to set.
-    """
-    same = (
-        "in_channels",
-        "out_channels",
-        "model_channels",
-        "num_res_blocks",
-        "num_head_channels",
-        "context_dim",
-        "dropout",
-        "temporal_length",
-        "image_cross_attention_scale_learnable",
-    )
-    config = {name: params[name] for name in same if name in params}
-    config |= {name: tuple(params[name]) for name in ("channel_mult", "attention_resolutions") if name in params}
-    return config | ({"default_fps": params["default_fs"]} if "default_fs" in params else {})
-
-
-def projector_from_lvdm(state: Mapping[str, Tensor]) -> State:
-    """The image projector's state dict in our names, from theirs."""
-    return PROJECTOR.to_ours(state)
-
-
-def projector_to_lvdm(state: Mapping[str, Tensor]) -> State:
-    """The image projector's state dict in their names, from ours."""
-    return PROJECTOR.to_theirs(state)
-
-
-def vae_from_lvdm(state: Mapping[str, Tensor]) -> State:
-    """The VAE's state dict in diffusers' names and shapes, from theirs."""
-    return vae_key_map(_levels(state, "down")).to_ours(state)
-
-
-def vae_to_lvdm(state: Mapping[str, Tensor]) -> State:
-    """The VAE's state dict in their names and shapes, from diffusers'."""
-    return vae_key_map(_levels(state, "down_blocks")).to_theirs(state)
-
-
-def vae_config_from_lvdm(params: Mapping, scale_factor: float = 0.18215) -> dict:
-    """Arguments of `AutoencoderKL` from the `first_stage_config.params` of a ViewCrafter configuration file."""
-    inner = params["ddconfig"]
-    levels = len(inner["ch_mult"])
-    return {
-        "in_channels": inner["in_channels"],
-        "out_channels": inner["out_ch"],
-        "down_block_types": ("DownEncoderBlock2D",) * levels,
-        "up_block_types": ("UpDecoderBlock2D",) * levels,
-        "block_out_channels": tuple(inner["ch"] * mult for mult in inner["ch_mult"]),
-        "layers_per_block": inner["num_res_blocks"],
-        "latent_channels": inner["z_channels"],
-        "sample_size": inner["resolution"],
-        "scaling_factor": scale_factor,
-    }
-
-
-def text_encoder_from_lvdm(state: Mapping[str, Tensor]) -> State:
-    """The text tower's state dict in transformers' names and shapes, from open_clip's; the logit scale is left out."""
-    return TEXT.to_ours({key: value for key, value in state.items() if key != "logit_scale"})
-
-
-def text_encoder_to_lvdm(state: Mapping[str, Tensor]) -> State:
-    """The text tower's state dict in open_clip's names and shapes, without the logit scale."""
-    return TEXT.to_theirs(state)
-
-
-def image_encoder_from_lvdm(state: Mapping[str, Tensor]) -> State:
-    """The image tower's state dict in transformers' names and shapes, from open_clip's; only `visual.` is taken."""
-    return IMAGE.to_ours({key: value for key, value in state.items() if key.startswith("visual.")})
-
-
-def image_encoder_to_lvdm(state: Mapping[str, Tensor]) -> State:
-    """The image tower's state dict in open_clip's names and shapes, all below `visual.`."""
-    return IMAGE.to_theirs(state)
-
-
-def text_config_from_open_clip(model: Mapping[str, Any]) -> dict:
-    """Arguments of transformers' `CLIPTextConfig` from open_clip's description of a model.
-
-    The last two ids are those of start and end, and padding is 0, as in CLIP's vocabulary of 49,408.
-    """
-    text = model["text_cfg"]
-    return {
-        "vocab_size": text["vocab_size"],
-        "hidden_size": text["width"],
-        "intermediate_size": int(text["width"] * text.get("mlp_ratio", 4)),
-        "projection_dim": model["embed_dim"],
-        "num_hidden_layers": text["layers"],
-        "num_attention_heads": text["heads"],
-        "max_position_embeddings": text["context_length"],
-        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "layer_norm_eps": 1e-5,
-        "pad_token_id": 0,
-        "bos_token_id": text["vocab_size"] - 2,
-        "eos_token_id": text["vocab_size"] - 1,
-    }
-
-
-def image_config_from_open_clip(model: Mapping[str, Any]) -> dict:
-    """Arguments of transformers' `CLIPVisionConfig` from open_clip's description of a model."""
-    vision = model["vision_cfg"]
-    return {
-        "hidden_size": vision["width"],
-        "intermediate_size": int(vision["width"] * vision.get("mlp_ratio", 4)),
-        "projection_dim": model["embed_dim"],
-        "num_hidden_layers": vision["layers"],
-        "num_attention_heads": vision["width"] // vision.get("head_width", 64),
-        "image_size": vision["image_size"],
-        "patch_size": vision["patch_size"],
-        "hidden_act": "quick_gelu" if model.get("quick_gelu") else "gelu",
-        "layer_norm_eps": 1e-5,
-    }
-
-
 def _split_qkv(state: Mapping[str, Tensor]) -> State:
     """Their `attn.in_proj_weight` [3 D, D] as `attn.q_proj.weight` and so on; other entries as they are."""
     split: State = {}
@@ -333,9 +217,3 @@ def _join_qkv(state: Mapping[str, Tensor]) -> State:
             parts = [state[f"{found[1]}.{name}.{found[3]}"] for name in QKV]
             joined[f"{found[1]}.in_proj_{found[3]}"] = torch.cat(parts)
     return joined
-
-
-def _levels(state: Iterable[str], part: str) -> int:
-    """How many resolutions the encoder of a VAE has, from its parameter names."""
-    indices = [int(found[1]) for key in state if (found := re.match(rf"encoder\.{part}\.(\d+)\.", key))]
-    return max(indices, default=-1) + 1

@@ -1,19 +1,16 @@
-"""Weights files of other projects: names and shapes at once, tensors memory-mapped, no code of theirs ever run."""
+"""Checkpoints of other projects: names and shapes at once, tensors memory-mapped, no code of theirs ever run."""
 
 from __future__ import annotations
 
 import re
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fvgen.errors import UserError, first_line
+from fvgen.system.weights import DAMAGE, read_weights_file
 
 DEEPSPEED_PREFIX = 16  # characters of "_forward_module.", which DeepSpeed puts before every name
 CURE = "copy or download it again"
@@ -39,23 +36,11 @@ class CheckpointFile:
     def tensors(self, wanted: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
         """The tensors whose (normalised) names are wanted, as views of the file's memory map."""
         try:
-            state = _read_safetensors(self.path) if self.path.suffix == ".safetensors" else _read_torch(self.path)
-        except (OSError, EOFError, SafetensorError, UnpicklingError, RuntimeError, ValueError, KeyError) as error:
+            content = read_weights_file(self.path)
+        except DAMAGE as error:
             raise UserError(_reason(self.path, error)) from error
+        state = _state_dict(content, self.path)
         return {name: x for key, x in state.items() if wanted(name := self.normalise(key))}
-
-
-def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
-
-
-def _read_torch(path: Path) -> Mapping[str, Tensor]:
-    with path.open("rb") as file:
-        if file.read(2) == b"PK" and not zipfile.is_zipfile(path):
-            raise EOFError("it is cut short")
-    mapped = zipfile.is_zipfile(path)  # torch's older format cannot be
-    return _state_dict(torch.load(path, map_location="cpu", weights_only=True, mmap=mapped), path)
 
 
 def _state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
@@ -66,7 +51,7 @@ def _state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
     else:
         state = content
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"{path} holds no state_dict of tensors; give ViewCrafter's checkpoint file")
+        raise UserError(f"{path} holds no state_dict of tensors; give the model's checkpoint file")
     return state
 
 

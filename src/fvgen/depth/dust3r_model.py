@@ -25,10 +25,10 @@ from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fvgen.errors import UserError, first_line
+from fvgen.system.weights import read_weights_file
 
 LICENCE = "DUSt3R and its weights are CC BY-NC-SA 4.0: what you make with them is for non-commercial use only"
 CLASS = "AsymmetricCroCo3DStereo"
@@ -112,9 +112,8 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         if path.is_dir():
             settings = json.loads((path / "config.json").read_text())
             settings = {key: _plain(value) for key, value in settings.items()}
-            return settings, load_file(path / "model.safetensors")
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            return settings, read_weights_file(path / "model.safetensors")
+        content = read_weights_file(path, allowed=[argparse.Namespace])
         return parse_arguments(content["args"].model), content["model"]
     except (OSError, EOFError, RuntimeError, ValueError, SyntaxError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{path} holds no weights of DUSt3R ({first_line(error)}); download them again") from error

@@ -1,4 +1,5 @@
-"""Noise levels: ViewCrafter's schedule, and conversions between velocity, noise, score and clean latents.
+"""Noise levels: the schedules of ViewCrafter's relatives, and conversions between velocity, noise, score and clean
+latents.
 
 Symbols: t timestep 0..999, ab_t cumulative alpha ("alpha_bar"), k_t dynamic rescale, z0 clean latents.
 
@@ -9,11 +10,15 @@ At t = 999 ab_t is exactly 0 (zero terminal SNR, Lin et al. 2024), x_t is pure n
 here stays finite there. This is why there is no conversion from predicted noise to clean latents: at t = 999 the noise
 says nothing about them. "Clean" always means z0 itself, with k_t undone.
 
+One relative, DynamiCrafter's 256-pixel model, predicts noise, has no k_t (it is 1) and ends at sqrt(ab) = 0.068. Its
+schedule is built with `zero_snr` off, and `as_velocity` turns its prediction into the v that all others speak.
+
 Tensors are latents [B, C, F, h, w] (any trailing shape works), t is [B] integers or one int. Results have the type
 that float32 tables and the latents promote to, so half-precision latents give float32 results.
 """
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,6 +60,16 @@ def uniform_timesteps(steps: int) -> list[int]:
     return list(range(1, TIMESTEPS + 1, TIMESTEPS // steps))
 
 
+SPACINGS: dict[str, Callable[[int], list[int]]] = {"trailing": trailing_timesteps, "uniform": uniform_timesteps}
+
+
+def timesteps(spacing: str, steps: int) -> list[int]:
+    """Ascending timesteps by the name of their spacing. Raises UserError for one that is not in `SPACINGS`."""
+    if spacing not in SPACINGS:
+        raise UserError(f"there is no spacing {spacing!r} of timesteps; choose one of {', '.join(SPACINGS)}")
+    return SPACINGS[spacing](steps)
+
+
 @dataclass(frozen=True, eq=False)
 class NoiseSchedule:
     """Tables over the timesteps, all [1000] float32, and the conversions that use them."""
@@ -64,25 +79,41 @@ class NoiseSchedule:
     signal: Tensor  # sqrt(ab_t)
     sigma: Tensor  # sqrt(1 - ab_t)
     scale_arr: Tensor  # k_t
+    prediction: str = "v"  # what the network's output is: "v" or "eps", see `as_velocity`
 
     @classmethod
     def viewcrafter(cls, base_scale: float) -> "NoiseSchedule":
-        """The published schedule; `base_scale` is 0.3 for the 576x1024 models and 0.7 for the 320x512 one.
+        """The schedule of all published models but one; `base_scale` is 0.3 at 576x1024 and 0.7 at 320x512."""
+        return cls.lvdm(base_scale)
 
-        k_t falls linearly from 1 to `base_scale` over the first 400 timesteps and stays there.
+    @classmethod
+    def lvdm(cls, base_scale: float | None, zero_snr: bool = True, prediction: str = "v") -> "NoiseSchedule":
+        """From the settings of a model of ViewCrafter's family.
+
+        Args:
+            base_scale: k_t falls linearly from 1 to this over the first 400 timesteps and stays there; None: k_t is 1.
+            zero_snr: the last timestep is pure noise.
+            prediction: "v" or, only without `zero_snr`, "eps".
+
+        Raises:
+            UserError: any other prediction, or one of noise with `zero_snr`.
         """
-        betas = rescale_zero_terminal_snr(scaled_linear_betas())
+        if prediction not in ("v", "eps") or (prediction == "eps" and zero_snr):
+            raise UserError(f"prediction {prediction!r} cannot be with zero_snr={zero_snr}; use 'v', or 'eps' without")
+        betas = rescale_zero_terminal_snr(scaled_linear_betas()) if zero_snr else scaled_linear_betas()
         alphas_cumprod = (1.0 - betas).cumprod(0)
-        scale_arr = torch.full((TIMESTEPS,), base_scale, dtype=torch.float64)
-        scale_arr[:RESCALE_RAMP] = torch.linspace(1.0, base_scale, RESCALE_RAMP, dtype=torch.float64)
+        last = 1.0 if base_scale is None else base_scale
+        scale_arr = torch.full((TIMESTEPS,), last, dtype=torch.float64)
+        scale_arr[:RESCALE_RAMP] = torch.linspace(1.0, last, RESCALE_RAMP, dtype=torch.float64)
         tables = (betas, alphas_cumprod, alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt(), scale_arr)
-        return cls(*(table.float() for table in tables))
+        return cls(*(table.float() for table in tables), prediction)
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
         """The same schedule with its tables on `device` (itself if they are there already)."""
         if self.betas.device == torch.device(device):
             return self
-        return NoiseSchedule(*(getattr(self, item.name).to(device) for item in fields(self)))
+        tables = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **tables)
 
     def add_noise(self, z0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
         """x_t from clean latents."""
@@ -95,6 +126,15 @@ class NoiseSchedule:
     def rescale(self, z0: Tensor, t: Tensor | int) -> Tensor:
         """k_t z0: clean latents in the scale that they have at t."""
         return _at(self.scale_arr, t, z0) * z0
+
+    def as_velocity(self, x_t: Tensor, output: Tensor, t: Tensor | int) -> Tensor:
+        """What the network predicts as a velocity: itself, or (eps - sqrt(1 - ab) x_t) / sqrt(ab).
+
+        The map is affine, and guidance a combination whose weights sum to 1: it gives the same before and after.
+        """
+        if self.prediction == "v":
+            return output
+        return (output - _at(self.sigma, t, x_t) * x_t) / _at(self.signal, t, x_t)
 
     def x0_from_v(self, x_t: Tensor, v: Tensor, t: Tensor | int) -> Tensor:
         """Clean latents (sqrt(ab) x_t - sqrt(1 - ab) v) / k_t."""

@@ -12,14 +12,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fvgen.errors import UserError
+from fvgen.system.weights import DAMAGE, read_weights_file
 
 TORCHVISION = "https://download.pytorch.org/models/"
 TORCH_FIDELITY = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/"
@@ -67,12 +65,10 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises UserError when the file is cut short or does not match the SHA-256 digits in its own name.
     """
     try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
+        if path.suffix != ".safetensors":
             _check_digest(path)
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, ValueError, UnpicklingError, SafetensorError) as error:
+        state = read_weights_file(path)
+    except DAMAGE as error:
         raise unusable(path, error) from error
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 

@@ -18,17 +18,17 @@ from fvgen.models.condition import Condition, joined
 
 
 class Prediction(NamedTuple):
-    """``velocity`` [B, C, F, h, w], None where the pass stopped at its last tap; ``features`` [B, D, F', h', w'] by
-    tap."""
+    """``output`` [B, C, F, h, w], what the schedule says the network predicts, None where the pass stopped at its last
+    tap; ``features`` [B, D, F', h', w'] by tap."""
 
-    velocity: Tensor | None
+    output: Tensor | None
     features: Mapping[str, Tensor]
 
 
 class Call(Protocol):
-    """How a family runs its network: joins latents and condition, takes the velocity and the tapped features out.
+    """How a family runs its network: joins latents and condition, takes the prediction and the tapped features out.
 
-    ``stop``: compute nothing behind the last tap. ``cut``: the graph ends there, the velocity carries no gradient.
+    ``stop``: compute nothing behind the last tap. ``cut``: the graph ends there, the prediction carries no gradient.
     """
 
     def __call__(
@@ -59,8 +59,9 @@ class Denoiser(nn.Module):
         return self.schedule.to(x_t.device).x0_from_v(x_t, self.velocity(x_t, t, condition), t)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The network's output, [B, C, F, h, w] float32."""
-        return self.call(self.network, x_t, t, condition).velocity.float()
+        """The network's output as a velocity, [B, C, F, h, w] float32."""
+        output = self.call(self.network, x_t, t, condition).output.float()
+        return self.schedule.to(x_t.device).as_velocity(x_t, output, t)
 
     def features(self, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[str]) -> tuple[Tensor, ...]:
         """Features [B, D, F', h', w'] at each of the taps; the network is not run beyond the last."""
@@ -131,9 +132,10 @@ class Teacher(Denoiser):
         pass. Without taps there is no graph at all.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and bool(taps)):
-            velocity, features = self.call(self.network, x_t, t, condition, taps, cut=True)
+            output, features = self.call(self.network, x_t, t, condition, taps, cut=True)
         with torch.no_grad():
-            x_t, velocity = x_t.detach(), velocity.float()
+            x_t = x_t.detach()
+            velocity = self.schedule.to(x_t.device).as_velocity(x_t, output.float(), t)
             if self.guidance != 1.0:
                 velocity = self._guided(velocity, self._velocities(x_t, t, self._without(condition)))
             x0 = self.schedule.to(x_t.device).x0_from_v(x_t, velocity, t)

@@ -64,8 +64,9 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         generator: Generators | None = None,
         prompt: str | Sequence[str] | None = None,
         fps: int | None = None,
+        reference: Tensor | None = None,
     ) -> Condition:
-        """All that the network sees of renders [B, F, 3, H, W] in [0, 1]."""
+        """All that the network sees of renders [B, F, C, H, W] in [0, 1]."""
         raise AttributeError(f"{type(self).__name__} has no condition")
 
     def nulls(self, negative_prompt: str | None = None) -> tuple[Mapping[str, Tensor], ...]:
@@ -79,6 +80,11 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
     def check_clip(self, frames: int, height: int, width: int) -> None:
         """Raises UserError for clips that the networks cannot take."""
         raise AttributeError(f"{type(self).__name__} has no sizes")
+
+    def check_render(self, render: Tensor) -> None:
+        """Raises UserError for frames [B, F, C, H, W] with other channels than the model's."""
+        if render.shape[2] != 3:
+            raise UserError(f"render has shape {tuple(render.shape)}; give frames of three colours")
 
     def encoding_parts(self) -> Iterator[tuple[str, Any]]:
         """(name, network or setting) of all that goes into latents and conditions."""
@@ -144,6 +150,7 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         photographs: Mapping[int, Any] | None = None,
         prompt: str | Sequence[str] | None = None,
         fps: int | None = None,
+        reference: Tensor | None = None,
         on_step: OnStep | None = None,
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -156,9 +163,10 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         check_parts(self.components)
         render = with_photographs(as_frames(render), photographs)
         check_render(render)
+        self.check_render(render)
         self.check_clip(render.shape[1], *render.shape[3:])
         generator = generator or torch.Generator().manual_seed(0)
-        condition = self.condition(render, generator, prompt, fps)
+        condition = self.condition(render, generator, prompt, fps, reference)
         with self.progress_bar(total=steps) as bar:
 
             def told(step: SamplerStep) -> Tensor | None:

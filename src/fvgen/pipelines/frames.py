@@ -73,8 +73,8 @@ def with_photographs(render: Tensor, photographs: Mapping[int, Any] | None) -> T
 
 
 def check_render(render: Tensor) -> None:
-    """Raises UserError for a render that is not [B, F, 3, H, W] of finite numbers in [0, 1]."""
-    if render.ndim != 5 or render.shape[2] != 3:
+    """Raises UserError for a render that is not [B, F, 3 or 4, H, W] of finite numbers in [0, 1]."""
+    if render.ndim != 5 or render.shape[2] not in (3, 4):
         raise UserError(f"render has shape {tuple(render.shape)}; give frames as [batch, frames, 3, height, width]")
     if not render.numel():
         raise UserError(f"render has shape {tuple(render.shape)}; give at least one clip of at least one frame")
@@ -126,5 +126,6 @@ def answer(frames: Tensor, output_type: str | None, return_dict: bool | None) ->
         return frames
     if output_type in ("np", "pil"):
         processor = VideoProcessor(do_normalize=False)
+        frames = frames[:, :, :3] if output_type == "pil" else frames  # disparity would be taken for transparency
         frames = processor.postprocess_video(frames.transpose(1, 2), output_type)
     return (frames,) if return_dict is False else VideoOutput(frames)

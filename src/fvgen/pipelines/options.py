@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from fvgen.pipelines.base import OnStepEnd
 
 
@@ -15,6 +17,7 @@ class CallOptions(TypedDict, total=False):
     photographs: frame index to photograph, for renders whose known frames are not replaced yet.
     prompt: a text (or one per clip) other than the model's own; needs text encoder and tokenizer.
     fps: the network's frame rate where it has one (ViewCrafter's `frame_stride`), its default if not given.
+    reference: [3, H, W] or [B, 3, H, W] in [0, 1], for a model that looks at a photograph beside the clip.
     callback_on_step_end: diffusers' callback (pipeline, index, timestep, tensors) -> changed tensors.
     callback_on_step_end_tensor_inputs: which tensors it is given, of "latents" and "x0".
     output_type: "pt", "np", "pil" or "latent", see `fvgen.pipelines.frames.VideoOutput`.
@@ -24,6 +27,7 @@ class CallOptions(TypedDict, total=False):
     photographs: Mapping[int, Any] | None
     prompt: str | Sequence[str] | None
     fps: int | None
+    reference: Tensor | None
     callback_on_step_end: OnStepEnd | None
     callback_on_step_end_tensor_inputs: Sequence[str]
     output_type: str | None

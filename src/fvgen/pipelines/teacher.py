@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fvgen.diffusion.samplers import Generators, OnStep, ddim
-from fvgen.diffusion.schedule import trailing_timesteps
+from fvgen.diffusion.schedule import timesteps
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Teacher
 from fvgen.pipelines.base import NovelViewPipeline
@@ -53,7 +53,7 @@ class TeacherPipeline(NovelViewPipeline):
         eta: float = 1.0,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Latents [B, C, F, h, w] for a condition: ancestral DDIM (eta 1) at trailing timesteps, as published.
+        """Latents [B, C, F, h, w] for a condition: ancestral DDIM (eta 1) at the model's spacing, as published.
 
         Args:
             image_guidance_scale: separate guidance by the image tokens, a third evaluation a step. As in ViewCrafter's
@@ -61,15 +61,16 @@ class TeacherPipeline(NovelViewPipeline):
             latents: x_T [B, C, F, h, w], drawn if not given.
         """
         teacher = self.teacher(guidance_scale, image_guidance_scale, guidance_rescale, negative_prompt)
+        spacing = self.config.get("spacing", "trailing")
         return ddim(
             partial(teacher, condition=condition),
             self.initial_noise(condition, generator, latents),
             self.schedule,
-            trailing_timesteps(self.config.steps if num_inference_steps is None else num_inference_steps),
+            timesteps(spacing, self.config.steps if num_inference_steps is None else num_inference_steps),
             eta=eta,
             generator=generator,
             on_step=on_step,
-            keep_last_scale=teacher.nfe == 3,
+            keep_last_scale=self.config.get("keep_last_scale", False) or teacher.nfe == 3,
         )
 
     @torch.no_grad()

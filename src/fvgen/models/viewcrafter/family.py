@@ -73,8 +73,12 @@ def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
         image = torch.zeros(size.batch, IMAGE_TOKENS_PER_FRAME * size.frames, config.context_dim)
         return torch.zeros(shape), Condition(render_latents=torch.zeros(shape), text_tokens=text, image_tokens=image)
 
-    scale = float(index.get("base_scale", 0.7))
-    return Blueprint(network, example, lambda: NoiseSchedule.viewcrafter(scale), float(index.get("guidance", 7.5)))
+    def schedule() -> NoiseSchedule:
+        return NoiseSchedule.lvdm(
+            index.get("base_scale", 0.7), index.get("zero_snr", True), index.get("prediction", "v")
+        )
+
+    return Blueprint(network, example, schedule, float(index.get("guidance", 7.5)))
 
 
 def pipeline(class_name: str) -> type[NovelViewPipeline]:

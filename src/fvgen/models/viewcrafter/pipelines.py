@@ -7,6 +7,7 @@ another UNet. Frames are [B, F, 3, H, W] in [0, 1]; latents are [B, 4, F, h, w],
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from fvgen.diffusion.samplers import Generators, normal
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.errors import UserError
 from fvgen.models.condition import Condition
+from fvgen.models.viewcrafter.conditioning import Conditioning
 from fvgen.models.viewcrafter.encoders import FixedPrompts, clip_pixels, encode_tokens, token_ids
 from fvgen.models.viewcrafter.family import FAMILY
 from fvgen.models.viewcrafter.projector import ImageProjector
@@ -42,13 +44,16 @@ class _ViewCrafterParts(NovelViewPipeline):
         prompts: the encoded text prompt and the encoded empty text.
         text_encoder, tokenizer: for other prompts; not needed otherwise.
         fast_decoder: decodes in place of the VAE, see `enable_fast_decoder`.
-        base_scale: last value of ViewCrafter's dynamic rescale of latents (0.7 for 320x512, 0.3 for 576x1024).
+        base_scale: last value of ViewCrafter's dynamic rescale of latents (0.7 for 320x512, 0.3 for 576x1024), None for
+            none.
         image_resize: how photographs become CLIP's input, see `fvgen.models.viewcrafter.encoders.clip_pixels`.
+        zero_snr, prediction: see `fvgen.diffusion.schedule.NoiseSchedule.lvdm`.
+        conditioning: fields of `fvgen.models.viewcrafter.conditioning.Conditioning`; ViewCrafter's own by default.
     """
 
     family = FAMILY
     network_part = "unet"
-    settings = ("base_scale", "image_resize")
+    settings = ("base_scale", "image_resize", "zero_snr", "prediction", "conditioning")
     model_cpu_offload_seq = "text_encoder->image_encoder->image_projector->unet->vae->fast_decoder"
     _exclude_from_cpu_offload: ClassVar = ["prompts"]
     _optional_components: ClassVar = ["prompts", "text_encoder", "tokenizer", "fast_decoder"]
@@ -56,15 +61,22 @@ class _ViewCrafterParts(NovelViewPipeline):
     def _keep(self, parts: Mapping[str, Any]) -> None:
         """``parts``: components and settings by name, as a class's own `__init__` was given them."""
         self.register_modules(**{name: part for name, part in parts.items() if name in PARTS})
-        self.register_to_config(**{name: value for name, value in parts.items() if name not in PARTS})
+        settings = {name: value for name, value in parts.items() if name not in PARTS}
+        self.register_to_config(**settings | {"conditioning": asdict(Conditioning.of(settings["conditioning"]))})
 
     @property
     def schedule(self) -> NoiseSchedule:
-        return NoiseSchedule.viewcrafter(base_scale=self.config.base_scale).to(self._execution_device)
+        settings = (self.config.base_scale, self.config.zero_snr, self.config.prediction)
+        return NoiseSchedule.lvdm(*settings).to(self._execution_device)
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """How the model is told what to show."""
+        return Conditioning.of(self.config.conditioning)
 
     @torch.no_grad()
     def encode_frames(self, frames: Tensor, generator: Generators | None = None, noise: Tensor | None = None) -> Tensor:
-        """Frames [B, F, 3, H, W] in [0, 1] to a posterior sample of scaled latents [B, 4, F, h, w].
+        """Frames [B, F, C, H, W] in [0, 1] to a posterior sample of scaled latents [B, 4, F, h, w].
 
         The sample is the mean plus the standard deviation times `noise` [B*F, 4, h, w], drawn if it is not given.
         """
@@ -79,7 +91,7 @@ class _ViewCrafterParts(NovelViewPipeline):
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
-        """Scaled latents [B, 4, F, h, w] to frames [B, F, 3, H, W] in [0, 1], clamped, float32."""
+        """Scaled latents [B, 4, F, h, w] to frames [B, F, C, H, W] in [0, 1], clamped, float32."""
         decoder = self.decoder
         # A decoder on a GPU stays there; one that waits on the CPU is fetched by its hook or is to work there.
         device = decoder.device if decoder.device.type == "cuda" else self._execution_device
@@ -102,6 +114,11 @@ class _ViewCrafterParts(NovelViewPipeline):
             UserError: no such folder, a download that is not allowed, or a decoder for other latents.
         """
         decoder = decoder if isinstance(decoder, AutoencoderTiny) else fetch_decoder(decoder)
+        if decoder.config.out_channels != self.vae.config.out_channels:
+            raise UserError(
+                f"the fast decoder gives {decoder.config.out_channels} channels, the model's frames have "
+                f"{self.vae.config.out_channels}; give one that was trained for this VAE"
+            )
         ours, its = self.vae.config.latent_channels, decoder.config.latent_channels
         factor = 2 ** (len(decoder.config.num_decoder_blocks) - 1)
         if (its, factor) != (ours, self._vae_factor):
@@ -159,30 +176,40 @@ class _ViewCrafterParts(NovelViewPipeline):
         generator: Generators | None = None,
         prompt: str | Sequence[str] | None = None,
         fps: int | None = None,
+        reference: Tensor | None = None,
     ) -> Condition:
-        """All that the UNet sees of renders [B, F, 3, H, W] in [0, 1]; the first frame feeds the image branch.
+        """All that the UNet sees of renders [B, F, C, H, W] in [0, 1], as `conditioning` says.
 
         ``text_tokens`` [1 or B, M, D], ``image_tokens`` [B, N, D], ``render_latents`` [B, 4, F, h, w], ``fps`` [B].
+        `reference`: a photograph [3, H, W] or [B, 3, H, W] in [0, 1], for a model that looks at one beside the clip.
         """
-        render, batch = render.to(self._execution_device), render.shape[0]
-        text = self.text_tokens(prompt)
-        if len(text) not in (1, batch):
-            raise UserError(f"{len(text)} prompts do not fit {batch} clips; give one, or one per clip")
-        image = self.image_tokens(render[:, 0] * 2 - 1)
+        rules, render, batch = self.conditioning, render.to(self._execution_device), render.shape[0]
+        image, text = self.image_tokens(rules.photograph(render, reference) * 2 - 1), None
+        if rules.has_text:
+            text = self.text_tokens(prompt).to(image)
+            if len(text) not in (1, batch):
+                raise UserError(f"{len(text)} prompts do not fit {batch} clips; give one, or one per clip")
+        elif prompt is not None:
+            raise UserError(f"prompt {prompt!r} cannot take effect: this model sees no text; leave it out")
         rates = None if fps is None else torch.full((batch,), fps, device=render.device)
-        latents = self.encode_frames(render, generator)
-        return Condition(render_latents=latents, text_tokens=text.to(image), image_tokens=image, fps=rates)
+        latents = rules.spread(self.encode_frames(rules.frames_to_encode(render), generator), render.shape[1])
+        return Condition(render_latents=latents, text_tokens=text, image_tokens=image, fps=rates)
 
     @torch.no_grad()
     def nulls(self, negative_prompt: str | None = None) -> tuple[Mapping[str, Tensor], ...]:
-        """The empty prompt and the tokens of a grey image; the empty prompt alone. Render latents stay as they are."""
+        """The empty prompt (if texts are seen) and the tokens of a grey image; the empty prompt alone. Render latents
+        stay as they are."""
         size = self.image_encoder.config.image_size
         image = self.image_tokens(torch.zeros(1, 3, size, size, device=self._execution_device))
+        if not self.conditioning.has_text:
+            return ({"image_tokens": image},)
         text = self.text_tokens(negative_prompt or "").to(image)
         return {"text_tokens": text, "image_tokens": image}, {"text_tokens": text}
 
     def encoding_parts(self) -> Iterator[tuple[str, Any]]:
         yield "image_resize", self.config.image_resize
+        if self.conditioning != Conditioning():  # clips that were encoded before there was a choice keep their digest
+            yield "conditioning", self.conditioning
         for name in ("vae", "image_encoder", "image_projector", "prompts"):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)
@@ -198,6 +225,9 @@ class _ViewCrafterParts(NovelViewPipeline):
     @property
     def half_pixel_shift(self) -> bool:
         return self.config.image_resize == "viewcrafter"
+
+    def check_render(self, render: Tensor) -> None:
+        self.conditioning.check(render)
 
     def latent_shape(self, condition: Condition) -> tuple[int, ...]:
         return tuple(condition["render_latents"].shape)
@@ -226,6 +256,8 @@ class ViewCrafterPipeline(_ViewCrafterParts, TeacherPipeline):
 
     Args:
         steps, guidance, guidance_rescale: what a call uses where it is not told otherwise.
+        spacing: of the timesteps, "trailing" or "uniform".
+        keep_last_scale: see `fvgen.diffusion.samplers.ddim`; DynamiCrafter's and GenFusion's samplers do.
     """
 
     def __init__(
@@ -238,11 +270,16 @@ class ViewCrafterPipeline(_ViewCrafterParts, TeacherPipeline):
         text_encoder: CLIPTextModelWithProjection | None = None,
         tokenizer: CLIPTokenizer | None = None,
         fast_decoder: AutoencoderTiny | None = None,
-        base_scale: float = 0.7,
+        base_scale: float | None = 0.7,
         image_resize: str = "viewcrafter",
+        zero_snr: bool = True,
+        prediction: str = "v",
+        conditioning: Mapping[str, Any] | None = None,
         steps: int = 50,
         guidance: float = 7.5,
         guidance_rescale: float = 0.7,
+        spacing: str = "trailing",
+        keep_last_scale: bool = False,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -266,8 +303,11 @@ class FVGenPipeline(_ViewCrafterParts, StudentPipeline):
         text_encoder: CLIPTextModelWithProjection | None = None,
         tokenizer: CLIPTokenizer | None = None,
         fast_decoder: AutoencoderTiny | None = None,
-        base_scale: float = 0.7,
+        base_scale: float | None = 0.7,
         image_resize: str = "viewcrafter",
+        zero_snr: bool = True,
+        prediction: str = "v",
+        conditioning: Mapping[str, Any] | None = None,
         steps: int = 4,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
