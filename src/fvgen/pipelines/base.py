@@ -41,7 +41,8 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
     """The base of all pipelines. A family's own class between this and its teacher or student fills in what follows."""
 
     family: ClassVar[Family]
-    network_part: ClassVar[str]  # the component that is trained
+    network_part: ClassVar[str]  # the component that is trained ...
+    network: nn.Module  # ... and that itself
     settings: ClassVar[tuple[str, ...]] = ()  # what teacher and student have in common in ``model_index.json``
     _callback_tensor_inputs: ClassVar = ["latents", "x0"]
 
@@ -104,11 +105,6 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
     def half_pixel_shift(self) -> bool:
         """Whether it was trained on renders of points that lie half a pixel off, see `fvgen.geometry.pointcloud`."""
         return False
-
-    @property
-    def network(self) -> nn.Module:
-        """The component that is trained."""
-        return getattr(self, self.network_part)
 
     def denoiser(self) -> Denoiser:
         """The network, unguided."""

@@ -215,6 +215,10 @@ class _ViewCrafterParts(NovelViewPipeline):
                 yield name, getattr(self, name)
 
     @property
+    def network(self) -> ViewCrafterUNet:
+        return self.unet
+
+    @property
     def decoder(self) -> nn.Module:
         return self.vae if self.fast_decoder is None else self.fast_decoder
 
