@@ -1,5 +1,5 @@
-"""Noise levels: the schedules of ViewCrafter's relatives, and conversions between velocity, noise, score and clean
-latents.
+"""Noise levels: those of ViewCrafter's relatives or of any scheduler, and conversions between velocity, noise, score
+and clean latents.
 
 Symbols: t timestep 0..999, ab_t cumulative alpha ("alpha_bar"), k_t dynamic rescale, z0 clean latents.
 
@@ -107,6 +107,19 @@ class NoiseSchedule:
         scale_arr[:RESCALE_RAMP] = torch.linspace(1.0, last, RESCALE_RAMP, dtype=torch.float64)
         tables = (betas, alphas_cumprod, alphas_cumprod.sqrt(), (1.0 - alphas_cumprod).sqrt(), scale_arr)
         return cls(*(table.float() for table in tables), prediction)
+
+    @classmethod
+    def from_alphas(cls, alphas_cumprod: Tensor) -> "NoiseSchedule":
+        """Of any other teacher, from its scheduler's ab_t [1000], without a rescale (k_t = 1).
+
+        Raises UserError for another number of timesteps: samplers and settings count to 1000.
+        """
+        if alphas_cumprod.shape != (TIMESTEPS,):
+            raise UserError(f"the scheduler has {len(alphas_cumprod)} timesteps; give a teacher with {TIMESTEPS}")
+        ab = alphas_cumprod.detach().cpu().double()
+        betas = 1 - ab / torch.cat([torch.ones_like(ab[:1]), ab[:-1]])
+        tables = (betas, ab, ab.sqrt(), (1 - ab).sqrt(), torch.ones_like(ab))
+        return cls(*(table.float() for table in tables))
 
     def to(self, device: torch.device | str) -> "NoiseSchedule":
         """The same schedule with its tables on `device` (itself if they are there already)."""

@@ -37,7 +37,9 @@ def write_student(config: StageConfig, base: TeacherPipeline, weights: Mapping[s
     if config.memory.student_lora:
         network.load_state_dict(merged_weights(base.network, weights))
     else:
-        network.load_state_dict({name.removeprefix("network."): tensor for name, tensor in weights.items()})
+        learnt = {name.removeprefix("network."): tensor for name, tensor in weights.items()}
+        rest = network.state_dict().keys() - learnt.keys()  # buffers, as a table of learned positions: the teacher's
+        network.load_state_dict(learnt | {name: base.network.get_buffer(name) for name in rest})
     save_model(base.family.student_of(base, network, config.method.student_steps), folder)
 
 

@@ -34,7 +34,8 @@ from fvgen.distill.methods.base import MONITOR, Method, Metrics, Setup
 from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
 from fvgen.distill.run_folder import LOG, RunFolder, finished_stage
 from fvgen.errors import Stopped, UserError, did_you_mean
-from fvgen.pipelines.folders import check_device, load_pipeline
+from fvgen.models.family import family_of
+from fvgen.pipelines.folders import check_device, load_pipeline, model_folder, model_kind
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.shards.reader import ShardSet, holds_shards
 from fvgen.system.files import append_line, no_leftovers
@@ -79,6 +80,8 @@ class Trainer:
         check_device(config.run.device)
         self.start_from = finished_stage(config.run.init) if config.run.init else None
         self.world.main_only(self.folder.judge)  # before gigabytes are read
+        if self.start_from is not None:
+            check_families(config.run.teacher, self.start_from)
         self.base = load_pipeline(config.run.teacher, TeacherPipeline).to(config.run.device)
         data = self.world.main_first(lambda: stage_data(config, self.base))
         teacher = self.base.teacher(getattr(config.method, "guidance", None))
@@ -234,6 +237,16 @@ def fingerprint(method: Method) -> str:
         for key, shape in sorted(learner.engine.shapes.items()):
             digest.update(f"{name} {key} {tuple(shape)};".encode())
     return digest.hexdigest()[:12]
+
+
+def check_families(teacher: str, start_from: Path) -> None:
+    """Raises UserError where an earlier stage's student is of another family than ``teacher``; reads no weights."""
+    ours, theirs = (family_of(model_kind(model_folder(folder))) for folder in (teacher, start_from / "student"))
+    if ours and theirs and ours.name != theirs.name:
+        raise UserError(
+            f"init={start_from} holds a student of the family {theirs.name}, but teacher={teacher} is of {ours.name}; "
+            "give the teacher that it was distilled from"
+        )
 
 
 def stage_data(config: StageConfig, base: TeacherPipeline) -> ClipFolder | ShardSet:

@@ -19,7 +19,7 @@ license: other
 | | |
 |---|---|
 | pipeline | `{kind}` |
-| UNet | {parameters:.2f} M parameters, trained with {frames} frames |
+| network | {parameters:.2f} M parameters, trained with {frames} frames |
 | frames | height and width in multiples of {multiple} |
 | sampling | {sampling} |
 
@@ -49,7 +49,7 @@ def card(pipeline: Any) -> str:
         what = "A few-step student for novel views, distilled with fvgen."
         sampling = f"{config.steps} steps, one network evaluation each, no guidance"
     else:
-        what = "A ViewCrafter-type teacher for novel views, to be used or distilled with fvgen."
+        what = f"A {pipeline.family.name} teacher for novel views, to be used or distilled with fvgen."
         sampling = f"{config.steps} DDIM steps, guidance {config.guidance:g} (rescale {config.guidance_rescale:g})"
     return CARD.format(
         tag=", distillation" if student else "",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -23,7 +23,13 @@ if TYPE_CHECKING:
 
 class TeacherPipeline(NovelViewPipeline):
     """A family's teacher, two network evaluations a step. Its ``steps``, ``guidance`` and ``guidance_rescale`` are what
-    a call uses where it is not told otherwise."""
+    a call uses where it is not told otherwise.
+
+    eta, denoise_last: of the family's own sampler, see `fvgen.diffusion.samplers.ddim`; those here are ViewCrafter's.
+    """
+
+    eta: ClassVar[float] = 1.0
+    denoise_last: ClassVar[bool] = False
 
     def teacher(
         self,
@@ -50,10 +56,10 @@ class TeacherPipeline(NovelViewPipeline):
         image_guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
         negative_prompt: str | None = None,
-        eta: float = 1.0,
+        eta: float | None = None,
         latents: Tensor | None = None,
     ) -> Tensor:
-        """Latents [B, C, F, h, w] for a condition: ancestral DDIM (eta 1) at the model's spacing, as published.
+        """Latents [B, C, F, h, w] for a condition: DDIM at the model's spacing, as published.
 
         Args:
             image_guidance_scale: separate guidance by the image tokens, a third evaluation a step. As in ViewCrafter's
@@ -67,9 +73,10 @@ class TeacherPipeline(NovelViewPipeline):
             self.initial_noise(condition, generator, latents),
             self.schedule,
             timesteps(spacing, self.config.steps if num_inference_steps is None else num_inference_steps),
-            eta=eta,
+            eta=self.eta if eta is None else eta,
             generator=generator,
             on_step=on_step,
+            denoise_last=self.denoise_last,
             keep_last_scale=self.config.get("keep_last_scale", False) or teacher.nfe == 3,
         )
 
@@ -85,7 +92,7 @@ class TeacherPipeline(NovelViewPipeline):
         negative_prompt: str | None = None,
         image_guidance_scale: float | None = None,
         guidance_rescale: float | None = None,
-        eta: float = 1.0,
+        eta: float | None = None,
         latents: Tensor | None = None,
         **options: Unpack[CallOptions],
     ) -> Tensor | tuple | VideoOutput:
@@ -100,7 +107,7 @@ class TeacherPipeline(NovelViewPipeline):
             on_step: told about every step (see `fvgen.diffusion.samplers.SamplerStep`); may return other latents.
             negative_prompt: a text other than the model's own; needs text encoder and tokenizer.
             image_guidance_scale: see `sample`.
-            eta: 1 is ancestral sampling, as published, 0 deterministic.
+            eta: 1 is ancestral sampling, 0 deterministic; the family's own by default.
             latents: x_T [B, C, F, h, w], drawn if not given.
             options: see `fvgen.pipelines.options.CallOptions`.
 

@@ -1,0 +1,1 @@
+"""CogVideoX's family: diffusers' image-to-video transformer and 3D VAE."""

@@ -1,0 +1,110 @@
+"""CogVideoX's row in the table of families: a transformer over video and text tokens that sees image latents beside the
+noisy ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from fvgen.diffusion.schedule import NoiseSchedule
+from fvgen.errors import UserError
+from fvgen.models.cogvideox.published import PUBLISHED
+from fvgen.models.cogvideox.transformer import taps_of, velocity_and_taps, width_of
+from fvgen.models.cogvideox.vae import latent_size
+from fvgen.models.condition import Condition
+from fvgen.models.denoiser import Prediction
+from fvgen.models.family import Blueprint, Family, Size
+
+if TYPE_CHECKING:
+    from fvgen.pipelines.base import NovelViewPipeline
+
+GUIDANCE = 6.0
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
+"""All linear layers of the blocks but those of their adaptive norms; peft compares ends of names."""
+
+
+def call(
+    network: nn.Module,
+    x_t: Tensor,
+    t: Tensor,
+    condition: Condition,
+    taps: Sequence[str] = (),
+    stop: bool = False,
+    cut: bool = False,
+) -> Prediction:
+    """Noisy latents, then ``image_latents`` [B, C, F', h, w], on the channels; ``text_tokens`` [B, N, D]."""
+    dtype = next(network.parameters()).dtype
+    everything = condition.expanded(len(x_t))
+    sample = torch.cat([x_t.to(dtype), everything["image_latents"].to(dtype)], dim=1).transpose(1, 2)
+    text = everything["text_tokens"].to(dtype)
+    velocity, features = velocity_and_taps(network, sample, text, t, taps, stop, cut)
+    return Prediction(None if velocity is None else velocity.transpose(1, 2), features)
+
+
+def tap_widths(network: nn.Module) -> dict[str, int]:
+    """Every block is a tap, and all are as wide."""
+    return dict.fromkeys(taps_of(network), width_of(network))
+
+
+def default_tap(network: nn.Module) -> str:
+    """Behind the first half of the blocks."""
+    taps = taps_of(network)
+    return taps[(len(taps) - 1) // 2]
+
+
+def noise_schedule(scheduler: Mapping[str, Any]) -> NoiseSchedule:
+    """Of a scheduler's settings, DDIM's or DPM's: both make the same table of them.
+
+    Raises UserError for a teacher that predicts anything but velocities.
+    """
+    from diffusers import CogVideoXDDIMScheduler  # takes seconds to import
+
+    if scheduler["prediction_type"] != "v_prediction":
+        raise UserError(
+            f"the teacher's scheduler says prediction_type={scheduler['prediction_type']}; give a teacher that "
+            "predicts velocities (v_prediction)"
+        )
+    return NoiseSchedule.from_alphas(CogVideoXDDIMScheduler.from_config(scheduler).alphas_cumprod)
+
+
+def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
+    """From the JSON files of a model folder, by component."""
+    index, transformer, vae = files.get("", {}), files["transformer"], files["vae"]
+
+    def network() -> nn.Module:
+        from diffusers import CogVideoXTransformer3DModel
+
+        return CogVideoXTransformer3DModel(**{k: v for k, v in transformer.items() if not k.startswith("_")})
+
+    def example(size: Size) -> tuple[Tensor, Condition]:
+        shape = latent_size(transformer, vae, size.frames, size.height, size.width)
+        latents = torch.zeros(size.batch, vae["latent_channels"], *shape)
+        text = torch.zeros(1, transformer["max_text_seq_length"], transformer["text_embed_dim"])
+        return latents, Condition(image_latents=latents, text_tokens=text)
+
+    guidance = float(index.get("guidance", GUIDANCE))
+    return Blueprint(network, example, lambda: noise_schedule(files["scheduler"]), guidance)
+
+
+def pipeline(class_name: str) -> type[NovelViewPipeline]:
+    """One of the two pipeline classes."""
+    from fvgen.models.cogvideox import pipelines
+
+    return getattr(pipelines, class_name)
+
+
+FAMILY = Family(
+    name="cogvideox",
+    teachers=("CogVideoXTeacherPipeline",),
+    students=("CogVideoXStudentPipeline",),
+    pipeline=pipeline,
+    call=call,
+    tap_widths=tap_widths,
+    default_tap=default_tap,
+    lora_targets=LORA_TARGETS,
+    blueprint=blueprint,
+    published=PUBLISHED,
+)

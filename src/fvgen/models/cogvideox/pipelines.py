@@ -1,0 +1,232 @@
+"""CogVideoX's pipelines: renders in, video out, by the multi-step guided teacher or the few-step student.
+
+Frames are [B, F, 3, H, W] in [0, 1] with F = 8k+1; latents are [B, 16, F', h, w] with F' = 2k+1, scaled, float32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXDPMScheduler,
+    CogVideoXTransformer3DModel,
+)
+from torch import Tensor, nn
+
+from fvgen.diffusion.samplers import Generators, normal
+from fvgen.diffusion.schedule import NoiseSchedule
+from fvgen.errors import UserError, did_you_mean
+from fvgen.models.cogvideox.family import FAMILY, GUIDANCE, noise_schedule
+from fvgen.models.cogvideox.prompts import EncodedPrompts
+from fvgen.models.cogvideox.vae import decode, encode, latent_size, space_factor
+from fvgen.models.condition import Condition
+from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.pipelines.student import StudentPipeline
+from fvgen.pipelines.teacher import TeacherPipeline
+
+PARTS = ("vae", "transformer", "scheduler", "prompts")
+IMAGES: Mapping[str, tuple[int, ...]] = {"renders": (), "first": (0,), "ends": (0, -1)}
+"""`image_condition` -> the frames that it shows, each encoded alone and in the place of its own latent frame, zeros
+elsewhere; of "renders" the whole clip."""
+
+
+class _CogVideoXParts(NovelViewPipeline):
+    """What teacher and student share: encoder, decoder, schedule, prompts.
+
+    Args:
+        vae: pixels to latents and back.
+        transformer: predicts the velocity.
+        scheduler: its settings alone are used, for the noise levels.
+        prompts: the encoded prompt and negative prompt.
+        image_condition: what the transformer's image channels hold, one of `IMAGES`: "renders" the latents of the
+            render, "first" those of its first frame and zeros (as CogVideoX's image-to-video models learned it), "ends"
+            those of first and last with zeros between (as in CogvideX-Interpolation and VideoScene).
+        rotary_base: rows x columns of patches that rotary positions refer to, as "30x45"; "" for the size in the
+            transformer's own settings.
+    """
+
+    family = FAMILY
+    network_part = "transformer"
+    settings = ("image_condition", "rotary_base")
+    model_cpu_offload_seq = "transformer->vae"
+    _exclude_from_cpu_offload: ClassVar = ["prompts"]
+
+    def _keep(self, parts: Mapping[str, Any]) -> None:
+        """``parts``: components and settings by name, as a class's own `__init__` was given them.
+
+        Raises UserError for settings that are none.
+        """
+        self.register_modules(**{name: part for name, part in parts.items() if name in PARTS})
+        self.register_to_config(**{name: value for name, value in parts.items() if name not in PARTS})
+        chosen = self.config.image_condition
+        if chosen not in IMAGES:
+            raise UserError(f"image_condition={chosen!r} is unknown{did_you_mean(str(chosen), IMAGES)}")
+        self.transformer.rotary_base = _base(self.config.rotary_base)
+        nn.Module.to(self.transformer, self.transformer.dtype)  # diffusers makes tables of positions in float64
+
+    @property
+    def network(self) -> CogVideoXTransformer3DModel:
+        return self.transformer
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return noise_schedule(self.scheduler.config).to(self._execution_device)
+
+    @torch.no_grad()
+    def encode_frames(self, frames: Tensor, generator: Generators | None = None, noise: Tensor | None = None) -> Tensor:
+        """Frames [B, F, 3, H, W] in [0, 1] to a posterior sample of scaled latents [B, 16, F', h, w].
+
+        The sample is the mean plus the standard deviation times `noise` [B, 16, F', h, w], drawn if it is not given.
+        """
+        return self._sample(frames, generator, noise) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """Scaled latents [B, 16, F', h, w] to frames [B, F, 3, H, W] in [0, 1], clamped, float32."""
+        # A decoder on a GPU stays there; one that waits on the CPU is fetched by its hook or is to work there.
+        device = self.vae.device if self.vae.device.type == "cuda" else self._execution_device
+        return decode(self.vae, latents.to(device) / self.vae.config.scaling_factor)
+
+    @torch.no_grad()
+    def condition(
+        self,
+        render: Tensor,
+        generator: Generators | None = None,
+        prompt: str | Sequence[str] | None = None,
+        fps: int | None = None,
+        reference: Tensor | None = None,
+    ) -> Condition:
+        """All that the transformer sees of renders [B, F, 3, H, W] in [0, 1].
+
+        ``text_tokens`` [1, N, D], ``image_latents`` [B, 16, F', h, w] as `image_condition` says, which 1.5's models
+        (`invert_scale_latents`) want divided by the scaling factor.
+        """
+        if reference is not None:
+            raise UserError("this model looks at no photograph beside the clip; leave the reference out")
+        if fps is not None:
+            raise UserError(f"fps={fps} has no effect: this model has no frame rate; leave it out")
+        text = self.text_tokens(prompt).to(self._execution_device)
+        factor = self.vae.config.scaling_factor
+        latents = self._image_latents(render.to(self._execution_device), generator)
+        scaled = latents / factor if self.vae.config.invert_scale_latents else latents * factor
+        return Condition(image_latents=scaled, text_tokens=text)
+
+    def text_tokens(self, prompt: str | Sequence[str] | None = None) -> Tensor:
+        """[1, N, D] of the model's prompt (None) or negative prompt (""). Raises UserError for another text."""
+        if prompt is None:
+            return self.prompts.positive
+        if prompt == "":
+            return self.prompts.negative
+        raise UserError(f"prompt {prompt!r} cannot be encoded: this model has no text encoder; leave it out")
+
+    def nulls(self, negative_prompt: str | None = None) -> tuple[Mapping[str, Tensor], ...]:
+        """The negative prompt; image latents stay as they are."""
+        return ({"text_tokens": self.text_tokens(negative_prompt or "").to(self._execution_device)},)
+
+    def encoding_parts(self) -> Iterator[tuple[str, Any]]:
+        yield "image_condition", self.config.image_condition
+        yield "scaling_factor", self.vae.config.scaling_factor
+        yield "invert_scale_latents", self.vae.config.invert_scale_latents
+        yield "vae", self.vae
+        yield "prompts", self.prompts
+
+    @property
+    def decoder(self) -> nn.Module:
+        return self.vae
+
+    @property
+    def frames(self) -> int:
+        return self.transformer.config.sample_frames
+
+    def latent_shape(self, condition: Condition) -> tuple[int, ...]:
+        return tuple(condition["image_latents"].shape)
+
+    def check_clip(self, frames: int, height: int, width: int) -> None:
+        """Raises UserError for clips of other than 8k+1 frames, or whose sides VAE and patches do not divide; a
+        transformer with learned positions takes one size alone."""
+        latent_size(self.transformer.config, self.vae.config, frames, height, width)
+
+    @property
+    def size_multiple(self) -> int:
+        """Frame height and width must be multiples of this."""
+        return space_factor(self.vae.config) * self.transformer.config.patch_size
+
+    def _sample(self, frames: Tensor, generator: Generators | None, noise: Tensor | None = None) -> Tensor:
+        """A posterior sample [B, 16, F', h, w], unscaled."""
+        mean, std = encode(self.vae, frames.to(self._execution_device))
+        noise = normal(mean.shape, generator) if noise is None else noise
+        return mean + std * noise.to(mean)
+
+    def _image_latents(self, render: Tensor, generator: Generators | None) -> Tensor:
+        """[B, 16, F', h, w], unscaled."""
+        shown = IMAGES[self.config.image_condition]
+        if not shown:
+            return self._sample(render, generator)
+        count, *size = latent_size(self.transformer.config, self.vae.config, render.shape[1], *render.shape[3:])
+        latents = render.new_zeros(len(render), self.vae.config.latent_channels, count, *size)
+        for index in shown:
+            latents[:, :, index] = self._sample(render[:, index, None], generator).squeeze(2)
+        return latents
+
+
+class CogVideoXTeacherPipeline(_CogVideoXParts, TeacherPipeline):
+    """The teacher: deterministic DDIM with classifier-free guidance, two network evaluations a step.
+
+    Args:
+        steps, guidance, guidance_rescale: what a call uses where it is not told otherwise.
+    """
+
+    eta = 0.0
+    denoise_last = True
+
+    def __init__(
+        self,
+        vae: AutoencoderKLCogVideoX,
+        transformer: CogVideoXTransformer3DModel,
+        scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
+        prompts: EncodedPrompts,
+        image_condition: str = "renders",
+        rotary_base: str = "",
+        steps: int = 50,
+        guidance: float = GUIDANCE,
+        guidance_rescale: float = 0.0,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self._keep(given)
+
+
+class CogVideoXStudentPipeline(_CogVideoXParts, StudentPipeline):
+    """The student: a few steps of x0-prediction and re-noising, no guidance, one network evaluation a step.
+
+    Args:
+        steps: what a call uses where it is not told otherwise; 1, 2, 4 and 8 are usual.
+    """
+
+    def __init__(
+        self,
+        vae: AutoencoderKLCogVideoX,
+        transformer: CogVideoXTransformer3DModel,
+        scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
+        prompts: EncodedPrompts,
+        image_condition: str = "renders",
+        rotary_base: str = "",
+        steps: int = 4,
+    ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
+        super().__init__()
+        self._keep(given)
+
+
+def _base(text: str) -> tuple[int, int] | None:
+    """ "30x45" to (30, 45), "" to None. Raises UserError for anything else."""
+    if text == "":
+        return None
+    parts = str(text).split("x")
+    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
+        raise UserError(f"rotary_base={text!r} is not understood; write, for example, 30x45, or nothing")
+    return int(parts[0]), int(parts[1])
