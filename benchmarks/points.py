@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fvgen.cli import Parser, guarded, positive
 from fvgen.clips.views import choose_views, fit_depth, fit_image
-from fvgen.depth.maps import BACKENDS, STEREO_SIDE, point_maps
+from fvgen.depth.maps import DEPTHS, STEREO_SIDE, point_maps
 from fvgen.geometry.cameras import project
 from fvgen.geometry.pointcloud import render_points, unproject
 from fvgen.posing.reconstruct import pose_photographs
@@ -192,7 +192,7 @@ def main() -> None:
             tasks = [(measure_renders, name, s) for name in args.render_scenes or everything for s in sources]
         for measure, name, *rest in tasks:
             scene = read_scene(data / name)
-            if measure is measure_renders and BACKENDS[rest[0]].lacks(scene):
+            if measure is measure_renders and DEPTHS[rest[0]].lacks(scene):
                 continue
             rows.append(measure(scene, *rest))
             print(rows[-1], flush=True)

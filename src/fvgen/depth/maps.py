@@ -1,4 +1,4 @@
-"""Where points come from: depth of chosen views of a scene, from whatever there is, one row of `BACKENDS` for each way.
+"""Where points come from: depth of chosen views of a scene, from whatever there is, one row of `DEPTHS` for each way.
 
 A backend that a later year brings is a module of `fvgen.depth` with two functions, and a row here. Photographs
 without poses get them first, in `fvgen.posing.reconstruct`.
@@ -18,7 +18,7 @@ from fvgen.geometry.pointcloud import unproject
 from fvgen.geometry.stereo import TooFewFeatures
 from fvgen.scenes.scene import Scene
 
-__all__ = ["BACKENDS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps", "scene_cloud"]
+__all__ = ["DEPTHS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps", "scene_cloud"]
 
 
 class Backend(NamedTuple):
@@ -38,21 +38,21 @@ class PointMaps(NamedTuple):
 def point_maps(scene: Scene, views: Sequence[int], height: int, width: int, backend: str = "auto") -> PointMaps:
     """Depth of the views for images of height x width, as `photos.fit_image` cuts them out.
 
-    "auto" takes the first of `BACKENDS` that can run, and the next where photographs turn out to share too little.
+    "auto" takes the first of `DEPTHS` that can run, and the next where photographs turn out to share too little.
     Raises UserError where none or not the given one can.
     """
     if backend == "auto":
         return _best(scene, views, height, width)
-    if backend not in BACKENDS:
-        raise UserError(f"unknown source of points {backend!r}{did_you_mean(backend, [*BACKENDS, 'auto'])}")
-    if reason := BACKENDS[backend].lacks(scene):
+    if backend not in DEPTHS:
+        raise UserError(f"unknown source of points {backend!r}{did_you_mean(backend, [*DEPTHS, 'auto'])}")
+    if reason := DEPTHS[backend].lacks(scene):
         raise UserError(f"scene {scene.name} cannot use the points of {backend!r} ({reason}); choose another source")
-    return PointMaps(BACKENDS[backend].run(scene, views, height, width), backend)
+    return PointMaps(DEPTHS[backend].run(scene, views, height, width), backend)
 
 
 def _best(scene: Scene, views: Sequence[int], height: int, width: int) -> PointMaps:
     reasons = {}
-    for name, row in BACKENDS.items():
+    for name, row in DEPTHS.items():
         reason = row.lacks(scene)
         if reason is None:
             try:
@@ -76,10 +76,10 @@ def scene_cloud(
     either.
     """
     height, width = images.shape[-2:]
-    if BACKENDS["depth"].lacks(scene) is None:
+    if DEPTHS["depth"].lacks(scene) is None:
         cameras = scene.cameras[list(known)].fitted(height, width)
         return unproject(point_maps(scene, known, height, width, "depth").depth, images, cameras, half_pixel_shift)
-    if BACKENDS["colmap"].lacks(scene) is None:
+    if DEPTHS["colmap"].lacks(scene) is None:
         return sparse.cloud(scene, known, images)
     raise UserError(
         f"scene {scene.name} has neither depth maps nor points, so nothing can be rendered; add depth_file_path to "
@@ -87,7 +87,7 @@ def scene_cloud(
     )
 
 
-BACKENDS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only where their weights were brought
+DEPTHS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only where their weights were brought
     "depth": Backend(measured.lacks, measured.run),
     "dust3r": Backend(dust3r.lacks, dust3r.run),
     "stereo": Backend(stereo.lacks, stereo.run),

@@ -45,7 +45,7 @@ def render_points(
     """Splat points [N, 3] with colours [N, C] into every camera.
 
     ``radius`` is in normalised device units: the image's short side spans 2. ``background`` [C] shows where there is
-    no point at all; None is black. ``backend`` is a key of `BACKENDS` or "auto": PyTorch3D for a cloud on a GPU if it
+    no point at all; None is black. ``backend`` is a key of `RENDERERS` or "auto": PyTorch3D for a cloud on a GPU if it
     is installed, else torch; on a CPU PyTorch3D is a hundred times slower and gives the same bits.
     Returns image [V, H, W, C], visibility [V, H, W] (opacity in [0, 1] up to rounding) and depth [V, H, W] of the
     nearest point (0 where there is none). Views are rendered one by one, so working memory does not grow with their
@@ -70,9 +70,9 @@ def render_points(
 def _backend(name: str, device: torch.device) -> Rasterizer:
     if name == "auto":
         name = "pytorch3d" if device.type == "cuda" and find_spec("pytorch3d") else "torch"
-    if name not in BACKENDS:
-        raise UserError(f"unknown renderer {name!r}{did_you_mean(name, [*BACKENDS, 'auto'])}")
-    return BACKENDS[name]
+    if name not in RENDERERS:
+        raise UserError(f"unknown renderer {name!r}{did_you_mean(name, [*RENDERERS, 'auto'])}")
+    return RENDERERS[name]
 
 
 def _pytorch3d(
@@ -94,4 +94,4 @@ def _pytorch3d(
     return point, depth.to(points.dtype), distance.to(points.dtype)
 
 
-BACKENDS: dict[str, Rasterizer] = {"torch": rasterize_view, "pytorch3d": _pytorch3d}
+RENDERERS: dict[str, Rasterizer] = {"torch": rasterize_view, "pytorch3d": _pytorch3d}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from fvgen.clips.filters import LIMITS
-from fvgen.depth.maps import BACKENDS
+from fvgen.depth.maps import DEPTHS
 from fvgen.errors import UserError, did_you_mean
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.pipelines.folders import check_device, load_pipeline
@@ -79,8 +79,8 @@ class PrepareConfig:
         """With what is left open filled in. Raises UserError for what cannot work."""
         frames = pipeline.unet.config.temporal_length if self.frames is None else self.frames
         height, width = self.size or ((48, 64) if self.teacher == "tiny" else (320, 512))
-        if self.points not in BACKENDS and self.points != "auto":
-            raise UserError(f"unknown source of points {self.points!r}{did_you_mean(self.points, [*BACKENDS, 'auto'])}")
+        if self.points not in DEPTHS and self.points != "auto":
+            raise UserError(f"unknown source of points {self.points!r}{did_you_mean(self.points, [*DEPTHS, 'auto'])}")
         for name in ("max_stride", "clips_per_scene", "clips_per_shard"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give at least 1")
