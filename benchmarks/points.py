@@ -29,12 +29,13 @@ from pages import page
 from torch import Tensor
 
 from fvgen.cli import Parser, guarded, positive
-from fvgen.clips.views import choose_views, fit_depth, fit_image
+from fvgen.clips.views import choose_views
 from fvgen.depth.maps import DEPTHS, STEREO_SIDE, point_maps
 from fvgen.geometry.cameras import project
 from fvgen.geometry.pointcloud import render_points, unproject
 from fvgen.posing.reconstruct import pose_photographs
 from fvgen.scenes.formats import Scene, read_scene
+from fvgen.scenes.images import fit_depth, fit_image
 from fvgen.scenes.readers.photographs import Photographs
 from fvgen.system.files import atomic_path, write_json
 

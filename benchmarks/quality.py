@@ -18,7 +18,7 @@ import torch
 
 from fvgen.cli import Parser, guarded, positive
 from fvgen.clips.builtin import FRAMES, HEIGHT, WIDTH, builtin_clips
-from fvgen.clips.clip import ClipFolder
+from fvgen.clips.folder import ClipFolder
 from fvgen.clips.from_scenes import prepare_scenes, read_scenes
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
 from fvgen.pipelines.folders import check_device, load_pipeline, model_folder, model_kind

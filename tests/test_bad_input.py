@@ -14,7 +14,7 @@ from processes import Outcome, run
 from scene_files import VIEWS, document, world, write_nerfstudio
 from small_models import small_clips
 
-from fvgen.clips.clip import save_clips
+from fvgen.clips.folder import save_clips
 from fvgen.distill import StageConfig
 from fvgen.distill import run as distill
 from fvgen.geometry.cameras import look_at

@@ -12,12 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fvgen.clips.photographed import scene_clips
-from fvgen.clips.views import _paths, choose_views, fit_image, pose_distance
+from fvgen.clips.filters import LIMITS
+from fvgen.clips.from_scene import ClipSettings, SceneClip, scene_clips
+from fvgen.clips.views import _paths, choose_views, pose_distance
 from fvgen.depth.maps import scene_cloud
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, fit_box, look_at, pinhole, project
+from fvgen.geometry.pointcloud import point_radius
+from fvgen.posing.sources import Opened, Source
 from fvgen.scenes.formats import Scene, load_image, read_scene
+from fvgen.scenes.images import fit_image
 
 HEIGHT, WIDTH = 60, 90
 UP = torch.tensor([0.0, -1.0, 0.0])
@@ -221,44 +225,59 @@ def test_dense_cloud_lies_on_the_surface(tmp_path, size):
     assert len(points) == 2 * size[1] * (rows >= 10).sum()  # the upper ten rows of the depth maps are unknown
 
 
+def clips_of(
+    scene: Scene, monkeypatch, count: int, frames: int, height: int, width: int, points: str
+) -> list[SceneClip]:
+    """`scene_clips` on a scene that is open already, nothing filtered."""
+    monkeypatch.setattr("fvgen.clips.from_scene.open_source", lambda path, points: Opened(scene, "test"))
+    settings = ClipSettings(
+        frames, height, width, max_stride=4, known_views=2, points=points, clips_per_scene=count, seed=3,
+        radius=point_radius(height, width), half_pixel_shift=False, limits=dict.fromkeys(LIMITS, 0.0),
+    )  # fmt: skip
+    return list(scene_clips(Source(scene.name, Path("nowhere")), range(count), settings))
+
+
 @pytest.mark.parametrize("depth", [False, True])
-def test_nothing_of_the_held_out_photographs_reaches_the_cloud(tmp_path, depth):
-    scene = write_world(tmp_path, depth=depth)
-    before = scene_clips(scene, 2, 5, 24, 32, seed=3)
-    for clip in before:
+def test_nothing_of_the_held_out_photographs_reaches_the_cloud(tmp_path, monkeypatch, depth):
+    scene, points = write_world(tmp_path, depth=depth), "depth" if depth else "colmap"
+    before = clips_of(scene, monkeypatch, 2, 5, 24, 32, points)
+    for made in before:
+        clip = made.clip
         ends = {int(clip.cameras.centers[i, 0].div(0.2).round()) for i in (0, -1)}
         held_out = [path for view, path in enumerate(scene.image_paths) if view not in ends]
         contents = {path: path.read_bytes() for path in held_out}
         for path in held_out:
             Image.new("RGB", (WIDTH, HEIGHT), "red").save(path)
         altered = replace(scene, point_colors=torch.ones(200, 3) * torch.tensor([1.0, 0, 0]))
-        after = next(c for c in scene_clips(altered, 2, 5, 24, 32, seed=3) if c.name == clip.name)
-        assert torch.equal(after.points, clip.points) and torch.equal(after.colors, clip.colors)
-        assert torch.equal(after.truth[[0, -1]], clip.truth[[0, -1]])
-        assert not torch.equal(after.truth[1:-1], clip.truth[1:-1])  # the photographs did change
+        again = next(c for c in clips_of(altered, monkeypatch, 2, 5, 24, 32, points) if c.clip.name == clip.name)
+        assert torch.equal(again.points, made.points) and torch.equal(again.colors, made.colors)
+        assert torch.equal(again.clip.render, clip.render) and torch.equal(
+            again.clip.truth[[0, -1]], clip.truth[[0, -1]]
+        )
+        assert not torch.equal(again.clip.truth[1:-1], clip.truth[1:-1])  # the photographs did change
         for path, data in contents.items():
             path.write_bytes(data)
 
 
-def test_clips(tmp_path):
+def test_clips(tmp_path, monkeypatch):
     scene = write_world(tmp_path, depth=True)
-    clips = scene_clips(scene, 3, 4, 20, 30, seed=0)
-    assert [clip.name for clip in clips] == ["wall-00", "wall-01", "wall-02"]
-    for clip in clips:
+    clips = clips_of(scene, monkeypatch, 3, 4, 20, 30, "depth")
+    assert [made.clip.name for made in clips] == ["wall-00", "wall-01", "wall-02"]
+    for made in clips:
+        clip = made.clip
+        assert made.known == [0, 3] and made.backend == "depth" and clip.known.tolist() == [True, False, False, True]
         assert clip.truth.shape == (4, 3, 20, 30) and clip.truth.min() >= 0 and clip.truth.max() <= 1
         assert (clip.cameras.height, clip.cameras.width, len(clip.cameras)) == (20, 30, 4)
-        pixels, _ = project(clip.points, clip.cameras)
+        pixels, _ = project(made.points, clip.cameras)
         for frame in range(4):  # every frame shows the wall where its camera says
             unit = 2 * pixels[frame] / torch.tensor([30.0, 20.0]) - 1
             inside = (unit.abs() < 0.9).all(-1)
             look_up = torch.nn.functional.grid_sample(
                 clip.truth[frame][None], unit[inside][None, None], align_corners=False
             )[0, :, 0].T
-            assert (look_up - wall_color(clip.points[inside])).abs().max() < 0.012
-    again = scene_clips(scene, 3, 4, 20, 30, seed=0)
-    assert all(
-        torch.equal(a.truth, b.truth) and torch.equal(a.points, b.points) for a, b in zip(clips, again, strict=True)
-    )
+            assert (look_up - wall_color(made.points[inside])).abs().max() < 0.012
+    again = clips_of(scene, monkeypatch, 3, 4, 20, 30, "depth")
+    assert all(torch.equal(a.clip.render, b.clip.render) for a, b in zip(clips, again, strict=True))
 
 
 def test_scenes_without_geometry(tmp_path):
@@ -289,18 +308,20 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_scenes(shared, name):
+def test_real_scenes(shared, monkeypatch, name):
     scene = read_scene(shared / "data" / "scenes" / name)
-    clips = scene_clips(scene, 4, 8, 48, 64, seed=0)
-    assert len({clip.name for clip in clips}) == 4
     depth = project(scene.points, scene.cameras)[1][scene.observations[:, 1], scene.observations[:, 0]].median().item()
     largest, in_file_order = REAL[name]
     assert pose_distance(scene.cameras, depth).diagonal(1).max() > in_file_order
-    for clip in clips:
-        assert clip.truth.shape == (8, 3, 48, 64) and torch.isfinite(clip.points).all()
-        assert pose_distance(clip.cameras, depth).diagonal(1).max() < largest
-        assert len(clip.points) > 150
-        pixels, z = project(clip.points, clip.cameras[[0, 7]])
+    for views in choose_views(scene, 8, 4, stream()):
+        assert pose_distance(scene.cameras[views], depth).diagonal(1).max() < largest
+    clips = clips_of(scene, monkeypatch, 2, 8, 48, 64, "depth" if scene.depth_paths else "colmap")
+    assert clips
+    for made in clips:
+        clip = made.clip
+        assert clip.truth.shape == (8, 3, 48, 64) and torch.isfinite(made.points).all()
+        assert len(made.points) > 150
+        pixels, z = project(made.points, clip.cameras[[0, 7]])
         inside = ((pixels > -1e-2) & (pixels < torch.tensor([64.01, 48.01]))).all(-1) & (z > 0)
         assert inside.any(0).all()  # all points come from what the two ends show
-        assert clip.colors.min() >= 0 and clip.colors.max() <= 1
+        assert made.colors.min() >= 0 and made.colors.max() <= 1

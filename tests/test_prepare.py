@@ -10,10 +10,10 @@ import torch
 from scene_files import VIEWS, document, write_colmap, write_depth, write_nerfstudio
 
 from fvgen.clips.from_scenes import prepare_scenes, read_scenes, split_scenes
-from fvgen.clips.views import fit_image
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
 from fvgen.scenes.formats import Scene, load_image
+from fvgen.scenes.images import fit_image
 
 SIZE = (3, 8, 12)  # frames, height, width
 

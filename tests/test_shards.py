@@ -29,9 +29,9 @@ def same_clip(a, b) -> bool:
 
 def test_a_clip_holds_what_the_teacher_makes_of_the_photographs(shards, teacher_folder, shard_scenes):
     """Against the encoders themselves: the mean of the true frames' posterior, and the first photograph's tokens."""
-    from fvgen.clips.views import fit_image
     from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
     from fvgen.scenes.formats import read_scene
+    from fvgen.scenes.images import fit_image
 
     pipeline, clips = load_pipeline(teacher_folder, ViewCrafterPipeline), ShardSet(shards)
     assert clips.names == [f"scene{s}-{n:02d}" for s in range(SCENES) for n in range(CLIPS)]

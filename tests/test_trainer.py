@@ -20,7 +20,7 @@ import torch
 import yaml
 from small_models import LATENTS, random_latents, small_clips
 
-from fvgen.clips.clip import save_clips
+from fvgen.clips.folder import save_clips
 from fvgen.distill import RunConfig, StageConfig, Trainer, read_metrics, run
 from fvgen.errors import UserError
 from fvgen.models.critic import DiscriminatorHead

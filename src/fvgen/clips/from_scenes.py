@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import torch
 from rich.progress import track
 
-from fvgen.clips.clip import Clip, ClipFolder, make_clip, save_clips
-from fvgen.clips.photographed import scene_clips
-from fvgen.clips.rooms import RADIUS
+from fvgen.clips.clip import Clip, render_clip
+from fvgen.clips.folder import ClipFolder, save_clips
+from fvgen.clips.from_scene import photographs
+from fvgen.clips.views import choose_views
+from fvgen.depth.maps import scene_cloud
 from fvgen.errors import UserError
+from fvgen.geometry.pointcloud import point_radius
 from fvgen.scenes.formats import find_scenes, read_scene
 from fvgen.scenes.scene import Scene
 
@@ -52,11 +56,26 @@ def prepare_scenes(
     if not (Path(out) / "index.json").exists():
         clips: list[Clip] = []
         for scene in track(scenes, "photographs"):
-            for photo in scene_clips(scene, per_scene, frames, height, width, seed, half_pixel_shift):
-                clips.append(make_clip(*photo, RADIUS))
+            clips += clips_by_pose(scene, per_scene, frames, height, width, seed, half_pixel_shift)
         save_clips(out, clips, source)
     folder = ClipFolder(out)
     found = (folder.index.get("source"), len(folder), folder.frames, folder.height, folder.width)
     if found != (source, per_scene * len(scenes), frames, height, width):
         raise UserError(f"{out} holds clips of other scenes or settings; delete it or choose another folder")
     return folder
+
+
+def clips_by_pose(
+    scene: Scene, count: int, frames: int, height: int, width: int, seed: int, half_pixel_shift: bool = False
+) -> Iterator[Clip]:
+    """``count`` different clips of a scene, named NAME-00 and so on; the same seed gives the same clips.
+
+    The cloud of each comes from its first and last frame: see `scene_cloud`, and `unproject` for the shift.
+    Raises UserError when the scene has too few views, or neither depth maps nor points.
+    """
+    generator, known = torch.Generator().manual_seed(seed), (0, frames - 1)
+    for index, views in enumerate(choose_views(scene, frames, count, generator)):
+        truth, cameras = photographs(scene, views, height, width)
+        cloud = scene_cloud(scene, [views[frame] for frame in known], truth[list(known)], half_pixel_shift)
+        name = f"{scene.name}-{index:02d}"
+        yield render_clip(name, truth, cameras, *cloud, known, point_radius(height, width))[0]

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fvgen.clips.clip import ClipFolder
+from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
 from fvgen.models.denoiser import Condition
 from fvgen.system.files import atomic_path

@@ -36,7 +36,7 @@ class PointMaps(NamedTuple):
 
 
 def point_maps(scene: Scene, views: Sequence[int], height: int, width: int, backend: str = "auto") -> PointMaps:
-    """Depth of the views for images of height x width, as `photos.fit_image` cuts them out.
+    """Depth of the views for images of height x width, as `fit_image` cuts them out.
 
     "auto" takes the first of `DEPTHS` that can run, and the next where photographs turn out to share too little.
     Raises UserError where none or not the given one can.

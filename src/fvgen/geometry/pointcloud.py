@@ -13,8 +13,16 @@ from fvgen.geometry.cameras import Cameras, pixel_rays
 from fvgen.geometry.conventions import world_to_ndc
 from fvgen.geometry.rasterize import check_settings, composite, rasterize_view
 
+VIEWCRAFTER_RADIUS = 0.01  # normalised device units, at frames of 288 rows or more
+SMALL_RADIUS_PIXELS = 1.44  # in smaller frames: what 0.01 is at 288 rows, and the built-in scenes have
+
 # A view [N, 3] in NDC, image size, radius, points per pixel -> point, depth, squared distance [K, H, W]
 Rasterizer = Callable[[Tensor, tuple[int, int], float, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def point_radius(height: int, width: int) -> float:
+    """Normalised device units (the short side spans 2): ViewCrafter's, but never less than 1.44 pixels."""
+    return max(VIEWCRAFTER_RADIUS, 2 * SMALL_RADIUS_PIXELS / min(height, width))
 
 
 def unproject(depth: Tensor, images: Tensor, cameras: Cameras, half_pixel_shift: bool = False) -> tuple[Tensor, Tensor]:

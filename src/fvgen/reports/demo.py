@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from fvgen.clips.builtin import FRAMES, HEIGHT, WIDTH, builtin_clips
-from fvgen.clips.clip import Clip, ClipFolder
+from fvgen.clips.clip import Clip
+from fvgen.clips.folder import ClipFolder
 from fvgen.clips.from_scenes import prepare_scenes, read_scenes, split_scenes
 from fvgen.distill import RunConfig, read_metrics, read_yaml, run, run_config
 from fvgen.errors import UserError

@@ -24,6 +24,7 @@ import torch
 from fvgen.clips.filters import LIMITS
 from fvgen.depth.maps import DEPTHS
 from fvgen.errors import UserError, did_you_mean
+from fvgen.geometry.pointcloud import point_radius
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.posing.sources import Source, find_sources
@@ -42,8 +43,6 @@ from fvgen.shards.one_shard import Job, Tally, make_shard, one_thread
 from fvgen.shards.order import clean_context
 from fvgen.system.files import TEMPORARY, recover, writable_folder, write_json
 
-VIEWCRAFTER_RADIUS = 0.01  # normalised device units, at frames of 288 rows or more
-SMALL_RADIUS_PIXELS = 1.44  # in smaller frames: what 0.01 is at 288 rows, and the built-in scenes have
 AS_GIVEN = ("max_stride", "points", "clips_per_scene", "clips_per_shard", "known_views", "seed")
 
 Tick = Callable[[int], None]  # is called with the number of clips that are done, one way or another
@@ -60,7 +59,7 @@ class PrepareConfig:
     clips_per_scene: how many are tried of each scene; what the filters drop is not made up for.
     known_views: frames that the cloud is made from, evenly spaced; the first and, from two on, the last are known.
     half_pixel_shift: see `unproject`; None is on for teachers with ViewCrafter's image preprocessing.
-    limits: changes to `quality.LIMITS`.
+    limits: changes to `filters.LIMITS`.
     """
 
     frames: int | None = None
@@ -100,7 +99,7 @@ class PrepareConfig:
             frames=frames,
             height=height,
             width=width,
-            radius=max(VIEWCRAFTER_RADIUS, 2 * SMALL_RADIUS_PIXELS / min(height, width)),
+            radius=point_radius(height, width),
             half_pixel_shift=published if self.half_pixel_shift is None else self.half_pixel_shift,
             teacher=Path(self.teacher).name,
             encoder=pipeline.encoder_fingerprint(),
