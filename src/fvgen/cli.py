@@ -67,6 +67,7 @@ def prepare(
     clips_per_shard: Annotated[int, typer.Option(min=1, help="Tried for one file; a kill costs no more work.")] = 32,
     known_views: Annotated[int, typer.Option(min=1, help="Frames that the point cloud is made from.")] = 2,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    keep_frames: Annotated[bool, typer.Option("--keep-frames", help="Keep pixels too: to score models on.")] = False,
     part: Annotated[str, typer.Option(help="I/N: the I-th of N shares of the scenes, for job arrays.")] = "1/1",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
     device: Annotated[str, typer.Option(help="Of the encoders: cpu, cuda, cuda:1, ...")] = "cpu",
@@ -75,7 +76,7 @@ def prepare(
     options = {
         "frames": frames, "max_stride": max_stride, "teacher": teacher, "points": points, "seed": seed,
         "clips_per_scene": clips_per_scene, "known_views": known_views, "workers": workers, "device": device,
-        "clips_per_shard": clips_per_shard,
+        "clips_per_shard": clips_per_shard, "keep_frames": keep_frames,
     }  # fmt: skip
     guarded(partial(_prepare, sources, out, size, part, options))
 

@@ -62,6 +62,11 @@ def render_clip(
     return Clip(name, truth, torch.where(mask[:, None, None, None], truth, render), mask, cameras), visibility > 0
 
 
+def to_bytes(image: Tensor) -> Tensor:
+    """[0, 1] to uint8, as clips are kept; photographs, which were 8-bit, lose nothing."""
+    return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from fvgen.clips.clip import Clip
+from fvgen.clips.clip import Clip, to_bytes
 from fvgen.errors import UserError
 from fvgen.system.files import atomic_path
 
@@ -55,8 +54,8 @@ def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFol
     shapes = {tuple(clip.truth.shape) for clip in clips}
     assert len(shapes) == 1, f"clips of one size expected, got {shapes}"
     tensors = {
-        "truth": torch.stack([_to_bytes(clip.truth) for clip in clips]),
-        "render": torch.stack([_to_bytes(clip.render) for clip in clips]),
+        "truth": torch.stack([to_bytes(clip.truth) for clip in clips]),
+        "render": torch.stack([to_bytes(clip.render) for clip in clips]),
         "known": torch.stack([clip.known for clip in clips]),
     }
     frames, _, height, width = shapes.pop()
@@ -87,7 +86,3 @@ def _read_index(path: Path) -> dict:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no index of prepared clips; prepare them again or give another folder") from error
     return index
-
-
-def _to_bytes(image: Tensor) -> Tensor:
-    return (image.clamp(0, 1) * 255).round().to(torch.uint8)

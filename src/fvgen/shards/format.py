@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -34,6 +34,7 @@ PER_CLIP = (
     "cloud_points",
     "cloud_colors",
 )
+PIXELS = ("truth", "render")  # in shards that keep their frames
 
 
 class Record(BaseModel):
@@ -81,7 +82,7 @@ class ShardRecord(Record):
 
 class Settings(Record):
     """All that decides what the clips are. ``scenes``: SHA-256 over the names of all scenes; ``encoder``: fingerprint
-    of the teacher's encoders; ``limits``: of `fvgen.clips.filters`."""
+    of the teacher's encoders; ``limits``: of `fvgen.clips.filters`; ``keep_frames``: `Pixels` too."""
 
     scenes: str
     frames: int
@@ -98,6 +99,13 @@ class Settings(Record):
     teacher: str
     encoder: str
     limits: dict[str, float]
+    keep_frames: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: Callable[[Settings], dict]) -> dict:
+        """Shards without frames say of themselves, and hash, what they did before there were any with."""
+        words = write(self)
+        return words if self.keep_frames else {key: value for key, value in words.items() if key != "keep_frames"}
 
     def digest(self) -> str:
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
@@ -131,6 +139,13 @@ class ShardClip(NamedTuple):
     text_tokens: Tensor
 
 
+class Pixels(NamedTuple):
+    """A clip's frames, uint8 [F, 3, H, W]: the photographs, and the render with the known ones in it."""
+
+    truth: Tensor
+    render: Tensor
+
+
 # --- Shards ---
 
 
@@ -144,12 +159,15 @@ def write_shard(
     clips: Sequence[tuple[ClipRecord, ShardClip]],
     dropped: dict[str, int],
     skipped: Sequence[Skipped],
+    pixels: Sequence[Pixels] = (),
 ) -> None:
-    """Write a shard, whole or not at all. Raises UserError when the disk is full."""
+    """Write a shard, whole or not at all; ``pixels`` of every clip or of none. Raises UserError for a full disk."""
     tensors: dict[str, Tensor] = {}
     if clips:
         tensors = {key: torch.stack([getattr(clip, key) for _, clip in clips]).contiguous() for key in PER_CLIP}
         tensors["text_tokens"] = clips[0][1].text_tokens.clone()
+        if pixels:
+            tensors |= dict(zip(PIXELS, map(torch.stack, zip(*pixels, strict=True)), strict=True))
     content = Content(
         settings=settings.digest(),
         digest=_digest(tensors),

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import torch
 
+from fvgen.clips.clip import to_bytes
 from fvgen.clips.from_scene import ClipSettings, Lost, SceneClip, scene_clips
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.posing.sources import Source
-from fvgen.shards.format import CLOUD_POINTS, ClipRecord, Settings, ShardClip, Skipped, write_shard
+from fvgen.shards.format import CLOUD_POINTS, ClipRecord, Pixels, Settings, ShardClip, Skipped, write_shard
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Job:
 
 def make_shard(job: Job, pipeline: ViewCrafterPipeline, tick: Callable[[], None]) -> Tally:
     """Make and write a shard. ``tick`` is called for every clip, whatever becomes of it."""
-    tally, made = Tally(), []
+    tally, made, pixels = Tally(), [], []
     settings = ClipSettings(**{one.name: getattr(job.settings, one.name) for one in fields(ClipSettings)})
     for scene, pairs in groupby(job.clips, key=lambda pair: pair[0]):
         for result in scene_clips(scene, [number for _, number in pairs], settings, tally.timed):
@@ -79,10 +80,12 @@ def make_shard(job: Job, pipeline: ViewCrafterPipeline, tick: Callable[[], None]
             else:
                 with tally.timed("encode"):
                     made.append((record_of(result), encoded(result, pipeline)))
-            del result  # pixels of a clip need not outlive it
+                if job.settings.keep_frames:
+                    pixels.append(Pixels(to_bytes(result.clip.truth), to_bytes(result.clip.render)))
+            del result  # its floats need not outlive it
             tick()
     with tally.timed("write"):
-        write_shard(job.path, job.settings, made, dict(sorted(tally.dropped.items())), tally.skipped)
+        write_shard(job.path, job.settings, made, dict(sorted(tally.dropped.items())), tally.skipped, pixels)
     tally.clips = len(made)
     return tally
 

@@ -43,7 +43,7 @@ from fvgen.shards.one_shard import Job, Tally, make_shard, one_thread
 from fvgen.shards.order import clean_context
 from fvgen.system.files import TEMPORARY, recover, writable_folder, write_json
 
-AS_GIVEN = ("max_stride", "points", "clips_per_scene", "clips_per_shard", "known_views", "seed")
+AS_GIVEN = ("max_stride", "points", "clips_per_scene", "clips_per_shard", "known_views", "seed", "keep_frames")
 
 Tick = Callable[[int], None]  # is called with the number of clips that are done, one way or another
 
@@ -60,6 +60,7 @@ class PrepareConfig:
     known_views: frames that the cloud is made from, evenly spaced; the first and, from two on, the last are known.
     half_pixel_shift: see `unproject`; None is on for teachers with ViewCrafter's image preprocessing.
     limits: changes to `filters.LIMITS`.
+    keep_frames: keep the pixels too, so that models can be scored on the clips: 16 MB a clip of 16 frames at 320x512.
     """
 
     frames: int | None = None
@@ -73,6 +74,7 @@ class PrepareConfig:
     seed: int = 0
     half_pixel_shift: bool | None = None
     limits: dict[str, float] = field(default_factory=dict)
+    keep_frames: bool = False
 
     def settings(self, scenes: Sequence[Source], pipeline: ViewCrafterPipeline) -> Settings:
         """With what is left open filled in. Raises UserError for what cannot work."""
@@ -183,8 +185,8 @@ def claim(out: Path, settings: Settings, index: int, parts: int) -> None:
             theirs = read_part(path.read_text(errors="replace"), str(path))
             if theirs.parts != parts:
                 raise UserError(f"{out} holds parts of {theirs.parts}, not of {parts}; {cure}")
-            for key, value in settings.model_dump().items():
-                if (other := getattr(theirs.settings, key)) != value:
+            for key in Settings.model_fields:
+                if (other := getattr(theirs.settings, key)) != (value := getattr(settings, key)):
                     raise UserError(f"{out} holds shards of other settings ({key}: {other!r}, not {value!r}); {cure}")
     writable_folder(out)
     if not mine.exists():
