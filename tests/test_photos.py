@@ -15,7 +15,7 @@ from torch import Tensor
 from fvgen.clips.filters import LIMITS
 from fvgen.clips.from_scene import ClipSettings, SceneClip, scene_clips
 from fvgen.clips.views import _paths, choose_views, pose_distance
-from fvgen.depth.maps import scene_cloud
+from fvgen.depth.maps import PointMaps, scene_cloud
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, fit_box, look_at, pinhole, project
 from fvgen.geometry.pointcloud import point_radius
@@ -278,6 +278,25 @@ def test_clips(tmp_path, monkeypatch):
             assert (look_up - wall_color(made.points[inside])).abs().max() < 0.012
     again = clips_of(scene, monkeypatch, 3, 4, 20, 30, "depth")
     assert all(torch.equal(a.clip.render, b.clip.render) for a, b in zip(clips, again, strict=True))
+
+
+def test_a_clip_names_every_source_of_its_depth(tmp_path, monkeypatch):
+    """One view stops the call for all; alone, the others have better sources than what the last one got."""
+    scene, views = write_world(tmp_path, depth=True), []
+
+    def best(scene, views_asked, height, width, backend):
+        views.append(list(views_asked))
+        if len(views_asked) > 1:
+            raise UserError("image 3.png shares too little; leave it out")
+        depth = torch.full((1, height, width), 3.0)
+        return PointMaps(depth, "sparse" if views_asked[0] < 2 else "fine")
+
+    monkeypatch.setattr("fvgen.clips.from_scene.point_maps", best)
+    clips = clips_of(scene, monkeypatch, 3, 4, 20, 30, "auto")
+    assert len(views[0]) > 1 and all(len(one) == 1 for one in views[1:])
+    ends = {frozenset((made.files[0], made.files[-1])): made.backend for made in clips}
+    expected = {("0.png", "3.png"): "fine+sparse", ("1.png", "4.png"): "fine+sparse", ("2.png", "5.png"): "fine"}
+    assert ends == {frozenset(pair): backend for pair, backend in expected.items()}
 
 
 def test_scenes_without_geometry(tmp_path):

@@ -14,6 +14,7 @@ from fvgen.clips.filters import LIMITS
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, project
 from fvgen.pipelines.folders import load_pipeline
+from fvgen.shards.encoders import encoders
 from fvgen.shards.order import ShardLoader, epoch_order
 from fvgen.shards.reader import ShardSet
 
@@ -61,6 +62,16 @@ def test_the_same_bits_again_and_a_finished_run_is_left_alone(make_shards, shard
     assert before == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "again").glob("shard*")}
     make_shards(tmp_path / "other", seed=1)
     assert hashes(tmp_path / "other") != hashes(shards)
+
+
+def test_the_network_is_not_read(make_shards, teacher_folder, shards, tmp_path):
+    """Its weights, most of a teacher, encode nothing: by this process and by a worker the same shards come without."""
+    shutil.copytree(teacher_folder, tmp_path / teacher_folder.name)
+    for file in (tmp_path / teacher_folder.name / "unet").glob("*.safetensors"):
+        file.unlink()
+    make_shards(tmp_path / "out", teacher=str(tmp_path / teacher_folder.name))
+    assert hashes(tmp_path / "out") == hashes(shards)
+    assert encoders(str(tmp_path / teacher_folder.name), "cpu").unet is None
 
 
 @pytest.mark.slow

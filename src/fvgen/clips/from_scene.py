@@ -58,8 +58,8 @@ class SceneClip(NamedTuple):
     """A clip that passed the filters, and where it comes from.
 
     scene: the source's own name. format: of `Opened`. files: of the F photographs, names. known: places of the known
-    ones. backend: of `point_maps`. points [N, 3] in the world, colors [N, 3] in [0, 1]: the cloud. figures: of
-    `fvgen.clips.filters`. seed: for whatever random numbers the clip still needs.
+    ones. backend: of `point_maps`, several joined by "+". points [N, 3] in the world, colors [N, 3] in [0, 1]: the
+    cloud. figures: of `fvgen.clips.filters`. seed: for whatever random numbers the clip still needs.
     """
 
     clip: Clip
@@ -140,6 +140,7 @@ def _clip(
 ) -> SceneClip:
     """The clip of a window, its cloud from the depth of its known frames."""
     depth = torch.stack([maps[window.views[frame]] for frame in known])
+    backend = "+".join(sorted({maps.backends[window.views[frame]] for frame in known}))
     with timed("load"):
         truth, cameras = photographs(scene, window.views, settings.height, settings.width)
         points, colors = unproject(depth, truth[known], cameras[known], settings.half_pixel_shift)
@@ -148,7 +149,7 @@ def _clip(
     with timed("filter"):
         figures = measure(clip, len(points), seen, window.motion)
     files = [scene.image_paths[view].name for view in window.views]
-    return SceneClip(clip, "", "", files, known, window.stride, maps.backend, points, colors, figures, 0)
+    return SceneClip(clip, "", "", files, known, window.stride, backend, points, colors, figures, 0)
 
 
 class Depths:
@@ -160,7 +161,7 @@ class Depths:
     def __init__(self, scene: Scene, settings: ClipSettings, views: Sequence[int]) -> None:
         self._ask = lambda views: point_maps(scene, views, settings.height, settings.width, settings.points)
         self._maps: dict[int, Tensor] = {}
-        self.backend = settings.points
+        self.backends: dict[int, str] = {}  # of each view
         if unique := sorted(set(views)):
             with suppress(UserError):  # told by the view that it is about
                 self._keep(unique)
@@ -171,8 +172,9 @@ class Depths:
         return self._maps[view]
 
     def _keep(self, views: list[int]) -> None:
-        depth, self.backend = self._ask(views)
+        depth, backend = self._ask(views)
         self._maps |= dict(zip(views, depth, strict=True))
+        self.backends |= dict.fromkeys(views, backend)
 
 
 def _evenly(count: int, frames: int) -> list[int]:

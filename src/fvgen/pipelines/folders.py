@@ -33,8 +33,8 @@ def model_folder(name: str | Path) -> Path:
     raise UserError(f"{name} is no model folder (it has no model_index.json); give one, or a preset: {presets}")
 
 
-def load_pipeline(name: str | Path, kind: type[P]) -> P:
-    """A pipeline in float32, whatever type its weights are stored in.
+def load_pipeline(name: str | Path, kind: type[P], **parts: torch.nn.Module | None) -> P:
+    """A pipeline in float32, whatever type its weights are stored in; ``parts`` are taken as given and not read.
 
     Raises UserError for a folder that is damaged or holds another kind of pipeline.
     """
@@ -44,7 +44,7 @@ def load_pipeline(name: str | Path, kind: type[P]) -> P:
         raise UserError(f"{folder} holds a {found}, but a {kind.__name__} is needed here; give another model folder")
     with quiet():
         try:
-            pipeline = kind.from_pretrained(folder, local_files_only=True)
+            pipeline = kind.from_pretrained(folder, local_files_only=True, **parts)
         except DAMAGE as error:
             raise damaged(folder, error) from error
     for part in pipeline.components.values():

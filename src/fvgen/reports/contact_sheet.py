@@ -16,12 +16,11 @@ from fvgen.clips.filters import LIMITS
 from fvgen.clips.from_scene import ClipSettings, Lost, scene_clips
 from fvgen.clips.views import pose_distance, typical_depth
 from fvgen.geometry.pointcloud import point_radius
-from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
-from fvgen.pipelines.folders import load_pipeline
 from fvgen.posing.sources import Source, open_source
 from fvgen.reports.page import data_address, page_template, sheet_of
 from fvgen.scenes.images import fit_image
 from fvgen.scenes.scene import Scene
+from fvgen.shards.encoders import load_encoders, placed
 from fvgen.shards.format import CLOUD_POINTS, ClipRecord
 from fvgen.shards.one_shard import one_thread, record_of
 from fvgen.shards.reader import ShardSet, holds_shards
@@ -67,7 +66,7 @@ def inspect(path: str | Path, out: str | Path, clips: int | None = None, teacher
 
 def _of_shards(path: str | Path, clips: int | None, teacher: str | None) -> dict:
     shards = ShardSet(path)
-    pipeline = load_pipeline(teacher or shards.settings.teacher, ViewCrafterPipeline)
+    pipeline = placed(load_encoders(teacher or shards.settings.teacher), "cpu")
     shards.check_encoder(pipeline.encoder_fingerprint(), str(teacher or "the preset of that name"))
     chosen = torch.linspace(0, len(shards) - 1, min(clips or SHARD_CLIPS, len(shards))).round().long().tolist()
     rows, latents = [], []

@@ -42,8 +42,8 @@ class Record(BaseModel):
 
 
 class ClipRecord(Record):
-    """Where a clip comes from. stride None: views chosen by pose; seed: of its posterior samples; figures: of
-    `fvgen.clips.filters`."""
+    """Where a clip comes from. stride None: views chosen by pose; points: source of the depth of its known frames, "+"
+    between several; seed: of its posterior samples; figures: of `fvgen.clips.filters`."""
 
     name: str
     scene: str

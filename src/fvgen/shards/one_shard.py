@@ -14,8 +14,8 @@ import torch
 
 from fvgen.clips.clip import to_bytes
 from fvgen.clips.from_scene import ClipSettings, Lost, SceneClip, scene_clips
-from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.posing.sources import Source
+from fvgen.shards.encoders import Encoding
 from fvgen.shards.format import CLOUD_POINTS, ClipRecord, Pixels, Settings, ShardClip, Skipped, write_shard
 
 
@@ -69,7 +69,7 @@ class Job:
     clips: tuple[tuple[Source, int], ...]
 
 
-def make_shard(job: Job, pipeline: ViewCrafterPipeline, tick: Callable[[], None]) -> Tally:
+def make_shard(job: Job, pipeline: Encoding, tick: Callable[[], None]) -> Tally:
     """Make and write a shard. ``tick`` is called for every clip, whatever becomes of it."""
     tally, made, pixels = Tally(), [], []
     settings = ClipSettings(**{one.name: getattr(job.settings, one.name) for one in fields(ClipSettings)})
@@ -105,7 +105,7 @@ def record_of(made: SceneClip) -> ClipRecord:
     )
 
 
-def encoded(made: SceneClip, pipeline: ViewCrafterPipeline) -> ShardClip:
+def encoded(made: SceneClip, pipeline: Encoding) -> ShardClip:
     """Latents of truth and render, image and text tokens; posterior samples are drawn from the clip's seed."""
     generator = torch.Generator().manual_seed(made.seed)
     latents = pipeline.encode_frames(made.clip.truth[None], generator)

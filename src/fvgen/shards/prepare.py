@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,9 @@ from fvgen.clips.filters import LIMITS
 from fvgen.depth.maps import DEPTHS
 from fvgen.errors import UserError, did_you_mean
 from fvgen.geometry.pointcloud import point_radius
-from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
-from fvgen.pipelines.folders import check_device, load_pipeline
+from fvgen.pipelines.folders import check_device
 from fvgen.posing.sources import Source, find_sources
+from fvgen.shards.encoders import Encoding, encoders, load_encoders, placed
 from fvgen.shards.format import (
     FORMAT,
     Part,
@@ -54,7 +53,7 @@ class PrepareConfig:
 
     frames, size: of a clip (height, width); None is the teacher's own number, and 320x512 (48x64 for "tiny").
     max_stride: strides are drawn from 1 to this (FVGen: 4), see `clip_windows`.
-    teacher: a preset or the folder of a `ViewCrafterPipeline`, whose encoders make latents and tokens.
+    teacher: a preset or the folder of a teacher or student, whose encoders make latents and tokens.
     points: where depth comes from, see `point_maps`; "dust3r" also poses what has no poses.
     clips_per_scene: how many are tried of each scene; what the filters drop is not made up for.
     known_views: frames that the cloud is made from, evenly spaced; the first and, from two on, the last are known.
@@ -76,7 +75,7 @@ class PrepareConfig:
     limits: dict[str, float] = field(default_factory=dict)
     keep_frames: bool = False
 
-    def settings(self, scenes: Sequence[Source], pipeline: ViewCrafterPipeline) -> Settings:
+    def settings(self, scenes: Sequence[Source], pipeline: Encoding) -> Settings:
         """With what is left open filled in. Raises UserError for what cannot work."""
         frames = pipeline.unet.config.temporal_length if self.frames is None else self.frames
         height, width = self.size or ((48, 64) if self.teacher == "tiny" else (320, 512))
@@ -140,7 +139,7 @@ def prepare(
         raise UserError(f"part {index}/{parts} does not exist; count from 1/{parts} to {parts}/{parts}")
     check_device(device)
     scenes = find_sources(sources)
-    pipeline = load_pipeline(config.teacher, ViewCrafterPipeline)
+    pipeline = load_encoders(config.teacher)
     settings = config.settings(scenes, pipeline)
     jobs = _jobs(out, config, settings, scenes, index, parts)
     claim(out, settings, index, parts)
@@ -150,7 +149,7 @@ def prepare(
     tick = (lambda count: on_progress(ready + count, total)) if on_progress else (lambda count: None)
     tick(0)
     workers = min(workers or os.cpu_count() or 1, max(1, len(left)))
-    tally = _in_processes(left, workers, device, tick) if workers > 1 else _here(left, pipeline.to(device), tick)
+    tally = _in_processes(left, workers, device, tick) if workers > 1 else _here(left, placed(pipeline, device), tick)
     return finish(out, jobs, settings, index, parts, tally.seconds)
 
 
@@ -227,7 +226,7 @@ def finish(out: Path, jobs: Sequence[Job], settings: Settings, index: int, parts
 # --- Processes ---
 
 
-def _here(jobs: Sequence[Job], pipeline: ViewCrafterPipeline, tick: Tick) -> Tally:
+def _here(jobs: Sequence[Job], pipeline: Encoding, tick: Tick) -> Tally:
     """One after the other, in this process."""
     tally, done = Tally(), 0
 
@@ -282,12 +281,4 @@ def _work(job: Job, device: str) -> Tally:
         with _DONE.get_lock():
             _DONE.value += 1
 
-    return make_shard(job, _encoders(job.teacher, device), count)
-
-
-@cache
-def _encoders(teacher: str, device: str) -> ViewCrafterPipeline:
-    """The teacher without its UNet, which encodes nothing and is the largest part."""
-    pipeline = load_pipeline(teacher, ViewCrafterPipeline)
-    pipeline.register_modules(unet=None)
-    return pipeline.to(device)
+    return make_shard(job, encoders(job.teacher, device), count)
