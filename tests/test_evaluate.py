@@ -116,6 +116,27 @@ def test_every_contestant_gets_the_same_condition_and_noise(teacher, clips):
     assert row["lpips"] is None and "smaller than" in row["why_null"]["lpips"]  # clips of 16x24 pixels
 
 
+def test_the_condition_and_x_T_are_drawn_from_two_streams(teacher, clips):
+    """The noise in the render's latents, got back from them, shares no numbers with x_T, in place or out of it."""
+    seen = []
+
+    def sample(condition, generator):
+        seen.append((condition.render_latents, teacher.initial_noise(condition, generator)))
+        return seen[-1][1]
+
+    evaluate({"a": Contestant(sample, 1, 1)}, clips, teacher, seed=0)
+    for clip, (latents, x_T) in zip(clips, seen, strict=True):
+        shape = (latents.shape[2], *latents.shape[1:2], *latents.shape[3:])
+        mean, one = (teacher.encode_frames(clip.render[None], noise=torch.full(shape, value)) for value in (0.0, 1.0))
+        noise = (latents - mean) / (one - mean)
+        for a, b in (
+            (noise[0].transpose(0, 1).flatten(), x_T.flatten()),
+            (noise.flatten().sort()[0], x_T.flatten().sort()[0]),
+        ):
+            assert not torch.isclose(a, b, atol=1e-3).all()
+        assert abs(torch.corrcoef(torch.stack([noise[0].transpose(0, 1).flatten(), x_T.flatten()]))[0, 1]) < 0.2
+
+
 def test_a_perfect_contestant_is_as_good_as_the_vae(teacher, clips):
     """What is decoded is what is scored."""
 

@@ -6,6 +6,7 @@ from the same minute of the same machine. Known frames are no novel views and ar
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -63,13 +64,17 @@ def student_contestant(pipeline: FVGenPipeline) -> Contestant:
 def evaluate(
     contestants: dict[str, Contestant], clips: Sequence[Clip], pipeline: NovelViewPipeline, seed: int
 ) -> dict[str, Result]:
-    """Run every contestant on every clip. ``pipeline`` encodes and decodes for all of them."""
+    """Run every contestant on every clip. ``pipeline`` encodes and decodes for all of them.
+
+    The condition's posterior sample and what samplers draw come from streams of their own, made of (seed, place of the
+    clip): one stream for both would begin with the same numbers in two places.
+    """
     results = {name: Result(contestant) for name, contestant in contestants.items()}
     for index, clip in enumerate(track(clips, "evaluation")):
-        condition = pipeline.condition(clip.render[None], _generator(seed, index))
+        condition = pipeline.condition(clip.render[None], _generator(seed, index, "condition"))
         for result in results.values():
             start = time.perf_counter()
-            latents = result.contestant.sample(condition, _generator(seed, index))
+            latents = result.contestant.sample(condition, _generator(seed, index, "sample"))
             video = pipeline.decode_latents(latents)[0].cpu()  # .cpu() waits for the device
             result.seconds.append(time.perf_counter() - start)
             result.videos.append(video)
@@ -111,5 +116,6 @@ def _few_steps(
         return few_step(denoiser, noise, pipeline.schedule, steps, generator=generator)
 
 
-def _generator(seed: int, index: int) -> torch.Generator:
-    return torch.Generator().manual_seed(1_000_003 * seed + index)
+def _generator(seed: int, index: int, purpose: str) -> torch.Generator:
+    digest = hashlib.sha256(f"fvgen evaluate {seed} {index} {purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
