@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from small_models import STEPS, small_clips, student_of
+from small_models import LATENTS, STEPS, small_clips, student_of
 
 from fvgen.clips.clip import Clip
 from fvgen.reports.evaluate import (
@@ -135,6 +135,36 @@ def test_the_condition_and_x_T_are_drawn_from_two_streams(teacher, clips):
         ):
             assert not torch.isclose(a, b, atol=1e-3).all()
         assert abs(torch.corrcoef(torch.stack([noise[0].transpose(0, 1).flatten(), x_T.flatten()]))[0, 1]) < 0.2
+
+
+def test_everybody_pays_for_what_they_wait_for_and_for_nothing_else(teacher, clips, monkeypatch):
+    """A device that works when it is waited for, a clock that its work alone moves: 5 s to encode, 2 or 3 to sample,
+    7 to decode. The first contestant must not pay for the encoding, nor the second for the first one's decoding."""
+    now, pending = [0.0], [0.0]
+
+    def wait_for(device):
+        now[0] += pending[0]
+        pending[0] = 0.0
+
+    def takes(seconds, value):
+        def work(*args):
+            pending[0] += seconds
+            return value
+
+        return work
+
+    latents = torch.zeros(1, *LATENTS)
+    monkeypatch.setattr("fvgen.reports.evaluate.wait_for", wait_for)
+    monkeypatch.setattr("fvgen.reports.evaluate.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(teacher, "condition", takes(5.0, None))
+    monkeypatch.setattr(teacher, "decode_latents", takes(7.0, clips[0].truth[None]))
+    field = {name: Contestant(takes(seconds, latents), 1, 1) for name, seconds in (("a", 2.0), ("b", 3.0))}
+    results = evaluate(field, clips, teacher, seed=0)
+    for name, seconds in (("a", 2.0), ("b", 3.0)):
+        assert results[name].seconds == [{"encode": 5.0, "sample": seconds, "decode": 7.0}] * 2
+        row = score(results[name], clips)
+        assert row["seconds_per_clip"] == 12 + seconds
+        assert (row["encode_seconds"], row["sample_seconds"], row["decode_seconds"]) == (5.0, seconds, 7.0)
 
 
 def test_a_perfect_contestant_is_as_good_as_the_vae(teacher, clips):

@@ -24,6 +24,7 @@ from fvgen.models.denoiser import Condition, Teacher
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline, NovelViewPipeline, ViewCrafterPipeline
 
 Sample = Callable[[Condition, torch.Generator], Tensor]
+PARTS = ("encode", "sample", "decode")  # of what a user waits for
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,11 @@ class Contestant:
 
 @dataclass
 class Result:
-    """What a contestant made: one video [F, 3, H, W] and one duration (sampling and decoding, seconds) per clip."""
+    """What a contestant made: one video [F, 3, H, W] per clip, and the seconds that it took by part, `PARTS`."""
 
     contestant: Contestant
     videos: list[Tensor] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[dict[str, float]] = field(default_factory=list)
 
 
 def teacher_contestant(pipeline: ViewCrafterPipeline) -> Contestant:
@@ -71,26 +72,54 @@ def evaluate(
     """
     results = {name: Result(contestant) for name, contestant in contestants.items()}
     for index, clip in enumerate(track(clips, "evaluation")):
+        clock = Clock(pipeline.device)
         condition = pipeline.condition(clip.render[None], _generator(seed, index, "condition"))
+        encode = clock.lap()
         for result in results.values():
-            start = time.perf_counter()
+            clock = Clock(pipeline.device)
             latents = result.contestant.sample(condition, _generator(seed, index, "sample"))
-            video = pipeline.decode_latents(latents)[0].cpu()  # .cpu() waits for the device
-            result.seconds.append(time.perf_counter() - start)
+            sample = clock.lap()
+            video = pipeline.decode_latents(latents)[0].cpu()
+            result.seconds.append({"encode": encode, "sample": sample, "decode": clock.lap()})
             result.videos.append(video)
     return results
 
 
+class Clock:
+    """Seconds on a device, whose work is waited for: whoever began it pays for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        wait_for(device)
+        self.start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Since the last lap."""
+        wait_for(self.device)
+        before, self.start = self.start, time.perf_counter()
+        return self.start - before
+
+
+def wait_for(device: torch.device) -> None:
+    """Until everything that was asked of it is done; a CPU does it at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def score(result: Result, clips: Sequence[Clip]) -> dict[str, object]:
-    """A row of the report: steps, nfe, median seconds per clip, and every metric over the novel views."""
+    """A row of the report: steps, nfe, median seconds per clip, in all and by part, and every metric over the novel
+    views."""
     row: dict[str, object] = {"steps": result.contestant.steps, "nfe": result.contestant.nfe}
-    row["seconds_per_clip"] = statistics.median(result.seconds)
+    row["seconds_per_clip"] = statistics.median(sum(parts.values()) for parts in result.seconds)
+    for part in PARTS:
+        row[f"{part}_seconds"] = statistics.median(parts[part] for parts in result.seconds)
     return row | score_videos(result.videos, clips)
 
 
 def score_renders(clips: Sequence[Clip]) -> dict[str, object]:
     """The row of the raw point renders; rendering belongs to the preparation, so it has no seconds."""
     row: dict[str, object] = {"steps": 0, "nfe": 0, "seconds_per_clip": None}
+    row |= {f"{part}_seconds": None for part in PARTS}
     return row | score_videos([clip.render for clip in clips], clips)
 
 
