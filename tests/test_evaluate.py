@@ -7,14 +7,15 @@ from functools import partial
 
 import pytest
 import torch
-from small_models import LATENTS, STEPS, small_clips, student_of
+from small_models import LATENTS, STEPS, small_clips, small_teacher, student_of
 
 from fvgen.clips.clip import Clip
 from fvgen.reports.evaluate import (
     Contestant,
+    best,
     better,
     evaluate,
-    few_step_teacher,
+    few_step_teachers,
     score,
     score_renders,
     score_videos,
@@ -26,6 +27,10 @@ from fvgen.reports.evaluate import (
 @pytest.fixture(scope="module")
 def clips() -> list[Clip]:
     return small_clips(2)
+
+
+def stream(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def test_known_frames_are_not_scored(clips):
@@ -63,17 +68,17 @@ def test_better_goes_by_lpips_then_by_psnr(a, b, expected):
 
 def test_evaluations_are_counted_as_they_happen(teacher, clips):
     student = student_of(teacher, steps=2)
-    contestants = {
-        "teacher": teacher_contestant(teacher),
-        "guided": few_step_teacher(teacher, 4, None),
-        "plain": few_step_teacher(teacher, 4, 1.0),
-        "student": student_contestant(student),
-    }
+    contestants = {"teacher": teacher_contestant(teacher), "student": student_contestant(student)}
+    contestants |= few_step_teachers(teacher, 4)
     assert {name: (c.steps, c.nfe) for name, c in contestants.items()} == {
         "teacher": (STEPS, 2 * STEPS),
-        "guided": (4, 8),
-        "plain": (4, 4),
         "student": (2, 2),
+        "renoise, guided": (4, 8),
+        "DDIM eta 0, guided": (4, 8),
+        "DDIM eta 1, guided": (4, 8),
+        "renoise, plain": (4, 4),
+        "DDIM eta 0, plain": (4, 4),
+        "DDIM eta 1, plain": (4, 4),
     }
     condition = teacher.condition(clips[0].render[None], torch.Generator().manual_seed(0))
     for name, contestant in contestants.items():
@@ -85,11 +90,34 @@ def test_evaluations_are_counted_as_they_happen(teacher, clips):
 
 
 def test_the_few_step_teacher_without_guidance_samples_as_a_student_does(teacher, clips):
-    plain, student = few_step_teacher(teacher, 4, 1.0), student_contestant(student_of(teacher))
+    plain, student = few_step_teachers(teacher, 4)["renoise, plain"], student_contestant(student_of(teacher))
     results = evaluate({"plain": plain, "student": student}, clips, teacher, seed=3)
     for ours, theirs in zip(results["plain"].videos, results["student"].videos, strict=True):
         torch.testing.assert_close(ours, theirs)
         assert ours.shape == clips[0].truth.shape
+
+
+def test_ddim_is_among_the_ways_of_the_untrained_teacher(teacher, clips):
+    """Against ViewCrafter's sampler itself, and eta 0 by hand: no noise after x_T."""
+    ways, condition = few_step_teachers(teacher, 4), teacher.condition(clips[0].render[None], stream())
+    for name, guidance in (("guided", teacher.config.guidance), ("plain", 1.0)):
+        for eta in (0.0, 1.0):
+            expected = teacher.sample(condition, stream(), 4, guidance, eta=eta)
+            assert torch.equal(ways[f"DDIM eta {eta:.0f}, {name}"].sample(condition, stream()), expected)
+    rng = stream()
+    x_T = ways["DDIM eta 0, plain"].sample(condition, rng)
+    after = torch.randn(3, generator=rng)
+    torch.randn(condition.render_latents.shape, generator=(again := stream()))
+    assert torch.equal(after, torch.randn(3, generator=again)) and x_T.isfinite().all()
+    assert few_step_teachers(small_teacher(guidance=1.0), 2).keys() == {n for n in ways if n.endswith("plain")}
+
+
+def test_the_best_row_is_found():
+    rows = {name: {"lpips": lpips, "psnr": 20.0} for name, lpips in (("a", 0.3), ("b", 0.1), ("c", 0.1), ("d", 0.2))}
+    assert best(rows) == "b"
+    for row, psnr in zip(rows.values(), (1.0, 2.0, 4.0, 3.0), strict=True):
+        row.update(lpips=None, psnr=psnr)
+    assert best(rows) == "c"
 
 
 def test_every_contestant_gets_the_same_condition_and_noise(teacher, clips):

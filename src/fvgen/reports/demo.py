@@ -21,9 +21,9 @@ from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipelin
 from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.reports.evaluate import (
     Contestant,
-    better,
+    best,
     evaluate,
-    few_step_teacher,
+    few_step_teachers,
     score,
     score_renders,
     student_contestant,
@@ -68,13 +68,12 @@ def demo(out: str | Path, data: str | Path | None = None, seed: int = 0, device:
         shutil.copytree(student_folder, folder)
 
     clips = [demo_data.test[index] for index in range(len(demo_data.test))]
-    contestants = all_contestants(teacher, config, out)
-    results = evaluate(contestants, clips, teacher, seed)
+    ways = few_step_teachers(teacher, config.dmd.student_steps)
+    results = evaluate(contestants(teacher, config, out) | ways, clips, teacher, seed)
     rows = {name: score(result, clips) for name, result in results.items()}
-    guided, plain = rows.pop("teacher_few_guided"), rows.pop("teacher_few_plain")
-    few = "teacher_few_guided" if better(guided, plain) else "teacher_few_plain"
-    results["teacher_few"] = results[few]
-    rows |= {"render": score_renders(clips), "teacher_few": guided if few == "teacher_few_guided" else plain}
+    few = {name: rows.pop(name) for name in ways}
+    results["teacher_few"] = results[best(few)]
+    rows |= {"render": score_renders(clips), "teacher_few": few[best(few)]}
 
     order = ("render", "teacher", "teacher_few", "gan_init", "student")
     report = {
@@ -86,6 +85,8 @@ def demo(out: str | Path, data: str | Path | None = None, seed: int = 0, device:
         "seed": seed,
         "device": device,
         "rows": {name: rows[name] for name in order},
+        "teacher_few_by": best(few),
+        "teacher_few_ways": few,
         "speedup": rows["teacher"]["seconds_per_clip"] / rows["student"]["seconds_per_clip"],
         "stages": [stage_summary(stage.out) for stage in (config.gan, config.dmd)],
     }
@@ -111,15 +112,12 @@ def real_data(data: str | Path, scenes: tuple[list[Scene], list[Scene]], out: Pa
     return DemoData(Path(data).resolve().name, str(train.path), held_out)
 
 
-def all_contestants(teacher: ViewCrafterPipeline, config: RunConfig, out: Path) -> dict[str, Contestant]:
-    """Everybody in the report's table, the few-step teacher both guided and not."""
-    steps = config.dmd.student_steps
+def contestants(teacher: ViewCrafterPipeline, config: RunConfig, out: Path) -> dict[str, Contestant]:
+    """The teacher as published, and the student after each stage."""
     gan_init = load_pipeline(Path(config.gan.out) / "student", FVGenPipeline).to(config.dmd.device)
     student = load_pipeline(out / "student", FVGenPipeline).to(config.dmd.device)
     return {
         "teacher": teacher_contestant(teacher),
-        "teacher_few_guided": few_step_teacher(teacher, steps, None),
-        "teacher_few_plain": few_step_teacher(teacher, steps, 1.0),
         "gan_init": student_contestant(gan_init),
         "student": student_contestant(student),
     }

@@ -51,10 +51,23 @@ def teacher_contestant(pipeline: ViewCrafterPipeline) -> Contestant:
     return Contestant(pipeline.sample, steps, steps * pipeline.teacher().nfe)
 
 
-def few_step_teacher(pipeline: ViewCrafterPipeline, steps: int, guidance: float | None) -> Contestant:
-    """The untrained teacher in the student's own sampler: what distillation has to beat."""
-    teacher = pipeline.teacher(guidance)
-    return Contestant(partial(_few_steps, teacher, pipeline, steps), steps, steps * teacher.nfe)
+def few_step_teachers(pipeline: ViewCrafterPipeline, steps: int) -> dict[str, Contestant]:
+    """The untrained teacher in as few steps as a student, in every usual way: what distillation has to beat.
+
+    By the student's sampler (x0 and fresh noise, "renoise") and by DDIM with eta 0 and 1 as `ViewCrafterPipeline` runs
+    it, each with the teacher's own guidance and with none.
+    """
+    found: dict[str, Contestant] = {}
+    ways = {"plain": 1.0} if pipeline.config.guidance == 1.0 else {"guided": pipeline.config.guidance, "plain": 1.0}
+    for name, guidance in ways.items():
+        teacher = pipeline.teacher(guidance)
+        found[f"renoise, {name}"] = Contestant(
+            partial(_few_steps, teacher, pipeline, steps), steps, steps * teacher.nfe
+        )
+        for eta in (0, 1):
+            sample = partial(pipeline.sample, num_inference_steps=steps, guidance_scale=guidance, eta=float(eta))
+            found[f"DDIM eta {eta}, {name}"] = Contestant(sample, steps, steps * teacher.nfe)
+    return found
 
 
 def student_contestant(pipeline: FVGenPipeline) -> Contestant:
@@ -134,6 +147,14 @@ def better(a: dict, b: dict) -> bool:
     if a["lpips"] is not None and b["lpips"] is not None:
         return a["lpips"] < b["lpips"]
     return (a["psnr"] or 0) > (b["psnr"] or 0)
+
+
+def best(rows: dict[str, dict]) -> str:
+    """The name of the row that no other beats (`better`), the first of equals."""
+    winner, *others = rows
+    for name in others:
+        winner = name if better(rows[name], rows[winner]) else winner
+    return winner
 
 
 def _few_steps(
