@@ -15,12 +15,12 @@ from torch import Tensor
 from fvgen.clips.filters import LIMITS
 from fvgen.clips.from_scene import ClipSettings, SceneClip, scene_clips
 from fvgen.clips.views import _paths, choose_views, pose_distance
-from fvgen.depth.maps import PointMaps, scene_cloud
+from fvgen.depth.maps import PointMaps
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, fit_box, look_at, pinhole, project
 from fvgen.geometry.pointcloud import point_radius
 from fvgen.posing.sources import Opened, Source
-from fvgen.scenes.formats import Scene, load_image, read_scene
+from fvgen.scenes.formats import Scene, read_scene
 from fvgen.scenes.images import fit_image
 
 HEIGHT, WIDTH = 60, 90
@@ -199,30 +199,23 @@ def wall_color(place: Tensor) -> Tensor:
     return torch.stack([0.5 + 0.1 * place[..., 0], 0.5 + 0.2 * place[..., 1], 0.6 - 0.1 * place[..., 0]], dim=-1)
 
 
-def known_images(scene: Scene, known: list[int], size: tuple[int, int]) -> Tensor:
-    return torch.stack([fit_image(load_image(scene.image_paths[view]), *size) for view in known])
-
-
+@pytest.mark.parametrize("points", ["colmap", "depth"])
 @pytest.mark.parametrize("size", [(60, 90), (30, 30), (24, 48)])
-def test_sparse_cloud_has_the_points_and_colours_of_the_known_views(tmp_path, size):
-    scene = write_world(tmp_path)
-    points, colors = scene_cloud(scene, [0, 3], known_images(scene, [0, 3], size))
-    pixels, _ = project(scene.points, scene.cameras.fitted(*size))
-    inside = ((pixels > 0) & (pixels < torch.tensor([size[1], size[0]]))).all(-1)
-    expected = (scene.seen_by(0) & inside[0]) | (scene.seen_by(3) & inside[3])
-    assert torch.equal(points, scene.points[expected]) and 20 < len(points) < 190
-    assert (colors - wall_color(points)).abs().max() < 0.012  # at the border half a pixel is extrapolated
-
-
-@pytest.mark.parametrize("size", [(60, 90), (30, 30), (24, 48)])
-def test_dense_cloud_lies_on_the_surface(tmp_path, size):
+def test_the_cloud_lies_on_the_surface_and_has_its_colours(tmp_path, monkeypatch, points, size):
     scene = write_world(tmp_path, depth=True)
-    points, colors = scene_cloud(scene, [1, 5], known_images(scene, [1, 5], size))
-    torch.testing.assert_close(points[:, 2], torch.full_like(points[:, 2], 3.0), atol=1e-5, rtol=0)
-    assert (colors - wall_color(points)).abs().max() < 0.012
-    _, top, _, bottom = fit_box(HEIGHT, WIDTH, *size)
-    rows = top + (torch.arange(size[0]) + 0.5) * (bottom - top) / size[0]
-    assert len(points) == 2 * size[1] * (rows >= 10).sum()  # the upper ten rows of the depth maps are unknown
+    made = clips_of(scene, monkeypatch, 1, 5, *size, points)[0]
+    ends = [int(made.files[place].removesuffix(".png")) for place in (0, -1)]
+    torch.testing.assert_close(made.points[:, 2], torch.full_like(made.points[:, 2], 3.0), atol=1e-5, rtol=0)
+    assert (made.colors - wall_color(made.points)).abs().max() < 0.012
+    if points == "depth":
+        _, top, _, bottom = fit_box(HEIGHT, WIDTH, *size)
+        rows = top + (torch.arange(size[0]) + 0.5) * (bottom - top) / size[0]
+        assert len(made.points) == 2 * size[1] * (rows >= 10).sum()  # the upper ten rows of the depth maps are unknown
+    else:  # a pixel for each point that an end found, where no other hides it
+        pixels, _ = project(scene.points, scene.cameras.fitted(*size))
+        inside = ((pixels > 0) & (pixels < torch.tensor([size[1], size[0]]))).all(-1)
+        cells = [pixels[view][scene.seen_by(view) & inside[view]].floor().unique(dim=0) for view in ends]
+        assert len(made.points) == sum(map(len, cells)) > 20
 
 
 def clips_of(
@@ -299,16 +292,14 @@ def test_a_clip_names_every_source_of_its_depth(tmp_path, monkeypatch):
     assert ends == {frozenset(pair): backend for pair, backend in expected.items()}
 
 
-def test_scenes_without_geometry(tmp_path):
+def test_scenes_without_geometry(tmp_path, monkeypatch):
     scene = write_world(tmp_path)
-    images = known_images(scene, [0, 1], (20, 30))
     bare = Scene(scene.name, scene.image_paths, scene.cameras)
-    with pytest.raises(UserError, match=r"wall has neither depth maps nor points, .*; add depth_file_path"):
-        scene_cloud(bare, [0, 1], images)
     assert len(choose_views(bare, 3, 2, stream())) == 2  # the cameras' own extent sets the scale
     trackless = replace(scene, observations=torch.zeros(0, 2, dtype=torch.int64))
-    with pytest.raises(UserError, match=r"no point that was found in 0\.png nor 1\.png"):
-        scene_cloud(trackless, [0, 1], images)
+    for one, said in ((bare, "the scene has no COLMAP points"), (trackless, "shows none of the scene's COLMAP points")):
+        lost = clips_of(one, monkeypatch, 1, 3, 20, 30, "colmap")
+        assert [(row.broken, said in row.reason) for row in lost] == [(True, True)]
 
 
 # --- The seven real scenes ---

@@ -14,11 +14,10 @@ from torch import Tensor
 from fvgen.depth import depth_pro, dust3r, measured, sparse, stereo
 from fvgen.depth.stereo import STEREO_SIDE
 from fvgen.errors import UserError, did_you_mean
-from fvgen.geometry.pointcloud import unproject
 from fvgen.geometry.stereo import TooFewFeatures
 from fvgen.scenes.scene import Scene
 
-__all__ = ["DEPTHS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps", "scene_cloud"]
+__all__ = ["DEPTHS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps"]
 
 
 class Backend(NamedTuple):
@@ -62,29 +61,6 @@ def _best(scene: Scene, views: Sequence[int], height: int, width: int) -> PointM
         reasons[name] = reason
     said = ", ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise UserError(f"no depth can be had for scene {scene.name} ({said}); mend one of these")
-
-
-def scene_cloud(
-    scene: Scene, known: Sequence[int], images: Tensor, half_pixel_shift: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Points [N, 3] and colours [N, 3] in [0, 1] from the known views and what came with the scene, nothing estimated;
-    ``images`` [K, 3, H, W] are those of the views.
-
-    For `fvgen demo --data`, where seconds count, and its published numbers. Depth maps: every pixel of the known views,
-    with or without ViewCrafter's half-pixel shift (`unproject`). Else the triangulated points themselves, which never
-    have that shift (`sparse.cloud`); `point_maps` would round them to pixels. Raises UserError for a scene without
-    either.
-    """
-    height, width = images.shape[-2:]
-    if DEPTHS["depth"].lacks(scene) is None:
-        cameras = scene.cameras[list(known)].fitted(height, width)
-        return unproject(point_maps(scene, known, height, width, "depth").depth, images, cameras, half_pixel_shift)
-    if DEPTHS["colmap"].lacks(scene) is None:
-        return sparse.cloud(scene, known, images)
-    raise UserError(
-        f"scene {scene.name} has neither depth maps nor points, so nothing can be rendered; add depth_file_path to "
-        "transforms.json, or sparse/0 with points3D (`colmap point_triangulator`)"
-    )
 
 
 DEPTHS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only where their weights were brought

@@ -1,17 +1,52 @@
-"""The part of a teacher that makes shards: its encoders, without the network that takes most of the memory."""
+"""What shards need of a teacher: its encoders, without the network that takes most of the memory, and its wishes."""
 
 from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+from fvgen.clips.builtin import HEIGHT, WIDTH
+from fvgen.errors import UserError
+from fvgen.geometry.pointcloud import point_radius
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 from fvgen.pipelines.folders import DAMAGE, damaged, load_pipeline, model_folder, model_kind
 
+SIZE = (320, 512)  # of published models
+
 Encoding = ViewCrafterPipeline | FVGenPipeline  # a student has its teacher's encoders
+
+
+class RenderNeeds(NamedTuple):
+    """What clips for a model are like: height and width of a frame, number of frames, radius of a point in normalised
+    device units, and whether points are half a pixel off (`unproject`)."""
+
+    frames: int
+    height: int
+    width: int
+    radius: float
+    half_pixel_shift: bool
+
+
+def render_needs(
+    pipeline: Encoding, frames: int | None, size: tuple[int, int] | None, half_pixel_shift: bool | None
+) -> RenderNeeds:
+    """The one place that decides what renders a model wants where the user does not say.
+
+    Published ViewCrafter models, and students of them, were trained at 320x512 on renders with the shift; the tiny ones
+    at 48x64 without it. Raises UserError for a size that the model cannot take.
+    """
+    published = pipeline.config.image_resize == "viewcrafter"
+    height, width = size or (SIZE if published else (HEIGHT, WIDTH))
+    if min(height, width) < 1:
+        raise UserError(f"size {height}x{width} is too small; give, for example, 320x512")
+    pipeline.check_size(height, width)
+    frames = pipeline.unet.config.temporal_length if frames is None else frames
+    shift = published if half_pixel_shift is None else half_pixel_shift
+    return RenderNeeds(frames, height, width, point_radius(height, width), shift)
 
 
 def load_encoders(name: str | Path) -> Encoding:

@@ -23,10 +23,9 @@ import torch
 from fvgen.clips.filters import LIMITS
 from fvgen.depth.maps import DEPTHS
 from fvgen.errors import UserError, did_you_mean
-from fvgen.geometry.pointcloud import point_radius
 from fvgen.pipelines.folders import check_device
 from fvgen.posing.sources import Source, find_sources
-from fvgen.shards.encoders import Encoding, encoders, load_encoders, placed
+from fvgen.shards.encoders import Encoding, encoders, load_encoders, placed, render_needs
 from fvgen.shards.format import (
     FORMAT,
     Part,
@@ -51,13 +50,13 @@ Tick = Callable[[int], None]  # is called with the number of clips that are done
 class PrepareConfig:
     """What decides about the clips, beside their sources.
 
-    frames, size: of a clip (height, width); None is the teacher's own number, and 320x512 (48x64 for "tiny").
+    frames, size: of a clip (height, width); None is what the teacher was trained with, see `render_needs`.
     max_stride: strides are drawn from 1 to this (FVGen: 4), see `clip_windows`.
     teacher: a preset or the folder of a teacher or student, whose encoders make latents and tokens.
     points: where depth comes from, see `point_maps`; "dust3r" also poses what has no poses.
     clips_per_scene: how many are tried of each scene; what the filters drop is not made up for.
     known_views: frames that the cloud is made from, evenly spaced; the first and, from two on, the last are known.
-    half_pixel_shift: see `unproject`; None is on for teachers with ViewCrafter's image preprocessing.
+    half_pixel_shift: see `unproject`; None is what the teacher was trained with.
     limits: changes to `filters.LIMITS`.
     keep_frames: keep the pixels too, so that models can be scored on the clips: 16 MB a clip of 16 frames at 320x512.
     """
@@ -77,31 +76,23 @@ class PrepareConfig:
 
     def settings(self, scenes: Sequence[Source], pipeline: Encoding) -> Settings:
         """With what is left open filled in. Raises UserError for what cannot work."""
-        frames = pipeline.unet.config.temporal_length if self.frames is None else self.frames
-        height, width = self.size or ((48, 64) if self.teacher == "tiny" else (320, 512))
         if self.points not in DEPTHS and self.points != "auto":
             raise UserError(f"unknown source of points {self.points!r}{did_you_mean(self.points, [*DEPTHS, 'auto'])}")
         for name in ("max_stride", "clips_per_scene", "clips_per_shard"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give at least 1")
-        if min(height, width) < 1:
-            raise UserError(f"size {height}x{width} is too small; give, for example, 320x512")
-        if not 1 <= self.known_views < frames:
-            raise UserError(
-                f"{self.known_views} known views do not suit {frames} frames; give at least 1, and fewer than frames"
-            )
         for name in self.limits:
             if name not in LIMITS:
                 raise UserError(f"unknown limit {name!r}{did_you_mean(name, LIMITS)}")
-        pipeline.check_size(height, width)
-        published = pipeline.config.image_resize == "viewcrafter"
+        needs = render_needs(pipeline, self.frames, self.size, self.half_pixel_shift)
+        if not 1 <= self.known_views < needs.frames:
+            raise UserError(
+                f"{self.known_views} known views do not suit {needs.frames} frames; "
+                "give at least 1, and fewer than frames"
+            )
         return Settings(
             scenes=hashlib.sha256("\n".join(scene.name for scene in scenes).encode()).hexdigest(),
-            frames=frames,
-            height=height,
-            width=width,
-            radius=point_radius(height, width),
-            half_pixel_shift=published if self.half_pixel_shift is None else self.half_pixel_shift,
+            **needs._asdict(),
             teacher=Path(self.teacher).name,
             encoder=pipeline.encoder_fingerprint(),
             limits=LIMITS | self.limits,
