@@ -203,3 +203,57 @@ def test_a_wrong_path_is_told_before_torch_is_imported(words, tmp_path):
     outcome = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert outcome.stderr == "fvgen: data folder none does not exist; check the path\n" and outcome.returncode == 2
     assert [path.name for path in tmp_path.iterdir()] == ["torch.py"]
+
+
+# --- The demo ---
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """The tiny preset's settings, but two iterations of small networks."""
+    from fvgen.distill import read_yaml
+
+    def settings(file: str) -> dict:
+        few = {"iterations": 2}
+        read = read_yaml(file)
+        return read | {"batch_size": 2, "head_channels": 8, "gan": read["gan"] | few, "dmd": read["dmd"] | few}
+
+    monkeypatch.setattr("fvgen.reports.demo.read_yaml", settings)
+
+
+@pytest.mark.parametrize("kind", ["scenes", "shards"])
+def test_a_demo_with_any_teacher_on_any_data(kind, short, shards, kept, shard_scenes, teacher_folder, tmp_path):
+    from fvgen.reports.demo import demo
+
+    data = {
+        "scenes": {"data": shard_scenes, "frames": 3, "size": (16, 24)},
+        "shards": {"data": shards, "held_out": kept},
+    }
+    report = demo(tmp_path / "out", teacher=str(teacher_folder), **data[kind])
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["frames"], report["height"], report["width"]) == (3, 16, 24)
+    assert report["scenes"] == (["scene1"] if kind == "scenes" else ["scene0", "scene1", "scene2"])
+    rows = report["rows"]
+    assert rows["teacher"]["nfe"] == 2 * STEPS and rows["student"]["psnr"] > 0
+    assert rows["teacher_few"] == report["teacher_few_ways"][report["teacher_few_by"]]
+    assert len(report["teacher_few_ways"]) == 6
+    assert all(
+        row["psnr"] <= rows["teacher_few"]["psnr"] for row in report["teacher_few_ways"].values()
+    )  # no LPIPS here
+    fields = (REPOSITORY / "docs" / "report.md").read_text()
+    assert not [key for key in (*report, *rows["student"]) if f"`{key}`" not in fields]
+    if kind == "scenes":
+        config = (tmp_path / "out" / "stage2_dmd" / "config.yaml").read_text()
+        assert str(tmp_path / "out" / "data" / "train") in config
+        assert not {record.scene for record in ShardSet(tmp_path / "out" / "data" / "train").records} & {"scene1"}
+
+
+def test_demos_that_cannot_be_judged(shards, kept, teacher_folder, tmp_path):
+    from fvgen.reports.demo import demo
+
+    out, model = tmp_path / "out", {"teacher": str(teacher_folder)}
+    assert "say with --held-out which clips judge" in refusal(lambda: demo(out, kept, **model))
+    assert "with --keep-frames" in refusal(lambda: demo(out, kept, held_out=shards, **model))
+    assert "is empty" in refusal(lambda: demo(out, kept, held_out=tmp_path, **model))
+    assert "no model folder" in refusal(lambda: demo(out, kept, held_out=kept, teacher="huge"))
+    assert not out.exists()
