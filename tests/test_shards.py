@@ -1,4 +1,4 @@
-"""Shards: the same bits however they are made, checked when they are read, in an order that nothing disturbs."""
+"""Shards: the same bits however they are made, checked when they are read."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, project
 from fvgen.pipelines.folders import load_pipeline
 from fvgen.shards.encoders import encoders
-from fvgen.shards.order import ShardLoader, epoch_order
 from fvgen.shards.reader import ShardSet
 
 FRAMES, SIZE, SCENES, CLIPS = 3, (16, 24), 3, 2  # of the fixture `shards`
@@ -185,61 +184,6 @@ def test_remote_shards_are_read_only_where_that_is_allowed(shards, tmp_path, mon
     memory.pipe(f"/bucket/shards/{name}", (shards / name).read_bytes()[:-1])
     assert name in refusal(lambda: clips[2])
     assert "cannot be read" in refusal(lambda: ShardSet("unheard://bucket/shards"))
-
-
-# --- Order ---
-
-
-@pytest.mark.parametrize("window", [None, 1, 2])
-def test_an_epoch_is_every_clip_once(window):
-    shard_of = [n // 5 for n in range(23)]
-    orders = [epoch_order(shard_of, seed, epoch, window).tolist() for seed in (0, 1) for epoch in (0, 1)]
-    assert all(sorted(order) == list(range(23)) for order in orders)
-    assert len({tuple(order) for order in orders}) == 4
-    assert orders[0] == epoch_order(shard_of, 0, 0, window).tolist()
-    if window:  # never more than so many shards at a time
-        shards = [shard_of[clip] for clip in orders[0]]
-        for first in range(0, 23, 1):
-            left = {shard for shard in shards[:first] if shard in shards[first:]}
-            assert len(left) <= window
-
-
-def drawn(clips, steps: int, **options) -> list[list[str]]:
-    """The clips of each step, told by their latents."""
-    names = {clips[i].latents.sum().item(): name for i, name in enumerate(clips.names)}
-    loader = iter(ShardLoader(clips, **options))
-    return [[names[latents.sum().item()] for latents in next(loader).latents] for _ in range(steps)]
-
-
-@pytest.mark.parametrize(("world", "batch"), [(1, 1), (2, 2), (3, 1), (4, 3)])
-def test_all_ranks_together_see_one_sequence(shards, world, batch):
-    clips = ShardSet(shards)
-    line = [name for step in drawn(clips, 24, batch_size=1, seed=5) for name in step]
-    steps = 24 // (world * batch)
-    ranks = [drawn(clips, steps, batch_size=batch, seed=5, rank=r, world_size=world) for r in range(world)]
-    woven = [ranks[r][step][k] for step in range(steps) for k in range(batch) for r in range(world)]
-    assert woven == line
-    assert sorted(line[:6]) == sorted(line[6:12]) == clips.names and line[:6] != line[6:12]
-
-
-def test_a_loader_resumes_in_another_world_and_workers_change_nothing(shards):
-    clips = ShardSet(shards)
-    line = [name for step in drawn(clips, 20, batch_size=1, seed=2) for name in step]
-    first = ShardLoader(clips, 2, seed=2, world_size=2)
-    batches = iter(first)
-    for _ in range(2):
-        next(batches)
-    state = json.loads(json.dumps(first.state_dict()))
-    later = ShardLoader(clips, 3, seed=2, workers=1)
-    later.load_state_dict(state)
-    expected = clips.batch([clips.names.index(name) for name in line[8:11]])
-    batch = next(iter(later))
-    assert torch.equal(batch.latents, expected.latents) and torch.equal(
-        batch.condition.context, expected.condition.context
-    )
-    assert later.state_dict()["consumed"] == 11
-    with pytest.raises(ValueError, match="seed"):
-        ShardLoader(clips, 1, seed=3).load_state_dict(state)
 
 
 # --- Training ---

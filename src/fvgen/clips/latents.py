@@ -32,6 +32,10 @@ class LatentBatch:
     latents: Tensor
     condition: Condition
 
+    def to(self, device: str | torch.device) -> LatentBatch:
+        """The same on another device."""
+        return LatentBatch(self.latents.to(device, non_blocking=True), self.condition.to(device))
+
 
 class LatentSet:
     """All latents of a clip folder in memory: latents and render_latents [N, 4, F, h, w], context [N, M, D]."""
