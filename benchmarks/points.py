@@ -29,12 +29,13 @@ from pages import page
 from torch import Tensor
 
 from fvgen.cli import Parser, guarded, positive
-from fvgen.clips.views import choose_views, fit_depth, fit_image
-from fvgen.depth.maps import BACKENDS, STEREO_SIDE, point_maps
+from fvgen.clips.views import choose_views
+from fvgen.depth.maps import DEPTHS, STEREO_SIDE, point_maps
 from fvgen.geometry.cameras import project
 from fvgen.geometry.pointcloud import render_points, unproject
 from fvgen.posing.reconstruct import pose_photographs
 from fvgen.scenes.formats import Scene, read_scene
+from fvgen.scenes.images import fit_depth, fit_image
 from fvgen.scenes.readers.photographs import Photographs
 from fvgen.system.files import atomic_path, write_json
 
@@ -192,7 +193,7 @@ def main() -> None:
             tasks = [(measure_renders, name, s) for name in args.render_scenes or everything for s in sources]
         for measure, name, *rest in tasks:
             scene = read_scene(data / name)
-            if measure is measure_renders and BACKENDS[rest[0]].lacks(scene):
+            if measure is measure_renders and DEPTHS[rest[0]].lacks(scene):
                 continue
             rows.append(measure(scene, *rest))
             print(rows[-1], flush=True)

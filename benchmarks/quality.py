@@ -1,73 +1,97 @@
-"""PSNR, SSIM, LPIPS, FID and seconds per clip of any model folder on any prepared clips.
+"""PSNR, SSIM, LPIPS, FID and seconds per clip of any models on the same clips, wherever these come from.
 
-    python benchmarks/quality.py --model DIR --data DIR [--steps N] [--guidance G] [--clips N] [--seed S] [--device D]
+    python benchmarks/quality.py --model DIR [DIR ...] --data DATA [--few-steps N] [--steps N] [--guidance G]
+        [--clips N] [--seed S] [--device D] [--prepared DIR] [--size HxW] [--frames F]
 
 What is measured: every frame of every clip that the point cloud was not made from, against the photograph; seconds are
-the median over clips of sampling and decoding. Why: the one number that a user compares, for a teacher, a student, or
-any stage in between. --data takes a folder of prepared clips, a folder of real scenes (prepared at the size of the
-tiny preset into --prepared), or the word builtin. The last line is JSON.
+medians over clips of what a user waits for: encoding the render, sampling, decoding. Why: the one number that a user
+compares, for teachers, students, or any stage in between. All models see the same clips and the same noise, one model
+in memory at a time.
+
+--data takes prepared shards that kept their frames (a folder, s3://...), a folder of clips, the word builtin, or
+scenes, photographs and videos, which are prepared into --prepared as the first model needs them. --few-steps also
+scores each teacher untrained in so many steps, in every way that `fvgen demo` tries. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import json
 from functools import partial
-from pathlib import Path
+from typing import Any
 
-import torch
-
-from fvgen.cli import Parser, guarded, positive
-from fvgen.clips.builtin import FRAMES, HEIGHT, WIDTH, builtin_clips
-from fvgen.clips.clip import ClipFolder
-from fvgen.clips.from_scenes import prepare_scenes, read_scenes
-from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
-from fvgen.pipelines.folders import check_device, load_pipeline, model_folder, model_kind
-from fvgen.reports.evaluate import Contestant, evaluate, score, score_renders, student_contestant
+from fvgen.cli import Parser, existing, guarded, numbers, positive
 
 
-def clip_folder(data: str, prepared: str) -> ClipFolder:
-    """Prepared clips from a folder of them, of real scenes, or from the built-in test scenes."""
-    if data == "builtin":
-        return builtin_clips("test", 16)
-    if (Path(data) / "index.json").exists() or not Path(data).is_dir():
-        return ClipFolder(data)
-    return prepare_scenes(read_scenes(data), prepared, 8, FRAMES, HEIGHT, WIDTH)
+def score_model(model: str, clips: list, args: Any) -> list[dict]:
+    """Its row, and with --few-steps those of a teacher's ways; each names the model."""
+    from fvgen.pipelines.base import NovelViewPipeline
+    from fvgen.pipelines.folders import load_pipeline
+    from fvgen.pipelines.teacher import TeacherPipeline
+    from fvgen.reports.evaluate import Contestant, evaluate, few_step_teachers, score, student_contestant
 
-
-def contestant(model: str, steps: int | None, guidance: float | None, device: str) -> tuple:
-    """The pipeline and how to sample from it."""
-    if model_kind(model_folder(model)) == "ViewCrafterPipeline":
-        teacher = load_pipeline(model, ViewCrafterPipeline).to(device)
-        steps = steps or teacher.config.steps
-        sample = partial(teacher.sample, num_inference_steps=steps, guidance_scale=guidance)
-        return teacher, Contestant(sample, steps, steps * teacher.teacher(guidance).nfe)
-    student = load_pipeline(model, FVGenPipeline).to(device)
-    if steps:
-        student.register_to_config(steps=steps)
-    return student, student_contestant(student)
+    pipeline = load_pipeline(model, NovelViewPipeline).to(args.device)
+    if isinstance(pipeline, TeacherPipeline):
+        steps = args.steps or pipeline.config.steps
+        sample = partial(pipeline.sample, num_inference_steps=steps, guidance_scale=args.guidance)
+        contestants = {"": Contestant(sample, steps, steps * pipeline.teacher(args.guidance).nfe)}
+        contestants |= few_step_teachers(pipeline, args.few_steps) if args.few_steps else {}
+    else:
+        if args.steps:
+            pipeline.register_to_config(steps=args.steps)
+        contestants = {"": student_contestant(pipeline)}
+    results = evaluate(contestants, clips, pipeline, args.seed)
+    ways = {name: {"way": name} if name else {} for name in results}
+    return [{"model": model, **ways[name], **score(result, clips)} for name, result in results.items()]
 
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--model", required=True, help="a model folder, or the name of a shipped preset")
-    parser.add_argument("--data", required=True, help="prepared clips, real scenes, or builtin")
-    parser.add_argument("--prepared", default="runs/quality-clips", help="where real scenes are prepared")
+    parser.add_argument("--model", required=True, nargs="+", help="model folders, or names of shipped presets")
+    parser.add_argument("--data", required=True, help="shards with frames, clips, scenes, or builtin")
+    parser.add_argument("--prepared", default="runs/quality-clips", help="where scenes are prepared")
+    parser.add_argument("--size", help="of clips made from scenes, HEIGHTxWIDTH; the first model's own if not given")
+    parser.add_argument("--frames", type=positive, help="the same, number of frames")
     parser.add_argument("--steps", type=positive, help="sampling steps; the model's own if not given")
+    parser.add_argument("--few-steps", type=positive, help="score teachers also untrained in so many steps")
     parser.add_argument("--guidance", type=float, help="of a teacher; its own if not given")
     parser.add_argument("--clips", type=positive, help="at most this many clips")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    existing(args.data)
+    size = numbers(args.size, "x", "size", "320x512") if args.size else None
 
+    import torch  # this and what follows takes seconds to import
+
+    from fvgen.pipelines.folders import check_device, model_folder
+    from fvgen.reports.data import kind_of, open_clips
+    from fvgen.reports.evaluate import score_renders
+    from fvgen.shards.encoders import load_encoders
+
+    kind_of(args.data)
+    for model in args.model:
+        model_folder(model)
     check_device(args.device)
-    pipeline, chosen = contestant(args.model, args.steps, args.guidance, args.device)
-    folder = clip_folder(args.data, args.prepared)
-    clips = [folder[index] for index in range(min(len(folder), args.clips or len(folder)))]
-    rows = {"render": score_renders(clips)}
-    rows["model"] = score(evaluate({"model": chosen}, clips, pipeline, args.seed)["model"], clips)
-    for name, row in rows.items():
-        print(name, {key: round(v, 4) if isinstance(v, float) else v for key, v in row.items() if key != "why_null"})
-    print(json.dumps({"model": args.model, "data": args.data, "clips": len(clips), "torch": torch.__version__, **rows}))
+    found = open_clips(args.data, args.prepared, args.model[0], size=size, frames=args.frames, device=args.device)
+    for model in args.model:  # before hours are spent on another one
+        load_encoders(model).check_clip(found.frames, found.height, found.width)
+    clips = [found[index] for index in range(min(len(found), args.clips or len(found)))]
+    render = score_renders(clips)
+    told("render", render)
+    rows = []
+    for model in args.model:
+        for row in score_model(model, clips, args):
+            told(" by ".join(row[key] for key in ("model", "way") if key in row), row)
+            rows.append(row)
+    facts = {"data": args.data, "clips": len(clips), "frames": found.frames, "height": found.height}
+    facts |= {"width": found.width, "seed": args.seed, "device": args.device, "torch": torch.__version__}
+    print(json.dumps({**facts, "render": render, "models": rows}))
+
+
+def told(name: str, row: dict) -> None:
+    """A row for the eye."""
+    silent = ("why_null", "model", "way")
+    print(name, {key: round(v, 4) if isinstance(v, float) else v for key, v in row.items() if key not in silent})
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from fvgen.distill.config import StageConfig
 from fvgen.errors import UserError, did_you_mean
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
 from fvgen.pipelines.folders import load_pipeline
-from fvgen.reports.demo import TEST_CLIPS
+from fvgen.reports.data import BUILTIN_CLIPS
 from fvgen.reports.evaluate import evaluate, score, student_contestant
 from fvgen.system.files import atomic_path, write_json
 
@@ -66,7 +66,7 @@ def measure(way: str, runs: Path, seed: int, scale: float) -> dict[str, Any]:
     run(gan)
     folder = run(dmd)
     teacher = load_pipeline("tiny", ViewCrafterPipeline)
-    test = builtin_clips("test", TEST_CLIPS)
+    test = builtin_clips("test", BUILTIN_CLIPS)
     clips = [test[index] for index in range(len(test))]
     student = load_pipeline(folder, FVGenPipeline)
     row = score(evaluate({"student": student_contestant(student)}, clips, teacher, seed)["student"], clips)

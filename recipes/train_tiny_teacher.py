@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModel
 
-from fvgen.clips.clip import ClipFolder
+from fvgen.clips.folder import ClipFolder
 from fvgen.distill.checkpoint import load_checkpoint, save_checkpoint
 from fvgen.distill.trainer import iteration_generator
 from fvgen.models.viewcrafter.encoders import FixedPrompts

@@ -17,7 +17,7 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from fvgen.clips.clip import ClipFolder
+from fvgen.clips.folder import ClipFolder
 from fvgen.pipelines.folders import save_model
 
 CROP = 32

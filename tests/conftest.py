@@ -70,7 +70,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five prepared clips of the small teacher's size."""
     from small_models import small_clips
 
-    from fvgen.clips.clip import save_clips
+    from fvgen.clips.folder import save_clips
 
     folder = tmp_path_factory.mktemp("data") / "clips"
     save_clips(folder, small_clips(5), {"kind": "test"})

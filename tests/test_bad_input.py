@@ -14,7 +14,7 @@ from processes import Outcome, run
 from scene_files import VIEWS, document, world, write_nerfstudio
 from small_models import small_clips
 
-from fvgen.clips.clip import save_clips
+from fvgen.clips.folder import save_clips
 from fvgen.distill import StageConfig
 from fvgen.distill import run as distill
 from fvgen.geometry.cameras import look_at
@@ -282,10 +282,6 @@ def write_views(folder: Path, contents: dict) -> Path:
     return folder
 
 
-def without_poses(scene: Path) -> None:
-    (scene / "transforms.json").unlink()
-
-
 def unreadable_image(scene: Path) -> None:
     (scene / "images" / "02.png").write_bytes(b"no image")
 
@@ -304,7 +300,6 @@ def change_pose(value: float) -> Callable[[Path], None]:
 
 
 SCENES = {
-    "without poses": (without_poses, "has no camera poses"),
     "unreadable image": (unreadable_image, "02.png cannot be read"),
     "another size": (another_size, "is 40x30 but its camera says 24x18"),
     "no rotation": (change_pose(1.5), "frame 2 ('images/02.png'): the pose is no rotation"),
@@ -328,8 +323,8 @@ def test_folders_without_scenes(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "file").touch()
     words = ["fvgen.cli", "demo", "--out", "out", "--data"]
-    expect(run([*words, "none"], tmp_path), "data folder none does not exist; give the folder that holds the scene")
-    expect(run([*words, "file"], tmp_path), "data folder file is a file, not a folder")
+    expect(run([*words, "none"], tmp_path), "data folder none does not exist; check the path")
+    expect(run([*words, "file"], tmp_path), "file is a file but no video")
     expect(run([*words, "data"], tmp_path), "data folder data is empty")
     write_nerfstudio(tmp_path / "data" / "desk")
     expect(run([*words, "data"], tmp_path), "one scene cannot be split")
@@ -345,7 +340,7 @@ def with_tiny(tmp_path, teacher_folder) -> Path:
 
 def test_what_only_the_preparation_finds(with_tiny):
     """Too few views, and pixels that end early, in the scene that is prepared last."""
-    words = ["fvgen.cli", "demo", "--data", "data", "--out", "runs/out"]
+    words = ["fvgen.cli", "demo", "--data", "data", "--out", "runs/out", "--frames", "8", "--size", "16x24"]
     write_views(with_tiny / "data" / "a", many_views())
     write_views(with_tiny / "data" / "b", many_views(4))
     before = listing(with_tiny)
@@ -366,7 +361,7 @@ def test_output_folders_of_the_demo(with_tiny):
     (with_tiny / "full").mkdir()
     (with_tiny / "full" / "thesis.tex").touch()
     before = listing(with_tiny)
-    words = ["fvgen.cli", "demo", "--data", "data", "--out"]
+    words = ["fvgen.cli", "demo", "--data", "data", "--frames", "8", "--size", "16x24", "--out"]
     expect(run([*words, "file"], with_tiny), "output folder file cannot be written")
     expect(run([*words, "file/below"], with_tiny), "output folder file/below cannot be written")
     expect(

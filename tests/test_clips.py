@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fvgen.clips import builtin
 from fvgen.clips.builtin import builtin_clips, cache_folder
-from fvgen.clips.clip import Clip, ClipFolder, depth_clip, make_clip, save_clips
-from fvgen.clips.rooms import synthetic_clip
+from fvgen.clips.clip import Clip, render_clip
+from fvgen.clips.folder import ClipFolder, save_clips
+from fvgen.clips.rooms import depth_clip, synthetic_clip
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, look_at, pinhole
 from fvgen.geometry.pointcloud import render_points
@@ -58,14 +59,34 @@ def folder(tmp_path) -> Path:
 # --- What a clip is made of ---
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"truth": torch.rand(FRAMES, HEIGHT, WIDTH, 3)}, "truth is float32 [4, 8, 12, 3]"),
+        ({"truth": torch.zeros(FRAMES, 3, HEIGHT, WIDTH, dtype=torch.uint8)}, "truth is uint8"),
+        ({"render": torch.rand(FRAMES - 1, 3, HEIGHT, WIDTH)}, "render is float32 [3, 3, 8, 12]; give floats [4, 3"),
+        ({"known": torch.ones(FRAMES)}, "known is float32 [4]; give bool [4]"),
+        ({"known": torch.ones(2, dtype=torch.bool)}, "known is bool [2]"),
+        ({"cameras": Cameras(torch.eye(4).repeat(4, 1, 1), pinhole(4, 8, 16, 70), 8, 16)}, "4 cameras of 8x16 for 4"),
+        ({"cameras": Cameras(torch.eye(4).repeat(3, 1, 1), pinhole(3, 8, 12, 70), 8, 12)}, "3 cameras of 8x12 for 4"),
+    ],
+)
+def test_a_clip_whose_parts_do_not_fit_is_refused(changes, said):
+    parts = vars(random_clip("desk", 0)) | {"cameras": moving()[0]}
+    Clip(**parts)
+    with pytest.raises(UserError, match="clip desk: ") as caught:
+        Clip(**(parts | changes))
+    assert said in str(caught.value)
+
+
 def test_known_frames_are_the_photographs_and_others_the_render():
     cameras, truth, _ = moving()
     points = torch.randn(200, 3, generator=stream(1)) + torch.tensor([0.0, 3.0, 0.0])
     colors = torch.rand(200, 3, generator=stream(2))
-    clip = make_clip("x", truth, cameras, points, colors, [0, 2], radius=0.3)
+    clip, seen = render_clip("x", truth, cameras, points, colors, [0, 2], radius=0.3)
     image, visible, _ = render_points(points, colors, cameras, radius=0.3)
     assert clip.known.tolist() == [True, False, True, False] and visible[1].max() > 0.5
-    assert torch.equal(clip.render[[0, 2]], truth[[0, 2]])
+    assert torch.equal(clip.render[[0, 2]], truth[[0, 2]]) and torch.equal(seen, visible > 0)
     assert torch.equal(clip.render[[1, 3]], image.permute(0, 3, 1, 2)[[1, 3]])
     assert not torch.equal(clip.render[1], truth[1])
     assert clip.render.min() >= 0 and clip.render.max() <= 1

@@ -72,7 +72,9 @@ def test_shards_show_their_decoded_latents(scene, teacher_folder, tmp_path):
     assert "no further smooth path" in page and "&lt;b&gt;scene" in page
     for index in range(len(shards)):
         clip = shards[index]
-        for latents, film in zip((clip.render_latents, clip.latents), films[2 * index : 2 * index + 2], strict=True):
+        for latents, film in zip(
+            (clip.condition["render_latents"], clip.latents), films[2 * index : 2 * index + 2], strict=True
+        ):
             frames = pipeline.decode_latents(latents[None])[0].permute(2, 0, 3, 1).reshape(16, 72, 3)
             assert np.abs(film / 255 - frames.numpy()).mean() < 0.06  # lossy, but no other picture
 

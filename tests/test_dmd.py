@@ -11,7 +11,7 @@ import torch
 from small_models import small_teacher
 from torch import Tensor, nn
 
-from fvgen.clips.clip import ClipFolder
+from fvgen.clips.folder import ClipFolder
 from fvgen.clips.latents import LatentBatch, load_latents
 from fvgen.diffusion.samplers import few_step
 from fvgen.diffusion.schedule import trailing_timesteps

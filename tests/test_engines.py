@@ -15,7 +15,7 @@ from small_models import small_teacher
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fvgen.clips.clip import ClipFolder
+from fvgen.clips.folder import ClipFolder
 from fvgen.clips.latents import load_latents
 from fvgen.distill import Trainer, run, stage_config
 from fvgen.distill.draws import Draws

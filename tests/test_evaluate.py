@@ -7,14 +7,15 @@ from functools import partial
 
 import pytest
 import torch
-from small_models import STEPS, small_clips, student_of
+from small_models import LATENTS, STEPS, small_clips, small_teacher, student_of
 
 from fvgen.clips.clip import Clip
 from fvgen.reports.evaluate import (
     Contestant,
+    best,
     better,
     evaluate,
-    few_step_teacher,
+    few_step_teachers,
     score,
     score_renders,
     score_videos,
@@ -26,6 +27,10 @@ from fvgen.reports.evaluate import (
 @pytest.fixture(scope="module")
 def clips() -> list[Clip]:
     return small_clips(2)
+
+
+def stream(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def test_known_frames_are_not_scored(clips):
@@ -63,17 +68,17 @@ def test_better_goes_by_lpips_then_by_psnr(a, b, expected):
 
 def test_evaluations_are_counted_as_they_happen(teacher, clips):
     student = student_of(teacher, steps=2)
-    contestants = {
-        "teacher": teacher_contestant(teacher),
-        "guided": few_step_teacher(teacher, 4, None),
-        "plain": few_step_teacher(teacher, 4, 1.0),
-        "student": student_contestant(student),
-    }
+    contestants = {"teacher": teacher_contestant(teacher), "student": student_contestant(student)}
+    contestants |= few_step_teachers(teacher, 4)
     assert {name: (c.steps, c.nfe) for name, c in contestants.items()} == {
         "teacher": (STEPS, 2 * STEPS),
-        "guided": (4, 8),
-        "plain": (4, 4),
         "student": (2, 2),
+        "renoise, guided": (4, 8),
+        "DDIM eta 0, guided": (4, 8),
+        "DDIM eta 1, guided": (4, 8),
+        "renoise, plain": (4, 4),
+        "DDIM eta 0, plain": (4, 4),
+        "DDIM eta 1, plain": (4, 4),
     }
     condition = teacher.condition(clips[0].render[None], torch.Generator().manual_seed(0))
     for name, contestant in contestants.items():
@@ -85,18 +90,41 @@ def test_evaluations_are_counted_as_they_happen(teacher, clips):
 
 
 def test_the_few_step_teacher_without_guidance_samples_as_a_student_does(teacher, clips):
-    plain, student = few_step_teacher(teacher, 4, 1.0), student_contestant(student_of(teacher))
+    plain, student = few_step_teachers(teacher, 4)["renoise, plain"], student_contestant(student_of(teacher))
     results = evaluate({"plain": plain, "student": student}, clips, teacher, seed=3)
     for ours, theirs in zip(results["plain"].videos, results["student"].videos, strict=True):
         torch.testing.assert_close(ours, theirs)
         assert ours.shape == clips[0].truth.shape
 
 
+def test_ddim_is_among_the_ways_of_the_untrained_teacher(teacher, clips):
+    """Against ViewCrafter's sampler itself, and eta 0 by hand: no noise after x_T."""
+    ways, condition = few_step_teachers(teacher, 4), teacher.condition(clips[0].render[None], stream())
+    for name, guidance in (("guided", teacher.config.guidance), ("plain", 1.0)):
+        for eta in (0.0, 1.0):
+            expected = teacher.sample(condition, stream(), 4, guidance, eta=eta)
+            assert torch.equal(ways[f"DDIM eta {eta:.0f}, {name}"].sample(condition, stream()), expected)
+    rng = stream()
+    x_T = ways["DDIM eta 0, plain"].sample(condition, rng)
+    after = torch.randn(3, generator=rng)
+    torch.randn(condition["render_latents"].shape, generator=(again := stream()))
+    assert torch.equal(after, torch.randn(3, generator=again)) and x_T.isfinite().all()
+    assert few_step_teachers(small_teacher(guidance=1.0), 2).keys() == {n for n in ways if n.endswith("plain")}
+
+
+def test_the_best_row_is_found():
+    rows = {name: {"lpips": lpips, "psnr": 20.0} for name, lpips in (("a", 0.3), ("b", 0.1), ("c", 0.1), ("d", 0.2))}
+    assert best(rows) == "b"
+    for row, psnr in zip(rows.values(), (1.0, 2.0, 4.0, 3.0), strict=True):
+        row.update(lpips=None, psnr=psnr)
+    assert best(rows) == "c"
+
+
 def test_every_contestant_gets_the_same_condition_and_noise(teacher, clips):
     seen: dict[str, list] = {"a": [], "b": []}
 
     def sample(name, condition, generator):
-        noise = torch.randn(condition.render_latents.shape, generator=generator)
+        noise = torch.randn(condition["render_latents"].shape, generator=generator)
         seen[name].append((condition, noise))
         return noise
 
@@ -114,6 +142,57 @@ def test_every_contestant_gets_the_same_condition_and_noise(teacher, clips):
     assert row["seconds_per_clip"] > 0 and len(results["a"].seconds) == 2
     assert row.keys() >= {"psnr", "ssim", "lpips", "fid", "why_null"}
     assert row["lpips"] is None and "smaller than" in row["why_null"]["lpips"]  # clips of 16x24 pixels
+
+
+def test_the_condition_and_x_T_are_drawn_from_two_streams(teacher, clips):
+    """The noise in the render's latents, got back from them, shares no numbers with x_T, in place or out of it."""
+    seen = []
+
+    def sample(condition, generator):
+        seen.append((condition["render_latents"], teacher.initial_noise(condition, generator)))
+        return seen[-1][1]
+
+    evaluate({"a": Contestant(sample, 1, 1)}, clips, teacher, seed=0)
+    for clip, (latents, x_T) in zip(clips, seen, strict=True):
+        shape = (latents.shape[2], *latents.shape[1:2], *latents.shape[3:])
+        mean, one = (teacher.encode_frames(clip.render[None], noise=torch.full(shape, value)) for value in (0.0, 1.0))
+        noise = (latents - mean) / (one - mean)
+        for a, b in (
+            (noise[0].transpose(0, 1).flatten(), x_T.flatten()),
+            (noise.flatten().sort()[0], x_T.flatten().sort()[0]),
+        ):
+            assert not torch.isclose(a, b, atol=1e-3).all()
+        assert abs(torch.corrcoef(torch.stack([noise[0].transpose(0, 1).flatten(), x_T.flatten()]))[0, 1]) < 0.2
+
+
+def test_everybody_pays_for_what_they_wait_for_and_for_nothing_else(teacher, clips, monkeypatch):
+    """A device that works when it is waited for, a clock that its work alone moves: 5 s to encode, 2 or 3 to sample,
+    7 to decode. The first contestant must not pay for the encoding, nor the second for the first one's decoding."""
+    now, pending = [0.0], [0.0]
+
+    def wait_for(device):
+        now[0] += pending[0]
+        pending[0] = 0.0
+
+    def takes(seconds, value):
+        def work(*args):
+            pending[0] += seconds
+            return value
+
+        return work
+
+    latents = torch.zeros(1, *LATENTS)
+    monkeypatch.setattr("fvgen.reports.evaluate.wait_for", wait_for)
+    monkeypatch.setattr("fvgen.reports.evaluate.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr(teacher, "condition", takes(5.0, None))
+    monkeypatch.setattr(teacher, "decode_latents", takes(7.0, clips[0].truth[None]))
+    field = {name: Contestant(takes(seconds, latents), 1, 1) for name, seconds in (("a", 2.0), ("b", 3.0))}
+    results = evaluate(field, clips, teacher, seed=0)
+    for name, seconds in (("a", 2.0), ("b", 3.0)):
+        assert results[name].seconds == [{"encode": 5.0, "sample": seconds, "decode": 7.0}] * 2
+        row = score(results[name], clips)
+        assert row["seconds_per_clip"] == 12 + seconds
+        assert (row["encode_seconds"], row["sample_seconds"], row["decode_seconds"]) == (5.0, seconds, 7.0)
 
 
 def test_a_perfect_contestant_is_as_good_as_the_vae(teacher, clips):

@@ -12,12 +12,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fvgen.clips.photographed import scene_clips
-from fvgen.clips.views import _paths, choose_views, fit_image, pose_distance
-from fvgen.depth.maps import scene_cloud
+from fvgen.clips.filters import LIMITS
+from fvgen.clips.from_scene import ClipSettings, SceneClip, scene_clips
+from fvgen.clips.views import _paths, choose_views, pose_distance
+from fvgen.depth.maps import PointMaps
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, fit_box, look_at, pinhole, project
-from fvgen.scenes.formats import Scene, load_image, read_scene
+from fvgen.geometry.pointcloud import point_radius
+from fvgen.posing.sources import Opened, Source
+from fvgen.scenes.formats import Scene, read_scene
+from fvgen.scenes.images import fit_image
 
 HEIGHT, WIDTH = 60, 90
 UP = torch.tensor([0.0, -1.0, 0.0])
@@ -195,82 +199,107 @@ def wall_color(place: Tensor) -> Tensor:
     return torch.stack([0.5 + 0.1 * place[..., 0], 0.5 + 0.2 * place[..., 1], 0.6 - 0.1 * place[..., 0]], dim=-1)
 
 
-def known_images(scene: Scene, known: list[int], size: tuple[int, int]) -> Tensor:
-    return torch.stack([fit_image(load_image(scene.image_paths[view]), *size) for view in known])
-
-
+@pytest.mark.parametrize("points", ["colmap", "depth"])
 @pytest.mark.parametrize("size", [(60, 90), (30, 30), (24, 48)])
-def test_sparse_cloud_has_the_points_and_colours_of_the_known_views(tmp_path, size):
-    scene = write_world(tmp_path)
-    points, colors = scene_cloud(scene, [0, 3], known_images(scene, [0, 3], size))
-    pixels, _ = project(scene.points, scene.cameras.fitted(*size))
-    inside = ((pixels > 0) & (pixels < torch.tensor([size[1], size[0]]))).all(-1)
-    expected = (scene.seen_by(0) & inside[0]) | (scene.seen_by(3) & inside[3])
-    assert torch.equal(points, scene.points[expected]) and 20 < len(points) < 190
-    assert (colors - wall_color(points)).abs().max() < 0.012  # at the border half a pixel is extrapolated
-
-
-@pytest.mark.parametrize("size", [(60, 90), (30, 30), (24, 48)])
-def test_dense_cloud_lies_on_the_surface(tmp_path, size):
+def test_the_cloud_lies_on_the_surface_and_has_its_colours(tmp_path, monkeypatch, points, size):
     scene = write_world(tmp_path, depth=True)
-    points, colors = scene_cloud(scene, [1, 5], known_images(scene, [1, 5], size))
-    torch.testing.assert_close(points[:, 2], torch.full_like(points[:, 2], 3.0), atol=1e-5, rtol=0)
-    assert (colors - wall_color(points)).abs().max() < 0.012
-    _, top, _, bottom = fit_box(HEIGHT, WIDTH, *size)
-    rows = top + (torch.arange(size[0]) + 0.5) * (bottom - top) / size[0]
-    assert len(points) == 2 * size[1] * (rows >= 10).sum()  # the upper ten rows of the depth maps are unknown
+    made = clips_of(scene, monkeypatch, 1, 5, *size, points)[0]
+    ends = [int(made.files[place].removesuffix(".png")) for place in (0, -1)]
+    torch.testing.assert_close(made.points[:, 2], torch.full_like(made.points[:, 2], 3.0), atol=1e-5, rtol=0)
+    assert (made.colors - wall_color(made.points)).abs().max() < 0.012
+    if points == "depth":
+        _, top, _, bottom = fit_box(HEIGHT, WIDTH, *size)
+        rows = top + (torch.arange(size[0]) + 0.5) * (bottom - top) / size[0]
+        assert len(made.points) == 2 * size[1] * (rows >= 10).sum()  # the upper ten rows of the depth maps are unknown
+    else:  # a pixel for each point that an end found, where no other hides it
+        pixels, _ = project(scene.points, scene.cameras.fitted(*size))
+        inside = ((pixels > 0) & (pixels < torch.tensor([size[1], size[0]]))).all(-1)
+        cells = [pixels[view][scene.seen_by(view) & inside[view]].floor().unique(dim=0) for view in ends]
+        assert len(made.points) == sum(map(len, cells)) > 20
+
+
+def clips_of(
+    scene: Scene, monkeypatch, count: int, frames: int, height: int, width: int, points: str
+) -> list[SceneClip]:
+    """`scene_clips` on a scene that is open already, nothing filtered."""
+    monkeypatch.setattr("fvgen.clips.from_scene.open_source", lambda path, points: Opened(scene, "test"))
+    settings = ClipSettings(
+        frames, height, width, max_stride=4, known_views=2, points=points, clips_per_scene=count, seed=3,
+        radius=point_radius(height, width), half_pixel_shift=False, limits=dict.fromkeys(LIMITS, 0.0),
+    )  # fmt: skip
+    return list(scene_clips(Source(scene.name, Path("nowhere")), range(count), settings))
 
 
 @pytest.mark.parametrize("depth", [False, True])
-def test_nothing_of_the_held_out_photographs_reaches_the_cloud(tmp_path, depth):
-    scene = write_world(tmp_path, depth=depth)
-    before = scene_clips(scene, 2, 5, 24, 32, seed=3)
-    for clip in before:
+def test_nothing_of_the_held_out_photographs_reaches_the_cloud(tmp_path, monkeypatch, depth):
+    scene, points = write_world(tmp_path, depth=depth), "depth" if depth else "colmap"
+    before = clips_of(scene, monkeypatch, 2, 5, 24, 32, points)
+    for made in before:
+        clip = made.clip
         ends = {int(clip.cameras.centers[i, 0].div(0.2).round()) for i in (0, -1)}
         held_out = [path for view, path in enumerate(scene.image_paths) if view not in ends]
         contents = {path: path.read_bytes() for path in held_out}
         for path in held_out:
             Image.new("RGB", (WIDTH, HEIGHT), "red").save(path)
         altered = replace(scene, point_colors=torch.ones(200, 3) * torch.tensor([1.0, 0, 0]))
-        after = next(c for c in scene_clips(altered, 2, 5, 24, 32, seed=3) if c.name == clip.name)
-        assert torch.equal(after.points, clip.points) and torch.equal(after.colors, clip.colors)
-        assert torch.equal(after.truth[[0, -1]], clip.truth[[0, -1]])
-        assert not torch.equal(after.truth[1:-1], clip.truth[1:-1])  # the photographs did change
+        again = next(c for c in clips_of(altered, monkeypatch, 2, 5, 24, 32, points) if c.clip.name == clip.name)
+        assert torch.equal(again.points, made.points) and torch.equal(again.colors, made.colors)
+        assert torch.equal(again.clip.render, clip.render) and torch.equal(
+            again.clip.truth[[0, -1]], clip.truth[[0, -1]]
+        )
+        assert not torch.equal(again.clip.truth[1:-1], clip.truth[1:-1])  # the photographs did change
         for path, data in contents.items():
             path.write_bytes(data)
 
 
-def test_clips(tmp_path):
+def test_clips(tmp_path, monkeypatch):
     scene = write_world(tmp_path, depth=True)
-    clips = scene_clips(scene, 3, 4, 20, 30, seed=0)
-    assert [clip.name for clip in clips] == ["wall-00", "wall-01", "wall-02"]
-    for clip in clips:
+    clips = clips_of(scene, monkeypatch, 3, 4, 20, 30, "depth")
+    assert [made.clip.name for made in clips] == ["wall-00", "wall-01", "wall-02"]
+    for made in clips:
+        clip = made.clip
+        assert made.known == [0, 3] and made.backend == "depth" and clip.known.tolist() == [True, False, False, True]
         assert clip.truth.shape == (4, 3, 20, 30) and clip.truth.min() >= 0 and clip.truth.max() <= 1
         assert (clip.cameras.height, clip.cameras.width, len(clip.cameras)) == (20, 30, 4)
-        pixels, _ = project(clip.points, clip.cameras)
+        pixels, _ = project(made.points, clip.cameras)
         for frame in range(4):  # every frame shows the wall where its camera says
             unit = 2 * pixels[frame] / torch.tensor([30.0, 20.0]) - 1
             inside = (unit.abs() < 0.9).all(-1)
             look_up = torch.nn.functional.grid_sample(
                 clip.truth[frame][None], unit[inside][None, None], align_corners=False
             )[0, :, 0].T
-            assert (look_up - wall_color(clip.points[inside])).abs().max() < 0.012
-    again = scene_clips(scene, 3, 4, 20, 30, seed=0)
-    assert all(
-        torch.equal(a.truth, b.truth) and torch.equal(a.points, b.points) for a, b in zip(clips, again, strict=True)
-    )
+            assert (look_up - wall_color(made.points[inside])).abs().max() < 0.012
+    again = clips_of(scene, monkeypatch, 3, 4, 20, 30, "depth")
+    assert all(torch.equal(a.clip.render, b.clip.render) for a, b in zip(clips, again, strict=True))
 
 
-def test_scenes_without_geometry(tmp_path):
+def test_a_clip_names_every_source_of_its_depth(tmp_path, monkeypatch):
+    """One view stops the call for all; alone, the others have better sources than what the last one got."""
+    scene, views = write_world(tmp_path, depth=True), []
+
+    def best(scene, views_asked, height, width, backend):
+        views.append(list(views_asked))
+        if len(views_asked) > 1:
+            raise UserError("image 3.png shares too little; leave it out")
+        depth = torch.full((1, height, width), 3.0)
+        return PointMaps(depth, "sparse" if views_asked[0] < 2 else "fine")
+
+    monkeypatch.setattr("fvgen.clips.from_scene.point_maps", best)
+    clips = clips_of(scene, monkeypatch, 3, 4, 20, 30, "auto")
+    assert len(views[0]) > 1 and all(len(one) == 1 for one in views[1:])
+    ends = {frozenset((made.files[0], made.files[-1])): made.backend for made in clips}
+    expected = {("0.png", "3.png"): "fine+sparse", ("1.png", "4.png"): "fine+sparse", ("2.png", "5.png"): "fine"}
+    assert ends == {frozenset(pair): backend for pair, backend in expected.items()}
+
+
+def test_scenes_without_geometry(tmp_path, monkeypatch):
     scene = write_world(tmp_path)
-    images = known_images(scene, [0, 1], (20, 30))
     bare = Scene(scene.name, scene.image_paths, scene.cameras)
-    with pytest.raises(UserError, match=r"wall has neither depth maps nor points, .*; add depth_file_path"):
-        scene_cloud(bare, [0, 1], images)
     assert len(choose_views(bare, 3, 2, stream())) == 2  # the cameras' own extent sets the scale
     trackless = replace(scene, observations=torch.zeros(0, 2, dtype=torch.int64))
-    with pytest.raises(UserError, match=r"no point that was found in 0\.png nor 1\.png"):
-        scene_cloud(trackless, [0, 1], images)
+    for one, said in ((bare, "the scene has no COLMAP points"), (trackless, "shows none of the scene's COLMAP points")):
+        lost = clips_of(one, monkeypatch, 1, 3, 20, 30, "colmap")
+        assert [(row.broken, said in row.reason) for row in lost] == [(True, True)]
 
 
 # --- The seven real scenes ---
@@ -289,18 +318,20 @@ REAL = {
 
 
 @pytest.mark.parametrize("name", REAL)
-def test_real_scenes(shared, name):
+def test_real_scenes(shared, monkeypatch, name):
     scene = read_scene(shared / "data" / "scenes" / name)
-    clips = scene_clips(scene, 4, 8, 48, 64, seed=0)
-    assert len({clip.name for clip in clips}) == 4
     depth = project(scene.points, scene.cameras)[1][scene.observations[:, 1], scene.observations[:, 0]].median().item()
     largest, in_file_order = REAL[name]
     assert pose_distance(scene.cameras, depth).diagonal(1).max() > in_file_order
-    for clip in clips:
-        assert clip.truth.shape == (8, 3, 48, 64) and torch.isfinite(clip.points).all()
-        assert pose_distance(clip.cameras, depth).diagonal(1).max() < largest
-        assert len(clip.points) > 150
-        pixels, z = project(clip.points, clip.cameras[[0, 7]])
+    for views in choose_views(scene, 8, 4, stream()):
+        assert pose_distance(scene.cameras[views], depth).diagonal(1).max() < largest
+    clips = clips_of(scene, monkeypatch, 2, 8, 48, 64, "depth" if scene.depth_paths else "colmap")
+    assert clips
+    for made in clips:
+        clip = made.clip
+        assert clip.truth.shape == (8, 3, 48, 64) and torch.isfinite(made.points).all()
+        assert len(made.points) > 150
+        pixels, z = project(made.points, clip.cameras[[0, 7]])
         inside = ((pixels > -1e-2) & (pixels < torch.tensor([64.01, 48.01]))).all(-1) & (z > 0)
         assert inside.any(0).all()  # all points come from what the two ends show
-        assert clip.colors.min() >= 0 and clip.colors.max() <= 1
+        assert made.colors.min() >= 0 and made.colors.max() <= 1

@@ -14,7 +14,7 @@ import transformers
 from small_models import FRAMES, HEIGHT, LATENTS, STEPS, WIDTH, small_clips, small_teacher, student_of
 from torch import Tensor
 
-from fvgen.clips.clip import ClipFolder, save_clips
+from fvgen.clips.folder import ClipFolder, save_clips
 from fvgen.clips.latents import load_latents
 from fvgen.errors import UserError
 from fvgen.models.viewcrafter.encoders import CLIP_MEAN, CLIP_STD, FixedPrompts, clip_pixels

@@ -68,9 +68,10 @@ def test_the_benchmark_scores_teachers_and_students(stages, teacher_folder, clip
         outcome = processes.run(words, tmp_path)
         assert (outcome.code, outcome.err) == (0, "")
         result = json.loads(outcome.out.splitlines()[-1])
-        assert result["clips"] == 1 and result["model"]["nfe"] == nfe and result["model"]["n"] == FRAMES - 2
-        assert result["model"]["psnr"] > 0 and result["render"]["nfe"] == 0
-        assert f"{HEIGHT}x{WIDTH}" in result["model"]["why_null"]["lpips"]  # too small for LPIPS's networks
+        (row,) = result["models"]
+        assert (row["model"], row["nfe"], row["n"]) == (str(model), nfe, FRAMES - 2) and result["clips"] == 1
+        assert row["psnr"] > 0 and result["render"]["nfe"] == 0
+        assert f"{HEIGHT}x{WIDTH}" in row["why_null"]["lpips"]  # too small for LPIPS's networks
     outcome = processes.run([*words, "--steps", "0"], tmp_path)
     assert outcome.code == 2 and outcome.err.startswith("fvgen: argument --steps: 0 is not at least 1")
 

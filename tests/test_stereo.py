@@ -11,7 +11,7 @@ from PIL import Image
 from scene_files import HEIGHT, VIEWS, WIDTH, document, write_depth, write_images, write_nerfstudio
 
 from fvgen.clips.rooms import make_path, make_scene, render_scene, scene_generator
-from fvgen.depth.maps import BACKENDS, Backend, point_maps
+from fvgen.depth.maps import DEPTHS, Backend, point_maps
 from fvgen.errors import UserError
 from fvgen.geometry.stereo import stereo_depth
 from fvgen.posing.reconstruct import reconstruct
@@ -72,13 +72,13 @@ def test_choice_of_a_backend(tmp_path, monkeypatch):
         point_maps(scene, [0], 8, 8, "sterio")
     with pytest.raises(UserError, match=r"'depth' \(the scene has no depth maps\)"):
         point_maps(scene, [0], 8, 8, "depth")
-    monkeypatch.setitem(BACKENDS, "stereo", Backend(lambda scene: "no OpenCV", BACKENDS["stereo"].run))
+    monkeypatch.setitem(DEPTHS, "stereo", Backend(lambda scene: "no OpenCV", DEPTHS["stereo"].run))
     with pytest.raises(
         UserError,
         match=r"\(depth: the scene has no depth maps, .*stereo: no OpenCV, .*colmap: the scene has .*\); mend",
     ):
         point_maps(scene, [0], 8, 8)
-    monkeypatch.setitem(BACKENDS, "flat", Backend(lambda scene: None, lambda scene, views, h, w: torch.ones(1, h, w)))
+    monkeypatch.setitem(DEPTHS, "flat", Backend(lambda scene: None, lambda scene, views, h, w: torch.ones(1, h, w)))
     assert point_maps(scene, [0], 8, 8).backend == "flat"
 
 

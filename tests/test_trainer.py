@@ -20,7 +20,7 @@ import torch
 import yaml
 from small_models import LATENTS, random_latents, small_clips
 
-from fvgen.clips.clip import save_clips
+from fvgen.clips.folder import save_clips
 from fvgen.distill import RunConfig, StageConfig, Trainer, read_metrics, run
 from fvgen.errors import UserError
 from fvgen.models.head import DiscriminatorHead
@@ -426,7 +426,7 @@ def test_a_checkpoint_of_other_networks_or_of_another_stage(stage, finished, tmp
     ):
         run(other)
         shutil.rmtree(out / "checkpoints")
-        shutil.copytree(Path(other.out) / "checkpoints", out / "checkpoints")
+        shutil.copytree(Path(other.run.out) / "checkpoints", out / "checkpoints")
         assert f"is of another {what} (" in refused(config)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -34,12 +34,19 @@ def _root(context: typer.Context) -> None:
 @app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the student and the report; run again to resume.")],
-    data: Annotated[Path | None, typer.Option(help="Folder of real scenes; the built-in ones if not given.")] = None,
+    data: Annotated[str | None, typer.Option(help="Scenes, shards or clips; the built-in ones if not given.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Clips that judge; a part of the scenes if not given.")] = None,
+    teacher: Annotated[str, typer.Option(help="Preset or model folder.")] = "tiny",
+    frames: Annotated[
+        int | None, typer.Option(min=2, help="Of clips made from scenes; else the teacher's own.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="Of clips made from scenes, HEIGHTxWIDTH.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of training and sampling.")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
-    """Distil a student from the tiny teacher and compare them on held-out scenes."""
-    guarded(partial(_demo, out, data, seed, device))
+    """Distil a student from a teacher, the tiny one if no other is given, and compare them on held-out scenes."""
+    options = {"held_out": held_out, "teacher": teacher, "frames": frames}
+    guarded(partial(_demo, out, data, seed, device, size, options))
 
 
 @app.command()
@@ -68,6 +75,7 @@ def prepare(
     clips_per_shard: Annotated[int, typer.Option(min=1, help="Tried for one file; a kill costs no more work.")] = 32,
     known_views: Annotated[int, typer.Option(min=1, help="Frames that the point cloud is made from.")] = 2,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    keep_frames: Annotated[bool, typer.Option("--keep-frames", help="Keep pixels too: to score models on.")] = False,
     part: Annotated[str, typer.Option(help="I/N: the I-th of N shares of the scenes, for job arrays.")] = "1/1",
     workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
     device: Annotated[str, typer.Option(help="Of the encoders: cpu, cuda, cuda:1, ...")] = "cpu",
@@ -76,7 +84,7 @@ def prepare(
     options = {
         "frames": frames, "max_stride": max_stride, "teacher": teacher, "points": points, "seed": seed,
         "clips_per_scene": clips_per_scene, "known_views": known_views, "workers": workers, "device": device,
-        "clips_per_shard": clips_per_shard,
+        "clips_per_shard": clips_per_shard, "keep_frames": keep_frames,
     }  # fmt: skip
     guarded(partial(_prepare, sources, out, size, part, options))
 
@@ -95,12 +103,14 @@ def inspect(
 
 
 def _prepare(sources: list[Path], out: Path, size: str | None, part: str, options: dict) -> None:
+    existing(*sources)
+    both = numbers(size, "x", "size", "320x512") if size else None
+    share = numbers(part, "/", "part", "2/8")
+
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from fvgen.shards.prepare import prepare as run_prepare  # takes seconds to import
 
-    both = numbers(size, "x", "size", "320x512") if size else None
-    share = numbers(part, "/", "part", "2/8")
     columns = (TextColumn("clips"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
@@ -120,9 +130,18 @@ def _prepare(sources: list[Path], out: Path, size: str | None, part: str, option
 
 
 def _inspect(path: str, out: Path, clips: int | None, teacher: str | None) -> None:
+    existing(path)
     from fvgen.reports.contact_sheet import inspect as run_inspect  # takes seconds to import
 
     print(run_inspect(path, out, clips, teacher))
+
+
+def existing(*paths: str | Path) -> None:
+    """Judge paths before anything is imported that takes seconds. Raises UserError for the first that is not there;
+    addresses (s3://...) and the word "builtin" pass."""
+    for path in paths:
+        if str(path) != "builtin" and "://" not in str(path) and not Path(path).exists():
+            raise UserError(f"data folder {path} does not exist; check the path")
 
 
 def numbers(text: str, separator: str, name: str, example: str) -> tuple[int, int]:
@@ -150,12 +169,14 @@ def _convert(
     print(written)
 
 
-def _demo(out: Path, data: Path | None, seed: int, device: str) -> None:
+def _demo(out: Path, data: str | None, seed: int, device: str, size: str | None, options: dict[str, Any]) -> None:
+    existing(*(path for path in (data, options["held_out"]) if path))
+    both = numbers(size, "x", "size", "320x512") if size else None
     from fvgen.reports.demo import demo as run_demo  # takes seconds to import
     from fvgen.reports.demo import print_table
 
     console = Console()
-    report = run_demo(out, data, seed, device)
+    report = run_demo(out, data, seed, device, size=both, **options)
     print_table(report, console)
     console.print(f"Pictures: {out / 'report.html'}")
 

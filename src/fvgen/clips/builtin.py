@@ -14,7 +14,8 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from fvgen.clips.clip import Clip, ClipFolder, save_clips
+from fvgen.clips.clip import Clip
+from fvgen.clips.folder import ClipFolder, save_clips
 from fvgen.clips.rooms import GENERATION, synthetic_clip
 
 FRAMES, HEIGHT, WIDTH = 8, 48, 64  # the tiny preset's size

@@ -1,156 +1,79 @@
-"""Clips: a point render along a camera path and the true frames, the pair that teacher and student learn from.
-
-A folder of prepared clips holds ``clips.safetensors`` (all clips, stacked, 8-bit) and ``index.json`` (names, sizes,
-provenance). Its latents are cached beside it: see `fvgen.clips.latents`.
-"""
+"""Clips: a point render along a camera path and the true frames, the pair that teacher and student learn from."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
-from fvgen.geometry.pointcloud import render_points, unproject
-from fvgen.system.files import atomic_path
-
-FORMAT = 1
+from fvgen.geometry.pointcloud import render_points
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Clip:
     """One training or evaluation pair.
 
     truth: [F, 3, H, W] in [0, 1], the photographs.
     render: [F, 3, H, W] in [0, 1], point renders over black; known frames are the photographs themselves.
     known: [F] bool, the frames that the point cloud was made from; they are no novel views and are never scored.
+    cameras: of the F frames at H x W, in scene units; None where nobody kept them.
+
+    Raises UserError for parts that do not fit each other.
     """
 
     name: str
     truth: Tensor
     render: Tensor
     known: Tensor
+    cameras: Cameras | None = None
 
-
-def make_clip(
-    name: str, truth: Tensor, cameras: Cameras, points: Tensor, colors: Tensor, known: Sequence[int], radius: float
-) -> Clip:
-    """Render the cloud (points [N, 3], colors [N, 3]) into every camera and put the known photographs back in.
-
-    ``radius`` is in normalised device units (the short side spans 2), as in `render_points`.
-    """
-    return render_clip(name, truth, cameras, points, colors, known, radius)[0]
+    def __post_init__(self) -> None:
+        shape = tuple(self.truth.shape)
+        if len(shape) != 4 or shape[1] != 3 or not self.truth.is_floating_point():
+            raise UserError(f"clip {self.name}: truth is {_kind(self.truth)}; give floats [frames, 3, height, width]")
+        if tuple(self.render.shape) != shape or not self.render.is_floating_point():
+            raise UserError(f"clip {self.name}: render is {_kind(self.render)}; give floats {list(shape)}, as truth is")
+        if tuple(self.known.shape) != shape[:1] or self.known.dtype != torch.bool:
+            raise UserError(f"clip {self.name}: known is {_kind(self.known)}; give bool [{shape[0]}]")
+        if (c := self.cameras) is not None and (len(c), c.height, c.width) != (shape[0], *shape[2:]):
+            raise UserError(
+                f"clip {self.name}: {len(c)} cameras of {c.height}x{c.width} for {shape[0]} frames of "
+                f"{shape[2]}x{shape[3]}; give one for each frame, `fitted` to its size"
+            )
 
 
 def render_clip(
     name: str, truth: Tensor, cameras: Cameras, points: Tensor, colors: Tensor, known: Sequence[int], radius: float
 ) -> tuple[Clip, Tensor]:
-    """As `make_clip`; and where the cloud is seen, [F, H, W] bool."""
+    """Render the cloud (points [N, 3], colors [N, 3]) into every camera and put the known photographs back in.
+
+    ``radius`` is in normalised device units (the short side spans 2), as in `render_points`. Returns the clip, and
+    where the cloud is seen, [F, H, W] bool.
+    """
     image, visibility, _ = render_points(points, colors, cameras, radius=radius)
     render = image.permute(0, 3, 1, 2).clamp(0, 1)
     mask = torch.zeros(len(cameras), dtype=torch.bool)
     mask[list(known)] = True
-    return Clip(name, truth, torch.where(mask[:, None, None, None], truth, render), mask), visibility > 0
+    return Clip(name, truth, torch.where(mask[:, None, None, None], truth, render), mask, cameras), visibility > 0
 
 
-def depth_clip(
-    name: str,
-    truth: Tensor,
-    depth: Tensor,
-    cameras: Cameras,
-    radius: float,
-    keep: float,
-    depth_noise: float,
-    generator: torch.Generator,
-) -> Clip:
-    """A clip whose cloud comes from the depth [F, H, W] of its first and last frame (FVGen, section 5.1).
-
-    ``keep`` is the share of points that survive and ``depth_noise`` the relative standard deviation of a smooth
-    depth error: the built-in scenes know their depth exactly, an estimator would not.
-    """
-    ends = [0, truth.shape[0] - 1]
-    coarse = torch.randn(2, 1, 4, 5, generator=generator)
-    error = torch.nn.functional.interpolate(coarse, size=depth.shape[1:], mode="bicubic", align_corners=True)[:, 0]
-    points, colors = unproject(depth[ends] * (1 + depth_noise * error), truth[ends], cameras[ends])
-    chosen = torch.rand(points.shape[0], generator=generator) < keep
-    return make_clip(name, truth, cameras, points[chosen], colors[chosen], ends, radius)
-
-
-class ClipFolder:
-    """A folder of prepared clips, read lazily: ``folder[i]`` is a `Clip`."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self.index = _read_index(self.path)
-        self.names: list[str] = self.index["names"]
-        file = self.path / "clips.safetensors"
-        try:
-            self._file = safe_open(str(file), framework="pt")
-            truth, render, known = (self._file.get_slice(key).get_shape() for key in ("truth", "render", "known"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or missing ({error}); delete {path} and prepare it again") from error
-        if len(truth) != 5 or truth != render or known != truth[:2] or truth[0] != len(self.names):
-            raise UserError(f"{file} does not fit its index.json; delete {path} and prepare it again")
-        self.frames, self.height, self.width = truth[1], truth[3], truth[4]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, index: int) -> Clip:
-        truth, render = (self._file.get_slice(key)[index].float() / 255 for key in ("truth", "render"))
-        return Clip(self.names[index], truth, render, self._file.get_slice("known")[index])
-
-
-def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFolder:
-    """Write clips of one size to the folder ``path``, whole or not at all; ``source`` says where they come from.
-
-    Replaces earlier clips; raises UserError for a folder that holds anything else, and for a full disk.
-    """
-    if Path(path).is_dir() and any(Path(path).iterdir()) and not (Path(path) / "index.json").exists():
-        raise UserError(f"{path} holds something other than prepared clips; choose another folder for them")
-    shapes = {tuple(clip.truth.shape) for clip in clips}
-    assert len(shapes) == 1, f"clips of one size expected, got {shapes}"
-    tensors = {
-        "truth": torch.stack([_to_bytes(clip.truth) for clip in clips]),
-        "render": torch.stack([_to_bytes(clip.render) for clip in clips]),
-        "known": torch.stack([clip.known for clip in clips]),
-    }
-    frames, _, height, width = shapes.pop()
-    index = {
-        "format": FORMAT,
-        "frames": frames,
-        "height": height,
-        "width": width,
-        "source": source,
-        "names": [clip.name for clip in clips],
-    }
-    with atomic_path(path) as folder:
-        folder.mkdir()
-        save_file(tensors, folder / "clips.safetensors")
-        (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
-    return ClipFolder(path)
-
-
-def _read_index(path: Path) -> dict:
-    file = path / "index.json"
-    if not path.is_dir():
-        state = "is a file, not a folder" if path.exists() else "does not exist"
-        raise UserError(f"data folder {path} {state}; prepare clips first or give another folder")
-    try:
-        index = json.loads(file.read_text())
-        if index["format"] != FORMAT or not index["names"] or not isinstance(index["names"], list):
-            raise KeyError("format")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no index of prepared clips; prepare them again or give another folder") from error
-    return index
-
-
-def _to_bytes(image: Tensor) -> Tensor:
+def to_bytes(image: Tensor) -> Tensor:
+    """[0, 1] to uint8, as clips are kept; photographs, which were 8-bit, lose nothing."""
     return (image.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def __getattr__(name: str) -> Any:  # where the trainer and the planner look for it until they say `fvgen.clips.folder`
+    if name != "ClipFolder":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from fvgen.clips.folder import ClipFolder
+
+    return ClipFolder

@@ -14,13 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fvgen.clips.clip import ClipFolder
+from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
 from fvgen.models.condition import Condition
 from fvgen.system.files import atomic_path
 
 if TYPE_CHECKING:
-    from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
+    from fvgen.pipelines.base import NovelViewPipeline
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class LatentBatch:
 
     latents: Tensor
     condition: Condition
+
+    def to(self, device: str | torch.device) -> LatentBatch:
+        """The same on another device."""
+        return LatentBatch(self.latents.to(device, non_blocking=True), self.condition.to(device))
 
 
 class LatentSet:

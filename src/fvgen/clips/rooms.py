@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fvgen.clips.clip import Clip, depth_clip
+from fvgen.clips.clip import Clip, render_clip
 from fvgen.clips.textures import PATTERNS, Texture, color_at
 from fvgen.geometry.cameras import Cameras, look_at, pinhole, pixel_rays
+from fvgen.geometry.pointcloud import unproject
 
 GENERATION = 3  # raise it when a change here alters any clip: cached ones are then made anew
 FAR = 1e4
@@ -76,6 +77,29 @@ def synthetic_clip(split: str, seed: int, index: int, frames: int, height: int, 
     keep = math.exp(_uniform(generator, math.log(0.1), math.log(0.6)))
     depth_noise = _uniform(generator, 0.0, 0.015)
     return depth_clip(scene.name, images, depth, cameras, RADIUS, keep, depth_noise, generator)
+
+
+def depth_clip(
+    name: str,
+    truth: Tensor,
+    depth: Tensor,
+    cameras: Cameras,
+    radius: float,
+    keep: float,
+    depth_noise: float,
+    generator: torch.Generator,
+) -> Clip:
+    """A clip whose cloud comes from the depth [F, H, W] of its first and last frame (FVGen, section 5.1).
+
+    ``keep`` is the share of points that survive and ``depth_noise`` the relative standard deviation of a smooth
+    depth error: the built-in scenes know their depth exactly, an estimator would not.
+    """
+    ends = [0, truth.shape[0] - 1]
+    coarse = torch.randn(2, 1, 4, 5, generator=generator)
+    error = torch.nn.functional.interpolate(coarse, size=depth.shape[1:], mode="bicubic", align_corners=True)[:, 0]
+    points, colors = unproject(depth[ends] * (1 + depth_noise * error), truth[ends], cameras[ends])
+    chosen = torch.rand(points.shape[0], generator=generator) < keep
+    return render_clip(name, truth, cameras, points[chosen], colors[chosen], ends, radius)[0]
 
 
 def make_scene(generator: torch.Generator, name: str) -> SyntheticScene:

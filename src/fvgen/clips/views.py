@@ -1,16 +1,22 @@
-"""Posed photographs: which views make a path, and images and depths cut to the size of a clip."""
+"""Which views of a scene make a clip: windows of the order of capture with a random stride, as FVGen (section 5.1) has
+them, or, for photographs that were not taken along a path, paths by pose.
+"""
 
 from __future__ import annotations
 
-import numpy as np
+import re
+from typing import NamedTuple
+
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fvgen.errors import UserError
-from fvgen.geometry.cameras import Cameras, fit_box
+from fvgen.geometry.cameras import Cameras
 from fvgen.scenes.scene import Scene
 
+# A window with a higher `path_score` is no path that one would film: it jumps, or goes on long after its start is out
+# of sight.
+HIGHEST_SCORE = 4.0
 # Radians of turn and parallax along a whole clip: on longer ones neither end shows much of the middle.
 LONGEST = 1.5
 # Radians from one frame to the next: beyond it the two hardly share anything, and there is no path.
@@ -21,7 +27,63 @@ AS_GOOD = 1.4
 TABLE = 6_000_000
 
 
-# --- Choice of views ---
+# --- Windows of the order of capture ---
+
+
+class Window(NamedTuple):
+    """views: [F] in the clip's order; stride: views from one to the next in the order of capture, None: by pose;
+    motion: length of the path in radians, turn and parallax (`pose_distance`)."""
+
+    views: list[int]
+    stride: int | None
+    motion: float
+
+
+def clip_windows(scene: Scene, count: int, frames: int, max_stride: int, generator: torch.Generator) -> list[Window]:
+    """Up to ``count`` different clips of a scene.
+
+    Each draws a stride of 1..max_stride evenly among those for which smooth windows are left, then one of these, then
+    its direction. Where the order of capture gives no smooth window at all, `choose_views` chooses by pose. Raises
+    UserError where that cannot either.
+    """
+    distance = pose_distance(scene.cameras, typical_depth(scene))
+    order = torch.tensor(capture_order(scene))
+    windows = {stride: _smooth(distance, order, frames, stride) for stride in range(1, max_stride + 1)}
+    chosen: list[tuple[Tensor, int | None]] = []
+    while len(chosen) < count and (left := [stride for stride in windows if len(windows[stride])]):
+        stride = left[_draw(len(left), generator)]
+        place = _draw(len(windows[stride]), generator)
+        views = windows[stride][place]
+        windows[stride] = torch.cat([windows[stride][:place], windows[stride][place + 1 :]])
+        chosen.append((views.flip(0) if _draw(2, generator) else views, stride))
+    if not chosen:
+        chosen = [(torch.tensor(views), None) for views in choose_views(scene, frames, count, generator, at_most=True)]
+    return [Window(v.tolist(), stride, distance[v[:-1], v[1:]].sum().item()) for v, stride in chosen]
+
+
+def capture_order(scene: Scene) -> list[int]:
+    """The views by file name, numbers in it by value: how cameras and video tools number what they write."""
+
+    def key(view: int) -> list[tuple[int, str]]:
+        parts = re.split(r"(\d+)", scene.image_paths[view].as_posix())
+        return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
+
+    return sorted(range(len(scene)), key=key)
+
+
+def _smooth(distance: Tensor, order: Tensor, frames: int, stride: int) -> Tensor:
+    """[P, F] views: the windows of a stride that are smooth paths."""
+    reach = (frames - 1) * stride
+    starts = torch.arange(max(0, len(order) - reach))
+    paths = order[starts[:, None] + stride * torch.arange(frames)]
+    return paths[path_score(distance, paths) <= HIGHEST_SCORE]
+
+
+def _draw(limit: int, generator: torch.Generator) -> int:
+    return int(torch.randint(limit, (), generator=generator))
+
+
+# --- Paths by pose ---
 
 
 def choose_views(
@@ -129,26 +191,3 @@ def path_score(distance: Tensor, paths: Tensor) -> Tensor:
     largest = steps.amax(1)
     score = steps.shape[1] * largest / span * (steps.sum(1) / LONGEST).clamp(min=1)
     return score.masked_fill(largest > JUMP, torch.inf)
-
-
-# --- Images ---
-
-
-def fit_image(image: np.ndarray, height: int, width: int) -> Tensor:
-    """uint8 [H0, W0, 3] to float [3, height, width] in [0, 1]: the crop of `fit_box`, resized, antialiased.
-
-    `Cameras.fitted` describes the same change.
-    """
-    old_height, old_width = image.shape[:2]
-    left, top, right, bottom = fit_box(old_height, old_width, height, width)
-    box = (max(left, 0.0), max(top, 0.0), min(right, old_width), min(bottom, old_height))  # rounding
-    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
-
-
-def fit_depth(depth: Tensor, height: int, width: int) -> Tensor:
-    """[H0, W0] to [height, width] as in `fit_image`, but from the nearest pixel: depths must not be mixed."""
-    left, top, right, bottom = fit_box(*depth.shape, height, width)
-    x = left + (torch.arange(width) + 0.5) * (right - left) / width
-    y = top + (torch.arange(height) + 0.5) * (bottom - top) / height
-    return depth[y.long()[:, None], x.long()[None]]

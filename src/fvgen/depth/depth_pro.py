@@ -20,10 +20,10 @@ from huggingface_hub import try_to_load_from_cache
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
 
-from fvgen.clips.views import fit_depth
 from fvgen.depth.sparse import anchors, lacks_anchors
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.alignment import align_inverse_depth
+from fvgen.scenes.images import fit_depth
 from fvgen.scenes.scene import Scene
 
 REPOSITORY = "apple/DepthPro-hf"

@@ -19,14 +19,14 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fvgen.clips.views import fit_depth, fit_image, pose_distance
+from fvgen.clips.views import pose_distance
 from fvgen.depth.dust3r_model import Dust3r, load_dust3r, missing
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.confidence import LEAST, clean_confidence
 from fvgen.geometry.conventions import to_opengl
 from fvgen.scenes.formats import read_scene
-from fvgen.scenes.images import load_image
+from fvgen.scenes.images import fit_depth, fit_image, load_image
 from fvgen.scenes.readers.photographs import Photographs, copy_photograph
 from fvgen.scenes.scene import Scene
 from fvgen.system.files import atomic_path

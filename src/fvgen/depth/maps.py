@@ -1,4 +1,4 @@
-"""Where points come from: depth of chosen views of a scene, from whatever there is, one row of `BACKENDS` for each way.
+"""Where points come from: depth of chosen views of a scene, from whatever there is, one row of `DEPTHS` for each way.
 
 A backend that a later year brings is a module of `fvgen.depth` with two functions, and a row here. Photographs
 without poses get them first, in `fvgen.posing.reconstruct`.
@@ -14,11 +14,10 @@ from torch import Tensor
 from fvgen.depth import depth_pro, dust3r, measured, sparse, stereo
 from fvgen.depth.stereo import STEREO_SIDE
 from fvgen.errors import UserError, did_you_mean
-from fvgen.geometry.pointcloud import unproject
 from fvgen.geometry.stereo import TooFewFeatures
 from fvgen.scenes.scene import Scene
 
-__all__ = ["BACKENDS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps", "scene_cloud"]
+__all__ = ["DEPTHS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps"]
 
 
 class Backend(NamedTuple):
@@ -36,23 +35,23 @@ class PointMaps(NamedTuple):
 
 
 def point_maps(scene: Scene, views: Sequence[int], height: int, width: int, backend: str = "auto") -> PointMaps:
-    """Depth of the views for images of height x width, as `photos.fit_image` cuts them out.
+    """Depth of the views for images of height x width, as `fit_image` cuts them out.
 
-    "auto" takes the first of `BACKENDS` that can run, and the next where photographs turn out to share too little.
+    "auto" takes the first of `DEPTHS` that can run, and the next where photographs turn out to share too little.
     Raises UserError where none or not the given one can.
     """
     if backend == "auto":
         return _best(scene, views, height, width)
-    if backend not in BACKENDS:
-        raise UserError(f"unknown source of points {backend!r}{did_you_mean(backend, [*BACKENDS, 'auto'])}")
-    if reason := BACKENDS[backend].lacks(scene):
+    if backend not in DEPTHS:
+        raise UserError(f"unknown source of points {backend!r}{did_you_mean(backend, [*DEPTHS, 'auto'])}")
+    if reason := DEPTHS[backend].lacks(scene):
         raise UserError(f"scene {scene.name} cannot use the points of {backend!r} ({reason}); choose another source")
-    return PointMaps(BACKENDS[backend].run(scene, views, height, width), backend)
+    return PointMaps(DEPTHS[backend].run(scene, views, height, width), backend)
 
 
 def _best(scene: Scene, views: Sequence[int], height: int, width: int) -> PointMaps:
     reasons = {}
-    for name, row in BACKENDS.items():
+    for name, row in DEPTHS.items():
         reason = row.lacks(scene)
         if reason is None:
             try:
@@ -64,30 +63,7 @@ def _best(scene: Scene, views: Sequence[int], height: int, width: int) -> PointM
     raise UserError(f"no depth can be had for scene {scene.name} ({said}); mend one of these")
 
 
-def scene_cloud(
-    scene: Scene, known: Sequence[int], images: Tensor, half_pixel_shift: bool = False
-) -> tuple[Tensor, Tensor]:
-    """Points [N, 3] and colours [N, 3] in [0, 1] from the known views and what came with the scene, nothing estimated;
-    ``images`` [K, 3, H, W] are those of the views.
-
-    For `fvgen demo --data`, where seconds count, and its published numbers. Depth maps: every pixel of the known views,
-    with or without ViewCrafter's half-pixel shift (`unproject`). Else the triangulated points themselves, which never
-    have that shift (`sparse.cloud`); `point_maps` would round them to pixels. Raises UserError for a scene without
-    either.
-    """
-    height, width = images.shape[-2:]
-    if BACKENDS["depth"].lacks(scene) is None:
-        cameras = scene.cameras[list(known)].fitted(height, width)
-        return unproject(point_maps(scene, known, height, width, "depth").depth, images, cameras, half_pixel_shift)
-    if BACKENDS["colmap"].lacks(scene) is None:
-        return sparse.cloud(scene, known, images)
-    raise UserError(
-        f"scene {scene.name} has neither depth maps nor points, so nothing can be rendered; add depth_file_path to "
-        "transforms.json, or sparse/0 with points3D (`colmap point_triangulator`)"
-    )
-
-
-BACKENDS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only where their weights were brought
+DEPTHS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only where their weights were brought
     "depth": Backend(measured.lacks, measured.run),
     "dust3r": Backend(dust3r.lacks, dust3r.run),
     "stereo": Backend(stereo.lacks, stereo.run),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fvgen.clips.views import fit_depth
+from fvgen.scenes.images import fit_depth
 from fvgen.scenes.scene import Scene
 
 

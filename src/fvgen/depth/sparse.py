@@ -34,31 +34,6 @@ def _one(scene: Scene, cameras: Cameras, view: int) -> Tensor:
     return torch.where(out.isfinite(), out, 0.0).reshape(cameras.height, cameras.width)
 
 
-def cloud(scene: Scene, known: Sequence[int], images: Tensor) -> tuple[Tensor, Tensor]:
-    """The points [N, 3] themselves that were found in a known view, and colours [N, 3] in [0, 1] from ``images``
-    [K, 3, H, W], those of the known views: by bilinear look-up, the mean if several show a point.
-
-    Left out are points that only other views found, for nothing tells whether they are hidden here, and COLMAP's own
-    colours, which average over all photographs. Raises UserError when no point is left.
-    """
-    height, width = images.shape[-2:]
-    pixels, depth = project(scene.points, scene.cameras[list(known)].fitted(height, width))
-    unit = 2 * pixels / pixels.new_tensor([width, height]) - 1  # the image spans -1..1
-    seen = torch.stack([scene.seen_by(view) for view in known])
-    seen &= (unit.abs() < 1).all(-1) & (depth > 0)
-    color = torch.nn.functional.grid_sample(images, unit[:, None], padding_mode="border", align_corners=False)
-    weight = seen.float()[..., None]  # [K, N, 1]
-    mean = (color[:, :, 0].transpose(1, 2) * weight).sum(0) / weight.sum(0).clamp(min=1)
-    found = seen.any(0)
-    if not found.any():
-        names = " nor ".join(scene.image_paths[view].name for view in known)
-        raise UserError(
-            f"scene {scene.name} has no point that was found in {names}, so nothing can be rendered; "
-            "check the tracks in points3D or add depth maps"
-        )
-    return scene.points[found], mean[found].clamp(0, 1)
-
-
 def found_points(scene: Scene, cameras: Cameras, view: int) -> tuple[Tensor, Tensor]:
     """Pixels [M, 2] and depths [M] of the scene's points that were found in a view and fall into the image."""
     pixels, depth = (part[0] for part in project(scene.points[scene.seen_by(view)], cameras[[view]]))

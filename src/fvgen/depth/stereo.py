@@ -8,9 +8,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fvgen.clips.views import fit_depth, fit_image
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.stereo import stereo_depth, triangulated_features
+from fvgen.scenes.images import fit_depth, fit_image
 from fvgen.scenes.scene import Scene
 
 STEREO_SIDE = 256  # pixels on the long side that stereo works at; finer is slower and hardly denser

@@ -13,8 +13,16 @@ from fvgen.geometry.cameras import Cameras, pixel_rays
 from fvgen.geometry.conventions import world_to_ndc
 from fvgen.geometry.rasterize import check_settings, composite, rasterize_view
 
+VIEWCRAFTER_RADIUS = 0.01  # normalised device units, at frames of 288 rows or more
+SMALL_RADIUS_PIXELS = 1.44  # in smaller frames: what 0.01 is at 288 rows, and the built-in scenes have
+
 # A view [N, 3] in NDC, image size, radius, points per pixel -> point, depth, squared distance [K, H, W]
 Rasterizer = Callable[[Tensor, tuple[int, int], float, int], tuple[Tensor, Tensor, Tensor]]
+
+
+def point_radius(height: int, width: int) -> float:
+    """Normalised device units (the short side spans 2): ViewCrafter's, but never less than 1.44 pixels."""
+    return max(VIEWCRAFTER_RADIUS, 2 * SMALL_RADIUS_PIXELS / min(height, width))
 
 
 def unproject(depth: Tensor, images: Tensor, cameras: Cameras, half_pixel_shift: bool = False) -> tuple[Tensor, Tensor]:
@@ -45,7 +53,7 @@ def render_points(
     """Splat points [N, 3] with colours [N, C] into every camera.
 
     ``radius`` is in normalised device units: the image's short side spans 2. ``background`` [C] shows where there is
-    no point at all; None is black. ``backend`` is a key of `BACKENDS` or "auto": PyTorch3D for a cloud on a GPU if it
+    no point at all; None is black. ``backend`` is a key of `RENDERERS` or "auto": PyTorch3D for a cloud on a GPU if it
     is installed, else torch; on a CPU PyTorch3D is a hundred times slower and gives the same bits.
     Returns image [V, H, W, C], visibility [V, H, W] (opacity in [0, 1] up to rounding) and depth [V, H, W] of the
     nearest point (0 where there is none). Views are rendered one by one, so working memory does not grow with their
@@ -70,9 +78,9 @@ def render_points(
 def _backend(name: str, device: torch.device) -> Rasterizer:
     if name == "auto":
         name = "pytorch3d" if device.type == "cuda" and find_spec("pytorch3d") else "torch"
-    if name not in BACKENDS:
-        raise UserError(f"unknown renderer {name!r}{did_you_mean(name, [*BACKENDS, 'auto'])}")
-    return BACKENDS[name]
+    if name not in RENDERERS:
+        raise UserError(f"unknown renderer {name!r}{did_you_mean(name, [*RENDERERS, 'auto'])}")
+    return RENDERERS[name]
 
 
 def _pytorch3d(
@@ -94,4 +102,4 @@ def _pytorch3d(
     return point, depth.to(points.dtype), distance.to(points.dtype)
 
 
-BACKENDS: dict[str, Rasterizer] = {"torch": rasterize_view, "pytorch3d": _pytorch3d}
+RENDERERS: dict[str, Rasterizer] = {"torch": rasterize_view, "pytorch3d": _pytorch3d}

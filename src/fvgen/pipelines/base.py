@@ -102,6 +102,11 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         raise AttributeError(f"{type(self).__name__} has no number of frames")
 
     @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of the frames that it was trained with."""
+        raise AttributeError(f"{type(self).__name__} has no size")
+
+    @property
     def half_pixel_shift(self) -> bool:
         """Whether it was trained on renders of points that lie half a pixel off, see `fvgen.geometry.pointcloud`."""
         return False

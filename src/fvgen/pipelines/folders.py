@@ -15,7 +15,7 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 
 from fvgen.errors import UserError, first_line
-from fvgen.models.family import family_of
+from fvgen.models.family import Blueprint, Family, family_of
 from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
 from fvgen.system.files import atomic_path
@@ -34,9 +34,10 @@ def model_folder(name: str | Path) -> Path:
     raise UserError(f"{name} is no model folder (it has no model_index.json); give one, or a preset: {presets}")
 
 
-def load_pipeline(name: str | Path, kind: type[P]) -> P:
-    """A pipeline in float32, whatever type its weights are stored in. ``kind``: `TeacherPipeline`, `StudentPipeline`
-    or a family's own class.
+def load_pipeline(name: str | Path, kind: type[P], **parts: torch.nn.Module | None) -> P:
+    """A pipeline in float32, whatever type its weights are stored in; ``parts`` are taken as given and not read.
+
+    ``kind``: `TeacherPipeline`, `StudentPipeline` or a family's own class.
 
     Raises UserError for a folder that is damaged, of a family that is not known, or holds another kind of pipeline.
     """
@@ -47,7 +48,7 @@ def load_pipeline(name: str | Path, kind: type[P]) -> P:
         raise UserError(f"{folder} holds a {found}, but a {kind.__name__} is needed here; give another model folder")
     with quiet():
         try:
-            pipeline = pipeline_class.from_pretrained(folder, local_files_only=True)
+            pipeline = pipeline_class.from_pretrained(folder, local_files_only=True, **parts)
         except DAMAGE as error:
             raise damaged(folder, error) from error
     for part in pipeline.components.values():
@@ -81,6 +82,24 @@ def model_kind(folder: Path) -> str:
         return json.loads((folder / "model_index.json").read_text())["_class_name"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'model_index.json'} is damaged; write or copy the model again") from error
+
+
+def folder_blueprint(folder: Path) -> tuple[Family, Blueprint]:
+    """Family and blueprint of the model in a folder, from its JSON files alone.
+
+    Raises UserError for a damaged one, and for one that no family knows.
+    """
+    family = family_of(model_kind(folder))
+    if family is None:
+        raise UserError(f"{folder} holds a {model_kind(folder)}, which no family knows; give another model folder")
+    try:
+        files = {"": json.loads((folder / "model_index.json").read_text())}
+        files |= {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob("*/*config.json"))}
+        return family, family.blueprint(files)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise damaged(folder, error) from error
 
 
 def check_device(name: str) -> None:

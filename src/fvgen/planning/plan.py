@@ -7,7 +7,6 @@ rates: they rank choices, and are no promise.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import product
@@ -20,9 +19,8 @@ from rich.progress import track
 from rich.table import Table
 
 from fvgen.distill.config import StageConfig
-from fvgen.errors import UserError
-from fvgen.models.family import Blueprint, Family, Size, family_of, published
-from fvgen.pipelines.folders import model_folder, model_kind
+from fvgen.models.family import Blueprint, Family, Size, published
+from fvgen.pipelines.folders import folder_blueprint, model_folder
 from fvgen.planning.simulate import Profile, simulate
 
 GB = 1e9
@@ -194,16 +192,7 @@ def teacher_blueprint(teacher: str) -> tuple[Family, Blueprint]:
     if found := published(teacher):
         family, files = found
         return family, family.blueprint(files)
-    folder = model_folder(teacher)
-    family = family_of(model_kind(folder))
-    if family is None:
-        raise UserError(f"{folder} holds a {model_kind(folder)}, which no family knows; give another teacher")
-    try:
-        files = {"": json.loads((folder / "model_index.json").read_text())}
-        files |= {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob("*/*config.json"))}
-        return family, family.blueprint(files)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"model folder {folder} is damaged ({error}); write or copy it again") from error
+    return folder_blueprint(model_folder(teacher))
 
 
 def clip_size(data: str, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:

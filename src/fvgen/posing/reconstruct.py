@@ -24,7 +24,7 @@ from fvgen.system.files import atomic_path
 FEWEST = 3  # views: two can be posed, but by chance
 LEAST_POSED = 0.5  # share of the photographs
 
-BACKENDS = ("colmap", "dust3r")
+POSERS = ("colmap", "dust3r")
 
 
 class Posed(NamedTuple):
@@ -37,12 +37,12 @@ class Posed(NamedTuple):
 def pose_photographs(
     photographs: Photographs, folder: str | Path, backend: str = "auto", in_order: bool = False
 ) -> Posed:
-    """A posed scene in ``folder`` by one of `BACKENDS`; "auto": COLMAP, and DUSt3R where that fails and this is there.
+    """A posed scene in ``folder`` by one of `POSERS`; "auto": COLMAP, and DUSt3R where that fails and this is there.
 
     ``in_order`` is for `reconstruct`. Raises UserError where none or not the given one can.
     """
-    if backend not in ("auto", *BACKENDS):
-        raise UserError(f"unknown way to pose photographs {backend!r}{did_you_mean(backend, [*BACKENDS, 'auto'])}")
+    if backend not in ("auto", *POSERS):
+        raise UserError(f"unknown way to pose photographs {backend!r}{did_you_mean(backend, [*POSERS, 'auto'])}")
     if backend == "dust3r" or (backend == "auto" and not find_spec("pycolmap") and missing() is None):
         return Posed(dust3r.reconstruct(photographs, folder), "dust3r")
     try:

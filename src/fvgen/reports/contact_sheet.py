@@ -13,14 +13,16 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fvgen.clips.filters import LIMITS
-from fvgen.clips.views import fit_image, pose_distance, typical_depth
-from fvgen.pipelines.folders import load_pipeline
-from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.clips.from_scene import ClipSettings, Lost, scene_clips
+from fvgen.clips.views import pose_distance, typical_depth
+from fvgen.geometry.pointcloud import point_radius
 from fvgen.posing.sources import Source, open_source
 from fvgen.reports.page import data_address, page_template, sheet_of
+from fvgen.scenes.images import fit_image
 from fvgen.scenes.scene import Scene
-from fvgen.shards.format import CLOUD_POINTS, ClipRecord, Settings
-from fvgen.shards.one_shard import Tally, Unencoded, one_thread, scene_clips
+from fvgen.shards.encoders import load_encoders, placed
+from fvgen.shards.format import CLOUD_POINTS, ClipRecord
+from fvgen.shards.one_shard import one_thread, record_of
 from fvgen.shards.reader import ShardSet, holds_shards
 from fvgen.system.files import atomic_path
 
@@ -64,13 +66,15 @@ def inspect(path: str | Path, out: str | Path, clips: int | None = None, teacher
 
 def _of_shards(path: str | Path, clips: int | None, teacher: str | None) -> dict:
     shards = ShardSet(path)
-    pipeline = load_pipeline(teacher or shards.settings.teacher, TeacherPipeline)
+    pipeline = placed(load_encoders(teacher or shards.settings.teacher), "cpu")
     shards.check_encoder(pipeline.encoder_fingerprint(), str(teacher or "the preset of that name"))
     chosen = torch.linspace(0, len(shards) - 1, min(clips or SHARD_CLIPS, len(shards))).round().long().tolist()
     rows, latents = [], []
     for index in chosen:
         clip, record = shards[index], shards.records[index]
-        truth, render = (pipeline.decode_latents(part[None])[0] for part in (clip.latents, clip.render_latents))
+        # The render is the condition's tensor that is latents like the truth.
+        render = next(x for x in clip.condition.values() if x.shape == clip.latents.shape)
+        truth, render = (pipeline.decode_latents(part[None])[0] for part in (clip.latents, render))
         films = [("render, decoded", _film(render)), ("truth, decoded", _film(truth))]
         colors = clip.cloud_colors.float() / 255
         plan = plan_view(clip.world_from_cam, clip.cloud_points, colors, _half_angle(clip.intrinsics, shards.width))
@@ -101,28 +105,27 @@ def _of_scene(path: Path, clips: int | None) -> dict:
     height, width = _size(scene)
     chosen = torch.linspace(0, len(scene) - 1, min(PHOTOGRAPHS, len(scene))).round().long().tolist()
     shown = torch.stack([fit_image(scene.image(view), THUMBNAIL, _beside(scene)) for view in chosen])
-    settings = Settings(
-        scenes="", frames=min(SCENE_FRAMES, len(scene)), height=height, width=width, max_stride=4, known_views=2,
-        points="auto", clips_per_scene=clips or SCENE_CLIPS, clips_per_shard=1, seed=0, radius=2 * 1.44 / height,
-        half_pixel_shift=False, teacher="", encoder="", limits=dict.fromkeys(LIMITS, 0.0),
+    settings = ClipSettings(
+        frames=min(SCENE_FRAMES, len(scene)), height=height, width=width, max_stride=4, known_views=2, points="auto",
+        clips_per_scene=clips or SCENE_CLIPS, seed=0, radius=point_radius(height, width), half_pixel_shift=False,
+        limits=dict.fromkeys(LIMITS, 0.0),
     )  # fmt: skip
     rows, lost, clouds = [], [], []
     entry, numbers = Source(scene.name, path), range(settings.clips_per_scene)
     with one_thread():
-        results = list(scene_clips(entry, numbers, settings, Tally())) if settings.frames > 2 else []
+        results = list(scene_clips(entry, numbers, settings)) if settings.frames > 2 else []
     for result in results:
-        if not isinstance(result, Unencoded):
-            reason = result if isinstance(result, str) else result.reason
-            lost += [("no clip", reason)] if ("no clip", reason) not in lost else []
+        if isinstance(result, Lost):
+            lost += [("no clip", result.reason)] if ("no clip", result.reason) not in lost else []
             continue
-        photo = result.photo
-        kept = torch.linspace(0, len(photo.points) - 1, CLOUD_POINTS).long()
-        cloud = (photo.points[kept], photo.colors[kept]) if len(photo.points) else (torch.empty(0, 3),) * 2
+        cameras = result.clip.cameras
+        kept = torch.linspace(0, len(result.points) - 1, CLOUD_POINTS).long()
+        cloud = (result.points[kept], result.colors[kept]) if len(result.points) else (torch.empty(0, 3),) * 2
         clouds.append(cloud)
-        angle = _half_angle(photo.cameras.intrinsics, width)
+        angle = _half_angle(cameras.intrinsics, width)
         films = [("render", _film(result.clip.render)), ("truth", _film(result.clip.truth))]
-        plan = plan_view(photo.cameras.world_from_cam, *cloud, angle)
-        rows.append(Row(result.record.name, _clip_facts(result.record, LIMITS), films, plan))
+        plan = plan_view(cameras.world_from_cam, *cloud, angle)
+        rows.append(Row(result.clip.name, _clip_facts(record_of(result), LIMITS), films, plan))
     if scene.points is not None and scene.point_colors is not None:
         kept = torch.linspace(0, len(scene.points) - 1, min(4 * CLOUD_POINTS, len(scene.points))).long()
         clouds = [(scene.points[kept], scene.point_colors[kept])]

@@ -1,4 +1,4 @@
-"""`fvgen demo`: distil a student from the tiny teacher, compare both on scenes new to them, write a report."""
+"""`fvgen demo`: distil a student from a teacher, compare both on scenes new to them, write a report."""
 
 from __future__ import annotations
 
@@ -11,29 +11,28 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from fvgen.clips.builtin import FRAMES, HEIGHT, WIDTH, builtin_clips
-from fvgen.clips.clip import Clip, ClipFolder
-from fvgen.clips.from_scenes import prepare_scenes, read_scenes, split_scenes
+from fvgen.clips.clip import Clip
 from fvgen.distill import RunConfig, read_metrics, read_yaml, run, run_config
 from fvgen.errors import UserError
-from fvgen.pipelines.folders import check_device, load_pipeline
+from fvgen.pipelines.folders import check_device, load_pipeline, model_folder
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.posing.sources import Source, find_sources
+from fvgen.reports.data import Clips, kind_of, open_clips, prepare_scenes, split
 from fvgen.reports.evaluate import (
     Contestant,
-    better,
+    best,
     evaluate,
-    few_step_teacher,
+    few_step_teachers,
     score,
     score_renders,
     student_contestant,
     teacher_contestant,
 )
 from fvgen.reports.page import ReportClip, write_report
-from fvgen.scenes.formats import Scene
+from fvgen.scenes.formats import read_scene, scene_format
 from fvgen.system.files import TEMPORARY, atomic_path, no_leftovers, writable_folder
 
-TEST_CLIPS = 16
 REAL_CLIPS_PER_SCENE = 12
 SHOWN_CLIPS = 6
 OURS = {"stage1_gan", "stage2_dmd", "data", "student", "report.json", "report.html"}
@@ -41,51 +40,74 @@ OURS = {"stage1_gan", "stage2_dmd", "data", "student", "report.json", "report.ht
 
 @dataclass(frozen=True)
 class DemoData:
-    """What to train on (a `StageConfig.data`), and the clips that judge."""
+    """Where clips come from, judged but not made yet.
+
+    train: a `StageConfig.data`, or scenes. test: for `open_clips`, or scenes.
+    """
 
     name: str
-    train: str
-    test: ClipFolder
+    train: str | list[Source]
+    test: str | list[Source]
 
 
-def demo(out: str | Path, data: str | Path | None = None, seed: int = 0, device: str = "cpu") -> dict:
+def demo(
+    out: str | Path,
+    data: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+    *,
+    held_out: str | Path | None = None,
+    teacher: str = "tiny",
+    frames: int | None = None,
+    size: tuple[int, int] | None = None,
+) -> dict:
     """Both stages and the report, in ``out``; the same call again resumes. Returns the report (docs/report.md).
 
-    ``data``: a folder of real scenes (nerfstudio or COLMAP), some of which are held out; None for the built-in ones.
-    Raises UserError for data, folders or devices that cannot work, before anything is written.
+    Args:
+        data: to train on: scenes, photographs or videos, which are prepared in ``out``; prepared shards; a folder of
+            clips; None for the built-in ones.
+        held_out: of the same kinds, and with pixels: what judges. Of scenes some are held out where it is not given.
+        teacher: a preset or the folder of any teacher.
+        frames, size: of clips that are made from scenes; the teacher's own by default, see `render_needs`.
+
+    Raises UserError for data, models, folders or devices that cannot work, before anything is written.
     """
     out = Path(out)
     check_device(device)
-    scenes = None if data is None else split_scenes(read_scenes(data))
-    teacher = load_pipeline("tiny", TeacherPipeline).to(device)
+    found = judged(data, held_out)
+    model_folder(teacher)
     with no_leftovers(out, out / "data"):
         claim(out)
-        demo_data = builtin_data() if scenes is None else real_data(data, scenes, out)
+        pipeline = load_pipeline(teacher, TeacherPipeline).to(device)
+        choices = {"frames": frames, "size": size, "clips_per_scene": REAL_CLIPS_PER_SCENE, "device": device}
+        train, test = made(found, out / "data", teacher, choices)
+        pipeline.check_clip(test.frames, test.height, test.width)
     settings = read_yaml(str(files("fvgen") / "configs" / "tiny.yaml"))
-    config = run_config({**settings, "data": demo_data.train, "seed": seed, "device": device}, out)
+    config = run_config({**settings, "teacher": teacher, "data": train, "seed": seed, "device": device}, out)
     student_folder = run(config)
     with atomic_path(out / "student") as folder:
         shutil.copytree(student_folder, folder)
 
-    clips = [demo_data.test[index] for index in range(len(demo_data.test))]
-    contestants = all_contestants(teacher, config, out)
-    results = evaluate(contestants, clips, teacher, seed)
+    clips = [test[index] for index in range(len(test))]
+    ways = few_step_teachers(pipeline, config.dmd.method.student_steps)
+    results = evaluate(contestants(pipeline, config, out) | ways, clips, pipeline, seed)
     rows = {name: score(result, clips) for name, result in results.items()}
-    guided, plain = rows.pop("teacher_few_guided"), rows.pop("teacher_few_plain")
-    few = "teacher_few_guided" if better(guided, plain) else "teacher_few_plain"
-    results["teacher_few"] = results[few]
-    rows |= {"render": score_renders(clips), "teacher_few": guided if few == "teacher_few_guided" else plain}
+    few = {name: rows.pop(name) for name in ways}
+    results["teacher_few"] = results[best(few)]
+    rows |= {"render": score_renders(clips), "teacher_few": few[best(few)]}
 
     order = ("render", "teacher", "teacher_few", "gan_init", "student")
     report = {
-        "data": demo_data.name,
-        "scenes": sorted({clip.name.rsplit("-", 1)[0] if data else clip.name for clip in clips}),
-        "frames": demo_data.test.frames,
-        "height": demo_data.test.height,
-        "width": demo_data.test.width,
+        "data": found.name,
+        "scenes": sorted({clip.name if found.test == "builtin" else clip.name.rsplit("-", 1)[0] for clip in clips}),
+        "frames": test.frames,
+        "height": test.height,
+        "width": test.width,
         "seed": seed,
         "device": device,
         "rows": {name: rows[name] for name in order},
+        "teacher_few_by": best(few),
+        "teacher_few_ways": few,
         "speedup": rows["teacher"]["seconds_per_clip"] / rows["student"]["seconds_per_clip"],
         "stages": [stage_summary(stage.run.out) for stage in (config.gan, config.dmd)],
     }
@@ -97,29 +119,48 @@ def demo(out: str | Path, data: str | Path | None = None, seed: int = 0, device:
     return report
 
 
-def builtin_data() -> DemoData:
-    """Built-in scenes: `StageConfig.data` makes the training clips itself."""
-    return DemoData("built-in scenes", "builtin", builtin_clips("test", TEST_CLIPS))
+def judged(data: str | Path | None, held_out: str | Path | None) -> DemoData:
+    """What is to be trained on and what judges. Raises UserError for what cannot be either, or is not there."""
+    kind = "builtin" if data is None else kind_of(data)
+    name = "built-in scenes" if kind == "builtin" else Path(data).resolve().name
+    if kind == "scenes":
+        scenes = find_sources([data])
+        for scene in scenes:
+            if scene.path.is_dir() and scene_format(scene.path):
+                read_scene(scene.path)
+        if held_out is None:
+            return DemoData(name, *split(scenes))
+        train: str | list[Source] = scenes
+    elif held_out is None and kind != "builtin":
+        raise UserError(f"{data} is prepared and cannot be split; say with --held-out which clips judge")
+    else:
+        train = kind if kind == "builtin" else str(data)
+    test = str(held_out or kind)
+    if kind_of(test) != "scenes":
+        open_clips(test, "unused", "unused")
+    return DemoData(name, train, test)
 
 
-def real_data(data: str | Path, scenes: tuple[list[Scene], list[Scene]], out: Path) -> DemoData:
-    """Real scenes, prepared under ``out``/data at the tiny preset's size."""
-    train, held_out = (
-        prepare_scenes(part, out / "data" / name, REAL_CLIPS_PER_SCENE, FRAMES, HEIGHT, WIDTH)
-        for name, part in zip(("train", "test"), scenes, strict=True)
-    )
-    return DemoData(Path(data).resolve().name, str(train.path), held_out)
+def made(found: DemoData, folder: Path, teacher: str, choices: dict) -> tuple[str, Clips]:
+    """What to train on, as a `StageConfig.data`, and the clips that judge: scenes are prepared below ``folder``."""
+    train, test = found.train, found.test
+    if isinstance(train, list):
+        train = str(prepare_scenes([scene.path for scene in train], folder / "train", teacher=teacher, **choices))
+    if isinstance(test, list):
+        test = str(
+            prepare_scenes(
+                [scene.path for scene in test], folder / "test", teacher=teacher, keep_frames=True, **choices
+            )
+        )
+    return train, open_clips(test, folder / "test", teacher, **choices)
 
 
-def all_contestants(teacher: TeacherPipeline, config: RunConfig, out: Path) -> dict[str, Contestant]:
-    """Everybody in the report's table, the few-step teacher both guided and not."""
-    steps = config.dmd.method.student_steps
+def contestants(teacher: TeacherPipeline, config: RunConfig, out: Path) -> dict[str, Contestant]:
+    """The teacher as published, and the student after each stage."""
     gan_init = load_pipeline(Path(config.gan.run.out) / "student", StudentPipeline).to(config.dmd.run.device)
     student = load_pipeline(out / "student", StudentPipeline).to(config.dmd.run.device)
     return {
         "teacher": teacher_contestant(teacher),
-        "teacher_few_guided": few_step_teacher(teacher, steps, None),
-        "teacher_few_plain": few_step_teacher(teacher, steps, 1.0),
         "gan_init": student_contestant(gan_init),
         "student": student_contestant(student),
     }

@@ -6,6 +6,7 @@ from the same minute of the same machine. Known frames are no novel views and ar
 
 from __future__ import annotations
 
+import hashlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 
 Sample = Callable[[Condition, torch.Generator], Tensor]
+PARTS = ("encode", "sample", "decode")  # of what a user waits for
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,11 @@ class Contestant:
 
 @dataclass
 class Result:
-    """What a contestant made: one video [F, 3, H, W] and one duration (sampling and decoding, seconds) per clip."""
+    """What a contestant made: one video [F, 3, H, W] per clip, and the seconds that it took by part, `PARTS`."""
 
     contestant: Contestant
     videos: list[Tensor] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    seconds: list[dict[str, float]] = field(default_factory=list)
 
 
 def teacher_contestant(pipeline: TeacherPipeline) -> Contestant:
@@ -52,10 +54,23 @@ def teacher_contestant(pipeline: TeacherPipeline) -> Contestant:
     return Contestant(pipeline.sample, steps, steps * pipeline.teacher().nfe)
 
 
-def few_step_teacher(pipeline: TeacherPipeline, steps: int, guidance: float | None) -> Contestant:
-    """The untrained teacher in the student's own sampler: what distillation has to beat."""
-    teacher = pipeline.teacher(guidance)
-    return Contestant(partial(_few_steps, teacher, pipeline, steps), steps, steps * teacher.nfe)
+def few_step_teachers(pipeline: TeacherPipeline, steps: int) -> dict[str, Contestant]:
+    """The untrained teacher in as few steps as a student, in every usual way: what distillation has to beat.
+
+    By the student's sampler (x0 and fresh noise, "renoise") and by DDIM with eta 0 and 1 as `TeacherPipeline` runs
+    it, each with the teacher's own guidance and with none.
+    """
+    found: dict[str, Contestant] = {}
+    ways = {"plain": 1.0} if pipeline.config.guidance == 1.0 else {"guided": pipeline.config.guidance, "plain": 1.0}
+    for name, guidance in ways.items():
+        teacher = pipeline.teacher(guidance)
+        found[f"renoise, {name}"] = Contestant(
+            partial(_few_steps, teacher, pipeline, steps), steps, steps * teacher.nfe
+        )
+        for eta in (0, 1):
+            sample = partial(pipeline.sample, num_inference_steps=steps, guidance_scale=guidance, eta=float(eta))
+            found[f"DDIM eta {eta}, {name}"] = Contestant(sample, steps, steps * teacher.nfe)
+    return found
 
 
 def student_contestant(pipeline: StudentPipeline) -> Contestant:
@@ -66,29 +81,61 @@ def student_contestant(pipeline: StudentPipeline) -> Contestant:
 def evaluate(
     contestants: dict[str, Contestant], clips: Sequence[Clip], pipeline: NovelViewPipeline, seed: int
 ) -> dict[str, Result]:
-    """Run every contestant on every clip. ``pipeline`` encodes and decodes for all of them."""
+    """Run every contestant on every clip. ``pipeline`` encodes and decodes for all of them.
+
+    The condition's posterior sample and what samplers draw come from streams of their own, made of (seed, place of the
+    clip): one stream for both would begin with the same numbers in two places.
+    """
     results = {name: Result(contestant) for name, contestant in contestants.items()}
     for index, clip in enumerate(track(clips, "evaluation")):
-        condition = pipeline.condition(clip.render[None], _generator(seed, index))
+        clock = Clock(pipeline.device)
+        condition = pipeline.condition(clip.render[None], _generator(seed, index, "condition"))
+        encode = clock.lap()
         for result in results.values():
-            start = time.perf_counter()
-            latents = result.contestant.sample(condition, _generator(seed, index))
-            video = pipeline.decode_latents(latents)[0].cpu()  # .cpu() waits for the device
-            result.seconds.append(time.perf_counter() - start)
+            clock = Clock(pipeline.device)
+            latents = result.contestant.sample(condition, _generator(seed, index, "sample"))
+            sample = clock.lap()
+            video = pipeline.decode_latents(latents)[0].cpu()
+            result.seconds.append({"encode": encode, "sample": sample, "decode": clock.lap()})
             result.videos.append(video)
     return results
 
 
+class Clock:
+    """Seconds on a device, whose work is waited for: whoever began it pays for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        wait_for(device)
+        self.start = time.perf_counter()
+
+    def lap(self) -> float:
+        """Since the last lap."""
+        wait_for(self.device)
+        before, self.start = self.start, time.perf_counter()
+        return self.start - before
+
+
+def wait_for(device: torch.device) -> None:
+    """Until everything that was asked of it is done; a CPU does it at once."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def score(result: Result, clips: Sequence[Clip]) -> dict[str, object]:
-    """A row of the report: steps, nfe, median seconds per clip, and every metric over the novel views."""
+    """A row of the report: steps, nfe, median seconds per clip, in all and by part, and every metric over the novel
+    views."""
     row: dict[str, object] = {"steps": result.contestant.steps, "nfe": result.contestant.nfe}
-    row["seconds_per_clip"] = statistics.median(result.seconds)
+    row["seconds_per_clip"] = statistics.median(sum(parts.values()) for parts in result.seconds)
+    for part in PARTS:
+        row[f"{part}_seconds"] = statistics.median(parts[part] for parts in result.seconds)
     return row | score_videos(result.videos, clips)
 
 
 def score_renders(clips: Sequence[Clip]) -> dict[str, object]:
     """The row of the raw point renders; rendering belongs to the preparation, so it has no seconds."""
     row: dict[str, object] = {"steps": 0, "nfe": 0, "seconds_per_clip": None}
+    row |= {f"{part}_seconds": None for part in PARTS}
     return row | score_videos([clip.render for clip in clips], clips)
 
 
@@ -105,6 +152,14 @@ def better(a: dict, b: dict) -> bool:
     return (a["psnr"] or 0) > (b["psnr"] or 0)
 
 
+def best(rows: dict[str, dict]) -> str:
+    """The name of the row that no other beats (`better`), the first of equals."""
+    winner, *others = rows
+    for name in others:
+        winner = name if better(rows[name], rows[winner]) else winner
+    return winner
+
+
 def _few_steps(
     teacher: Teacher, pipeline: NovelViewPipeline, steps: int, condition: Condition, generator: torch.Generator
 ) -> Tensor:
@@ -114,5 +169,6 @@ def _few_steps(
         return few_step(denoiser, noise, pipeline.schedule, steps, generator=generator)
 
 
-def _generator(seed: int, index: int) -> torch.Generator:
-    return torch.Generator().manual_seed(1_000_003 * seed + index)
+def _generator(seed: int, index: int, purpose: str) -> torch.Generator:
+    digest = hashlib.sha256(f"fvgen evaluate {seed} {index} {purpose}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))

@@ -1,4 +1,4 @@
-"""Images and depth maps from files of any kind, upright, and without lens distortion."""
+"""Images and depth maps from files of any kind, upright, without lens distortion, and cut to the size of a clip."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from fvgen.errors import UserError, first_line
+from fvgen.geometry.cameras import fit_box
 
 EXIF_ORIENTATION = 0x0112
 HEIC = (".heic", ".heif", ".hif")
@@ -109,6 +110,29 @@ def register_heic(path: Path) -> None:
             f"image {path} is HEIC, which needs a plug-in; `pip install fvgen[photos]`, or convert it to JPEG or PNG"
         ) from error
     register_heif_opener()
+
+
+# --- At the size of a clip ---
+
+
+def fit_image(image: np.ndarray, height: int, width: int) -> Tensor:
+    """uint8 [H0, W0, 3] to float [3, height, width] in [0, 1]: the crop of `fit_box`, resized, antialiased.
+
+    `Cameras.fitted` describes the same change.
+    """
+    old_height, old_width = image.shape[:2]
+    left, top, right, bottom = fit_box(old_height, old_width, height, width)
+    box = (max(left, 0.0), max(top, 0.0), min(right, old_width), min(bottom, old_height))  # rounding
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+
+
+def fit_depth(depth: Tensor, height: int, width: int) -> Tensor:
+    """[H0, W0] to [height, width] as in `fit_image`, but from the nearest pixel: depths must not be mixed."""
+    left, top, right, bottom = fit_box(*depth.shape, height, width)
+    x = left + (torch.arange(width) + 0.5) * (right - left) / width
+    y = top + (torch.arange(height) + 0.5) * (bottom - top) / height
+    return depth[y.long()[:, None], x.long()[None]]
 
 
 # --- Lenses ---

@@ -43,7 +43,7 @@ class Scene:
 
     points: [N, 3] in the world, or None.
     point_colors: [N, 3] in [0, 1]. COLMAP averages a point's colour over all photographs that show it, also
-        held-out ones; an honest evaluation takes colours from known photographs only: `point_maps.scene_cloud`.
+        held-out ones; an honest evaluation takes colours from known photographs only, as `fvgen.clips.from_scene` does.
     observations: [M, 2] int64, rows (point, view): the views in which a point was found.
     depth_paths: one map per view, of the image's size, camera z in ``depth_unit`` scene units; or None.
     lenses: [V, 8] float64, fx, fy, cx, cy, k1, k2, p1, p2 of the stored images where any is distorted, else None.

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,14 +26,19 @@ FORMAT = 1
 CLOUD_POINTS = 512  # of each clip's cloud that are kept, for pictures
 PER_CLIP = (
     "latents",
-    "render_latents",
-    "image_tokens",
     "known",
     "world_from_cam",
     "intrinsics",
     "cloud_points",
     "cloud_colors",
 )
+PIXELS = ("truth", "render")  # in shards that keep their frames
+RESERVED = (*PER_CLIP, *PIXELS)
+
+
+def condition_names(keys: Iterable[str]) -> list[str]:
+    """Those of a shard's tensors that belong to the condition: all that have no meaning of their own here."""
+    return [key for key in keys if key not in RESERVED]
 
 
 class Record(BaseModel):
@@ -41,8 +46,8 @@ class Record(BaseModel):
 
 
 class ClipRecord(Record):
-    """Where a clip comes from. stride None: views chosen by pose; seed: of its posterior samples; figures: of
-    `fvgen.clips.filters`."""
+    """Where a clip comes from. stride None: views chosen by pose; points: source of the depth of its known frames, "+"
+    between several; seed: of its posterior samples; figures: of `fvgen.clips.filters`."""
 
     name: str
     scene: str
@@ -81,7 +86,7 @@ class ShardRecord(Record):
 
 class Settings(Record):
     """All that decides what the clips are. ``scenes``: SHA-256 over the names of all scenes; ``encoder``: fingerprint
-    of the teacher's encoders; ``limits``: of `fvgen.clips.filters`."""
+    of the teacher's encoders; ``limits``: of `fvgen.clips.filters`; ``keep_frames``: `Pixels` too."""
 
     scenes: str
     frames: int
@@ -98,6 +103,13 @@ class Settings(Record):
     teacher: str
     encoder: str
     limits: dict[str, float]
+    keep_frames: bool = False
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, write: Callable[[Settings], dict]) -> dict:
+        """Shards without frames say of themselves, and hash, what they did before there were any with."""
+        words = write(self)
+        return words if self.keep_frames else {key: value for key, value in words.items() if key != "keep_frames"}
 
     def digest(self) -> str:
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
@@ -117,18 +129,28 @@ class Part(Record):
 
 
 class ShardClip(NamedTuple):
-    """One clip: latents and render_latents [4, F, h, w]; image_tokens [M, D]; text_tokens [M', D]; known [F] bool;
-    world_from_cam [F, 4, 4], intrinsics [F, 3, 3] in pixels; cloud_points [P, 3], cloud_colors [P, 3] uint8."""
+    """One clip: latents [C, F, h, w]; its condition's tensors by the names that the teacher's family gives; known [F]
+    bool; world_from_cam [F, 4, 4], intrinsics [F, 3, 3] in pixels; cloud_points [P, 3], cloud_colors [P, 3] uint8."""
 
     latents: Tensor
-    render_latents: Tensor
-    image_tokens: Tensor
+    condition: dict[str, Tensor]
     known: Tensor
     world_from_cam: Tensor
     intrinsics: Tensor
     cloud_points: Tensor
     cloud_colors: Tensor
-    text_tokens: Tensor
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by the names that they have in a shard."""
+        own = self._asdict()
+        return own.pop("condition") | own
+
+
+class Pixels(NamedTuple):
+    """A clip's frames, uint8 [F, 3, H, W]: the photographs, and the render with the known ones in it."""
+
+    truth: Tensor
+    render: Tensor
 
 
 # --- Shards ---
@@ -144,12 +166,17 @@ def write_shard(
     clips: Sequence[tuple[ClipRecord, ShardClip]],
     dropped: dict[str, int],
     skipped: Sequence[Skipped],
+    pixels: Sequence[Pixels] = (),
 ) -> None:
-    """Write a shard, whole or not at all. Raises UserError when the disk is full."""
+    """Write a shard, whole or not at all; ``pixels`` of every clip or of none. Raises UserError for a full disk."""
     tensors: dict[str, Tensor] = {}
     if clips:
         tensors = {key: torch.stack([getattr(clip, key) for _, clip in clips]).contiguous() for key in PER_CLIP}
-        tensors["text_tokens"] = clips[0][1].text_tokens.clone()
+        names = clips[0][1].condition
+        assert set(condition_names(names)) == set(names), f"a condition must not be called {', '.join(RESERVED)}"
+        tensors |= {name: _stacked([clip.condition[name] for _, clip in clips]) for name in names}
+        if pixels:
+            tensors |= dict(zip(PIXELS, map(torch.stack, zip(*pixels, strict=True)), strict=True))
     content = Content(
         settings=settings.digest(),
         digest=_digest(tensors),
@@ -160,6 +187,12 @@ def write_shard(
     # One key only: the order of several in the header would be a matter of chance.
     with atomic_path(path) as temporary:
         save_file(tensors, temporary, metadata={"fvgen": content.model_dump_json()})
+
+
+def _stacked(rows: Sequence[Tensor]) -> Tensor:
+    """[N, ...] of N clips, or one row where it is the same for all (a prompt, say)."""
+    same = all(torch.equal(row, rows[0]) for row in rows[1:])
+    return rows[0][None].clone() if same else torch.stack(list(rows))
 
 
 def read_content(path: Path, settings: Settings) -> Content | None:

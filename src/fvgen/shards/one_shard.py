@@ -1,34 +1,22 @@
-"""One shard of `fvgen prepare`: from (scene, number) pairs to encoded clips in a file.
-
-Everything random in a clip comes from (seed, scene, number) alone.
-"""
+"""One shard of `fvgen prepare`: from (scene, number) pairs to encoded clips in a file."""
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from fvgen.clips.clip import Clip, render_clip
-from fvgen.clips.filters import measure, verdict
-from fvgen.clips.photographed import PhotoClip, photo_clip
-from fvgen.clips.windows import Window, clip_windows
-from fvgen.depth.maps import point_maps
-from fvgen.errors import CannotWrite, UserError
-from fvgen.pipelines.teacher import TeacherPipeline
-from fvgen.posing.sources import Opened, Source, open_source
-from fvgen.scenes.scene import Scene
-from fvgen.shards.format import CLOUD_POINTS, ClipRecord, Settings, ShardClip, Skipped, write_shard
-
-FEW_WINDOWS = "no further smooth path"  # why a clip is missing, beside the reasons of `fvgen.clips.filters`
+from fvgen.clips.clip import to_bytes
+from fvgen.clips.from_scene import ClipSettings, Lost, SceneClip, scene_clips
+from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.posing.sources import Source
+from fvgen.shards.format import CLOUD_POINTS, ClipRecord, Pixels, Settings, ShardClip, Skipped, write_shard
 
 
 @dataclass
@@ -45,6 +33,13 @@ class Tally:
         self.dropped += other.dropped
         self.skipped += other.skipped
         self.seconds += other.seconds
+
+    def miss(self, lost: Lost) -> None:
+        """Count a clip that there is not; a scene that cannot be read is listed once, not for each of its clips."""
+        if not lost.broken:
+            self.dropped[lost.reason] += 1
+        elif (entry := Skipped(name=lost.name, reason=lost.reason)) not in self.skipped:
+            self.skipped.append(entry)
 
     @contextmanager
     def timed(self, step: str) -> Iterator[None]:
@@ -74,154 +69,54 @@ class Job:
     clips: tuple[tuple[Source, int], ...]
 
 
-def make_shard(job: Job, pipeline: TeacherPipeline, tick: Callable[[], None]) -> Tally:
+def make_shard(job: Job, pipeline: NovelViewPipeline, tick: Callable[[], None]) -> Tally:
     """Make and write a shard. ``tick`` is called for every clip, whatever becomes of it."""
-    tally, made = Tally(), []
+    tally, made, pixels = Tally(), [], []
+    settings = ClipSettings(**{one.name: getattr(job.settings, one.name) for one in fields(ClipSettings)})
     for scene, pairs in groupby(job.clips, key=lambda pair: pair[0]):
-        for result in scene_clips(scene, [number for _, number in pairs], job.settings, tally):
-            if isinstance(result, Unencoded):
-                with tally.timed("encode"):
-                    made.append(encoded(result, pipeline))
-            elif isinstance(result, Skipped):
-                if result not in tally.skipped:  # a scene is listed once, not for each of its clips
-                    tally.skipped.append(result)
+        for result in scene_clips(scene, [number for _, number in pairs], settings, tally.timed):
+            if isinstance(result, Lost):
+                tally.miss(result)
             else:
-                tally.dropped[result] += 1
-            del result  # pixels of a clip need not outlive it
+                with tally.timed("encode"):
+                    made.append((record_of(result), encoded(result, pipeline)))
+                if job.settings.keep_frames:
+                    pixels.append(Pixels(to_bytes(result.clip.truth), to_bytes(result.clip.render)))
+            del result  # its floats need not outlive it
             tick()
     with tally.timed("write"):
-        write_shard(job.path, job.settings, made, dict(sorted(tally.dropped.items())), tally.skipped)
+        write_shard(job.path, job.settings, made, dict(sorted(tally.dropped.items())), tally.skipped, pixels)
     tally.clips = len(made)
     return tally
 
 
-@dataclass(frozen=True)
-class Unencoded:
-    """A clip that passed the filters."""
-
-    record: ClipRecord
-    clip: Clip
-    photo: PhotoClip
-
-
-def scene_clips(
-    entry: Source, numbers: Sequence[int], settings: Settings, tally: Tally
-) -> Iterator[Unencoded | Skipped | str]:
-    """For each number a clip, or why it was dropped, or what was wrong with the input."""
-    try:
-        with tally.timed("read"):
-            opened = open_source(entry.path, settings.points)
-        with tally.timed("choose"):
-            generator = _generator(settings.seed, entry.name, "views")
-            arguments = (opened.scene, settings.clips_per_scene, settings.frames, settings.max_stride, generator)
-            windows = clip_windows(*arguments)
-    except CannotWrite:
-        raise
-    except UserError as error:
-        yield from [Skipped(name=entry.name, reason=str(error))] * len(numbers)
-        return
-    known = _evenly(settings.known_views, settings.frames)
-    wanted = [windows[number].views[frame] for number in numbers if number < len(windows) for frame in known]
-    with tally.timed("points"):
-        maps = Depths(opened.scene, settings, wanted)
-    for number in numbers:
-        if number >= len(windows):
-            yield FEW_WINDOWS
-            continue
-        try:
-            yield _clip(entry, opened, number, windows[number], known, maps, settings, tally)
-        except UserError as error:
-            yield Skipped(name=f"{entry.name}-{number:02d}", reason=str(error))
-
-
-def _clip(
-    entry: Source,
-    opened: Opened,
-    number: int,
-    window: Window,
-    known: Sequence[int],
-    maps: Depths,
-    settings: Settings,
-    tally: Tally,
-) -> Unencoded | str:
-    name, scene = f"{entry.name}-{number:02d}", opened.scene
-    depth = torch.stack([maps[window.views[frame]] for frame in known])
-    with tally.timed("load"):
-        size = (settings.height, settings.width)
-        photo = photo_clip(scene, name, window.views, known, *size, settings.half_pixel_shift, depth)
-    with tally.timed("render"):
-        clip, seen = render_clip(*photo, settings.radius)
-    with tally.timed("filter"):
-        figures = measure(clip, len(photo.points), seen, window.motion)
-    if reason := verdict(figures, settings.limits):
-        return reason
-    record = ClipRecord(
-        name=name,
-        scene=entry.name,
-        format=opened.format,
-        frames=[scene.image_paths[view].name for view in window.views],
-        known=list(known),
-        stride=window.stride,
-        points=maps.backend,
-        seed=_seed(settings.seed, entry.name, number),
-        figures=figures,
+def record_of(made: SceneClip) -> ClipRecord:
+    """Where a clip comes from, for the shard's header and the part's index."""
+    return ClipRecord(
+        name=made.clip.name,
+        scene=made.scene,
+        format=made.format,
+        frames=made.files,
+        known=made.known,
+        stride=made.stride,
+        points=made.backend,
+        seed=made.seed,
+        figures=made.figures,
     )
-    return Unencoded(record, clip, photo)
 
 
-class Depths:
-    """Depth by view, all from one call where that works: backends read and match all of a scene's photographs.
-
-    Where it fails each view is tried alone, when it is asked for, and raises its UserError then.
-    """
-
-    def __init__(self, scene: Scene, settings: Settings, views: Sequence[int]) -> None:
-        self._ask = lambda views: point_maps(scene, views, settings.height, settings.width, settings.points)
-        self._maps: dict[int, Tensor] = {}
-        self.backend = settings.points
-        if unique := sorted(set(views)):
-            with suppress(UserError):  # told by the view that it is about
-                self._keep(unique)
-
-    def __getitem__(self, view: int) -> Tensor:
-        if view not in self._maps:
-            self._keep([view])
-        return self._maps[view]
-
-    def _keep(self, views: list[int]) -> None:
-        depth, self.backend = self._ask(views)
-        self._maps |= dict(zip(views, depth, strict=True))
-
-
-def encoded(item: Unencoded, pipeline: TeacherPipeline) -> tuple[ClipRecord, ShardClip]:
-    """Latents of truth and render, image and text tokens; posterior samples are drawn from the record's seed."""
-    generator = torch.Generator().manual_seed(item.record.seed)
-    latents = pipeline.encode_frames(item.clip.truth[None], generator)
-    condition = pipeline.condition(item.clip.render[None], generator)
-    kept = torch.linspace(0, len(item.photo.points) - 1, CLOUD_POINTS).long()
-    clip = ShardClip(
+def encoded(made: SceneClip, pipeline: NovelViewPipeline) -> ShardClip:
+    """Latents of truth and render, and the condition; posterior samples are drawn from the clip's seed."""
+    generator = torch.Generator().manual_seed(made.seed)
+    latents = pipeline.encode_frames(made.clip.truth[None], generator)
+    condition = pipeline.condition(made.clip.render[None], generator)
+    kept = torch.linspace(0, len(made.points) - 1, CLOUD_POINTS).long()
+    return ShardClip(
         latents=latents[0].cpu(),
-        render_latents=condition["render_latents"][0].cpu(),
-        image_tokens=condition["image_tokens"][0].cpu(),
-        known=item.clip.known,
-        world_from_cam=item.photo.cameras.world_from_cam,
-        intrinsics=item.photo.cameras.intrinsics,
-        cloud_points=item.photo.points[kept],
-        cloud_colors=(item.photo.colors[kept] * 255).round().byte(),
-        text_tokens=condition["text_tokens"].cpu(),
+        condition={name: tensor[0].cpu() for name, tensor in condition.items()},
+        known=made.clip.known,
+        world_from_cam=made.clip.cameras.world_from_cam,
+        intrinsics=made.clip.cameras.intrinsics,
+        cloud_points=made.points[kept],
+        cloud_colors=(made.colors[kept] * 255).round().byte(),
     )
-    return item.record, clip
-
-
-def _evenly(count: int, frames: int) -> list[int]:
-    """``count`` of the frames 0..frames-1, ends included."""
-    return [0] if count == 1 else [round(k * (frames - 1) / (count - 1)) for k in range(count)]
-
-
-def _seed(*words: object) -> int:
-    digest = hashlib.sha256(f"fvgen prepare {' '.join(map(str, words))}".encode()).digest()
-    return int.from_bytes(digest[:6], "big")
-
-
-def _generator(*words: object) -> torch.Generator:
-    return torch.Generator().manual_seed(_seed(*words))

@@ -15,18 +15,18 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fvgen.clips.filters import LIMITS
-from fvgen.depth.maps import BACKENDS
+from fvgen.depth.maps import DEPTHS
 from fvgen.errors import UserError, did_you_mean
-from fvgen.pipelines.folders import check_device, load_pipeline
-from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.pipelines.folders import check_device
 from fvgen.posing.sources import Source, find_sources
+from fvgen.shards.encoders import encoders, load_encoders, placed, render_needs
 from fvgen.shards.format import (
     FORMAT,
     Part,
@@ -42,9 +42,7 @@ from fvgen.shards.one_shard import Job, Tally, make_shard, one_thread
 from fvgen.shards.order import clean_context
 from fvgen.system.files import TEMPORARY, recover, writable_folder, write_json
 
-VIEWCRAFTER_RADIUS = 0.01  # normalised device units, at frames of 288 rows or more
-SMALL_RADIUS_PIXELS = 1.44  # in smaller frames: what 0.01 is at 288 rows, and the built-in scenes have
-AS_GIVEN = ("max_stride", "points", "clips_per_scene", "clips_per_shard", "known_views", "seed")
+AS_GIVEN = ("max_stride", "points", "clips_per_scene", "clips_per_shard", "known_views", "seed", "keep_frames")
 
 Tick = Callable[[int], None]  # is called with the number of clips that are done, one way or another
 
@@ -53,14 +51,15 @@ Tick = Callable[[int], None]  # is called with the number of clips that are done
 class PrepareConfig:
     """What decides about the clips, beside their sources.
 
-    frames, size: of a clip (height, width); None is the teacher's own number, and 320x512 (48x64 for "tiny").
+    frames, size: of a clip (height, width); None is what the teacher was trained with, see `render_needs`.
     max_stride: strides are drawn from 1 to this (FVGen: 4), see `clip_windows`.
-    teacher: a preset or the folder of a teacher, whose encoders make latents and tokens.
+    teacher: a preset or the folder of a teacher or student, whose encoders make latents and tokens.
     points: where depth comes from, see `point_maps`; "dust3r" also poses what has no poses.
     clips_per_scene: how many are tried of each scene; what the filters drop is not made up for.
     known_views: frames that the cloud is made from, evenly spaced; the first and, from two on, the last are known.
-    half_pixel_shift: see `unproject`; None is on for teachers with ViewCrafter's image preprocessing.
-    limits: changes to `quality.LIMITS`.
+    half_pixel_shift: see `unproject`; None is what the teacher was trained with.
+    limits: changes to `filters.LIMITS`.
+    keep_frames: keep the pixels too, so that models can be scored on the clips: 16 MB a clip of 16 frames at 320x512.
     """
 
     frames: int | None = None
@@ -74,33 +73,27 @@ class PrepareConfig:
     seed: int = 0
     half_pixel_shift: bool | None = None
     limits: dict[str, float] = field(default_factory=dict)
+    keep_frames: bool = False
 
-    def settings(self, scenes: Sequence[Source], pipeline: TeacherPipeline) -> Settings:
+    def settings(self, scenes: Sequence[Source], pipeline: NovelViewPipeline) -> Settings:
         """With what is left open filled in. Raises UserError for what cannot work."""
-        frames = pipeline.frames if self.frames is None else self.frames
-        height, width = self.size or ((48, 64) if self.teacher == "tiny" else (320, 512))
-        if self.points not in BACKENDS and self.points != "auto":
-            raise UserError(f"unknown source of points {self.points!r}{did_you_mean(self.points, [*BACKENDS, 'auto'])}")
+        if self.points not in DEPTHS and self.points != "auto":
+            raise UserError(f"unknown source of points {self.points!r}{did_you_mean(self.points, [*DEPTHS, 'auto'])}")
         for name in ("max_stride", "clips_per_scene", "clips_per_shard"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give at least 1")
-        if min(height, width) < 1:
-            raise UserError(f"size {height}x{width} is too small; give, for example, 320x512")
-        if not 1 <= self.known_views < frames:
-            raise UserError(
-                f"{self.known_views} known views do not suit {frames} frames; give at least 1, and fewer than frames"
-            )
         for name in self.limits:
             if name not in LIMITS:
                 raise UserError(f"unknown limit {name!r}{did_you_mean(name, LIMITS)}")
-        pipeline.check_clip(frames, height, width)
+        needs = render_needs(pipeline, self.frames, self.size, self.half_pixel_shift)
+        if not 1 <= self.known_views < needs.frames:
+            raise UserError(
+                f"{self.known_views} known views do not suit {needs.frames} frames; "
+                "give at least 1, and fewer than frames"
+            )
         return Settings(
             scenes=hashlib.sha256("\n".join(scene.name for scene in scenes).encode()).hexdigest(),
-            frames=frames,
-            height=height,
-            width=width,
-            radius=max(VIEWCRAFTER_RADIUS, 2 * SMALL_RADIUS_PIXELS / min(height, width)),
-            half_pixel_shift=pipeline.half_pixel_shift if self.half_pixel_shift is None else self.half_pixel_shift,
+            **needs._asdict(),
             teacher=Path(self.teacher).name,
             encoder=pipeline.encoder_fingerprint(),
             limits=LIMITS | self.limits,
@@ -138,7 +131,7 @@ def prepare(
         raise UserError(f"part {index}/{parts} does not exist; count from 1/{parts} to {parts}/{parts}")
     check_device(device)
     scenes = find_sources(sources)
-    pipeline = load_pipeline(config.teacher, TeacherPipeline)
+    pipeline = load_encoders(config.teacher)
     settings = config.settings(scenes, pipeline)
     jobs = _jobs(out, config, settings, scenes, index, parts)
     claim(out, settings, index, parts)
@@ -148,7 +141,7 @@ def prepare(
     tick = (lambda count: on_progress(ready + count, total)) if on_progress else (lambda count: None)
     tick(0)
     workers = min(workers or os.cpu_count() or 1, max(1, len(left)))
-    tally = _in_processes(left, workers, device, tick) if workers > 1 else _here(left, pipeline.to(device), tick)
+    tally = _in_processes(left, workers, device, tick) if workers > 1 else _here(left, placed(pipeline, device), tick)
     return finish(out, jobs, settings, index, parts, tally.seconds)
 
 
@@ -183,8 +176,8 @@ def claim(out: Path, settings: Settings, index: int, parts: int) -> None:
             theirs = read_part(path.read_text(errors="replace"), str(path))
             if theirs.parts != parts:
                 raise UserError(f"{out} holds parts of {theirs.parts}, not of {parts}; {cure}")
-            for key, value in settings.model_dump().items():
-                if (other := getattr(theirs.settings, key)) != value:
+            for key in Settings.model_fields:
+                if (other := getattr(theirs.settings, key)) != (value := getattr(settings, key)):
                     raise UserError(f"{out} holds shards of other settings ({key}: {other!r}, not {value!r}); {cure}")
     writable_folder(out)
     if not mine.exists():
@@ -225,7 +218,7 @@ def finish(out: Path, jobs: Sequence[Job], settings: Settings, index: int, parts
 # --- Processes ---
 
 
-def _here(jobs: Sequence[Job], pipeline: TeacherPipeline, tick: Tick) -> Tally:
+def _here(jobs: Sequence[Job], pipeline: NovelViewPipeline, tick: Tick) -> Tally:
     """One after the other, in this process."""
     tally, done = Tally(), 0
 
@@ -280,12 +273,4 @@ def _work(job: Job, device: str) -> Tally:
         with _DONE.get_lock():
             _DONE.value += 1
 
-    return make_shard(job, _encoders(job.teacher, device), count)
-
-
-@cache
-def _encoders(teacher: str, device: str) -> TeacherPipeline:
-    """The teacher without its network, which encodes nothing and is the largest part."""
-    pipeline = load_pipeline(teacher, TeacherPipeline)
-    pipeline.register_modules(**{pipeline.network_part: None})
-    return pipeline.to(device)
+    return make_shard(job, encoders(job.teacher, device), count)

@@ -14,14 +14,25 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fvgen.clips.clip import Clip
 from fvgen.clips.latents import LatentBatch, LatentSet
 from fvgen.errors import UserError, first_line
+from fvgen.geometry.cameras import Cameras
 from fvgen.models.condition import Condition
-from fvgen.shards.format import PER_CLIP, Part, ShardClip, Skipped, part_file, read_header, read_part
+from fvgen.shards.format import (
+    PER_CLIP,
+    PIXELS,
+    Part,
+    ShardClip,
+    Skipped,
+    condition_names,
+    part_file,
+    read_header,
+    read_part,
+)
 from fvgen.system.places import Place, open_place, sha256_of
 
 OPEN_FILES = 32
-OWN, SHARED = ("render_latents", "image_tokens"), ("text_tokens",)  # the condition's tensors: a clip's, and all clips'
 
 
 class ShardSet(LatentSet):
@@ -56,19 +67,39 @@ class ShardSet(LatentSet):
     def __getitem__(self, index: int) -> ShardClip:
         file, row = self._file(self.shard_of[index]), self._rows[index]
         try:
-            text = file.get_tensor("text_tokens")[0]
-            return ShardClip(*(file.get_slice(key)[row] for key in PER_CLIP), text)
+            own = {key: file.get_slice(key)[row] for key in PER_CLIP}
+            slices = {name: file.get_slice(name) for name in condition_names(file.keys())}
+            rows = {name: row if tensors.get_shape()[0] > 1 else 0 for name, tensors in slices.items()}
+            return ShardClip(condition={name: slices[name][rows[name]] for name in slices}, **own)
         except (SafetensorError, OSError) as error:
-            name = self.shards[self.shard_of[index]].file
-            raise self._damaged(name, f"does not hold what its index says ({first_line(error)})") from error
+            raise self._lying(index, error) from error
+
+    def clips(self) -> ShardClips:
+        """The clips with their pixels. Raises UserError for shards that hold none."""
+        if not self.settings.keep_frames:
+            raise UserError(
+                f"the shards in {self.place} hold latents but no pixels, which scoring needs; prepare their scenes "
+                "again with --keep-frames and another --out"
+            )
+        return ShardClips(self)
+
+    def clip(self, index: int) -> Clip:
+        """One clip with its pixels and cameras, of shards that keep their frames."""
+        shard, row = self._file(self.shard_of[index]), self._rows[index]
+        try:
+            truth, render = (shard.get_slice(key)[row].float() / 255 for key in PIXELS)
+            known, poses, intrinsics = (shard.get_slice(k)[row] for k in ("known", "world_from_cam", "intrinsics"))
+        except (SafetensorError, OSError) as error:
+            raise self._lying(index, error) from error
+        return Clip(self.names[index], truth, render, known, Cameras(poses, intrinsics, self.height, self.width))
 
     def batch(self, indices: Tensor | Sequence[int], device: str | torch.device = "cpu") -> LatentBatch:
         """The clips at ``indices`` as one batch."""
         clips = [self[int(index)] for index in indices]
-        latents, *own = (torch.stack([getattr(clip, key) for clip in clips]) for key in ("latents", *OWN))
-        shared = {key: getattr(clips[0], key)[None] for key in SHARED}
-        condition = Condition(**dict(zip(OWN, own, strict=True)), **shared)
-        return LatentBatch(latents.to(device, non_blocking=True), condition.to(device, non_blocking=True))
+        latents = torch.stack([clip.latents for clip in clips])
+        named = {name: torch.stack([clip.condition[name] for clip in clips]) for name in clips[0].condition}
+        condition = Condition(**named).to(device, non_blocking=True)
+        return LatentBatch(latents.to(device, non_blocking=True), condition)
 
     def check_encoder(self, fingerprint: str, model: str) -> None:
         """Raises UserError where the latents were made by other encoders than those of ``model``."""
@@ -124,10 +155,28 @@ class ShardSet(LatentSet):
             self._open.popitem(last=False)
         return self._open[number]
 
+    def _lying(self, index: int, error: Exception) -> UserError:
+        name = self.shards[self.shard_of[index]].file
+        return self._damaged(name, f"does not hold what its index says ({first_line(error)})")
+
     def _damaged(self, file: str, what: str) -> UserError:
         return UserError(
             f"shard {self.place}/{file} {what}; copy it again, or delete it and its part-*.json and prepare again"
         )
+
+
+class ShardClips(Sequence[Clip]):
+    """The clips of a `ShardSet` as a folder of clips has them, read when asked for."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self.shards, self.names = shards, shards.names
+        self.frames, self.height, self.width = shards.frames, shards.height, shards.width
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Clip:
+        return self.shards.clip(range(len(self))[index])
 
 
 def holds_shards(path: str | Path) -> bool:

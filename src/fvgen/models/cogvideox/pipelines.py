@@ -139,6 +139,11 @@ class _CogVideoXParts(NovelViewPipeline):
         return self.vae
 
     @property
+    def frame_size(self) -> tuple[int, int]:
+        config, factor = self.transformer.config, space_factor(self.vae.config)
+        return config.sample_height * factor, config.sample_width * factor
+
+    @property
     def frames(self) -> int:
         return self.transformer.config.sample_frames
 

@@ -227,6 +227,11 @@ class _ViewCrafterParts(NovelViewPipeline):
         return self.unet.config.temporal_length
 
     @property
+    def frame_size(self) -> tuple[int, int]:
+        """Published models were trained at 320x512 or more, the tiny one at 48x64."""
+        return (320, 512) if self.half_pixel_shift else (48, 64)
+
+    @property
     def half_pixel_shift(self) -> bool:
         return self.config.image_resize == "viewcrafter"
 

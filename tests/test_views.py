@@ -11,7 +11,7 @@ import torch
 
 from fvgen.clips.clip import Clip
 from fvgen.clips.filters import LIMITS, measure, sharpness, verdict
-from fvgen.clips.windows import capture_order, clip_windows
+from fvgen.clips.views import capture_order, clip_windows
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, look_at, pinhole
 from fvgen.scenes.scene import Scene

@@ -1,0 +1,88 @@
+"""A folder of clips with their pixels: ``clips.safetensors`` (all clips, stacked, 8-bit) and ``index.json`` (names,
+sizes, provenance). Its latents are cached beside it: see `fvgen.clips.latents`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from fvgen.clips.clip import Clip, to_bytes
+from fvgen.errors import UserError
+from fvgen.system.files import atomic_path
+
+FORMAT = 1
+
+
+class ClipFolder:
+    """A folder of prepared clips, read lazily: ``folder[i]`` is a `Clip`."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.index = _read_index(self.path)
+        self.names: list[str] = self.index["names"]
+        file = self.path / "clips.safetensors"
+        try:
+            self._file = safe_open(str(file), framework="pt")
+            truth, render, known = (self._file.get_slice(key).get_shape() for key in ("truth", "render", "known"))
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged or missing ({error}); delete {path} and prepare it again") from error
+        if len(truth) != 5 or truth != render or known != truth[:2] or truth[0] != len(self.names):
+            raise UserError(f"{file} does not fit its index.json; delete {path} and prepare it again")
+        self.frames, self.height, self.width = truth[1], truth[3], truth[4]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> Clip:
+        truth, render = (self._file.get_slice(key)[index].float() / 255 for key in ("truth", "render"))
+        return Clip(self.names[index], truth, render, self._file.get_slice("known")[index])
+
+
+def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFolder:
+    """Write clips of one size to the folder ``path``, whole or not at all; ``source`` says where they come from.
+
+    Replaces earlier clips; raises UserError for a folder that holds anything else, and for a full disk.
+    """
+    if Path(path).is_dir() and any(Path(path).iterdir()) and not (Path(path) / "index.json").exists():
+        raise UserError(f"{path} holds something other than prepared clips; choose another folder for them")
+    shapes = {tuple(clip.truth.shape) for clip in clips}
+    assert len(shapes) == 1, f"clips of one size expected, got {shapes}"
+    tensors = {
+        "truth": torch.stack([to_bytes(clip.truth) for clip in clips]),
+        "render": torch.stack([to_bytes(clip.render) for clip in clips]),
+        "known": torch.stack([clip.known for clip in clips]),
+    }
+    frames, _, height, width = shapes.pop()
+    index = {
+        "format": FORMAT,
+        "frames": frames,
+        "height": height,
+        "width": width,
+        "source": source,
+        "names": [clip.name for clip in clips],
+    }
+    with atomic_path(path) as folder:
+        folder.mkdir()
+        save_file(tensors, folder / "clips.safetensors")
+        (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+    return ClipFolder(path)
+
+
+def _read_index(path: Path) -> dict:
+    file = path / "index.json"
+    if not path.is_dir():
+        state = "is a file, not a folder" if path.exists() else "does not exist"
+        raise UserError(f"data folder {path} {state}; prepare clips first or give another folder")
+    try:
+        index = json.loads(file.read_text())
+        if index["format"] != FORMAT or not index["names"] or not isinstance(index["names"], list):
+            raise KeyError("format")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is no index of prepared clips; prepare them again or give another folder") from error
+    return index

@@ -1,0 +1,80 @@
+"""The clips that models are scored on, wherever they are: built-in ones, a folder of clips, prepared shards that kept
+their frames, or scenes, photographs and videos, which are prepared first."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from rich.progress import Progress
+
+from fvgen.clips.builtin import builtin_clips
+from fvgen.clips.folder import ClipFolder
+from fvgen.errors import UserError
+from fvgen.posing.sources import find_sources
+from fvgen.shards.prepare import prepare
+from fvgen.shards.reader import ShardClips, ShardSet, holds_shards
+
+BUILTIN_CLIPS = 16
+
+Kind = Literal["builtin", "shards", "clips", "scenes"]
+Clips = ClipFolder | ShardClips  # both have a length, `Clip`s by place, names, frames, height and width
+T = TypeVar("T")
+
+
+def kind_of(data: str | Path) -> Kind:
+    """What a user's word for data means, told by its files without reading them. Raises UserError for nothing known."""
+    if str(data) == "builtin":
+        return "builtin"
+    if holds_shards(data):
+        return "shards"
+    if (Path(data) / "index.json").exists():
+        return "clips"
+    find_sources([data])
+    return "scenes"
+
+
+def open_clips(data: str | Path, prepared: str | Path, model: str, **choices: Any) -> Clips:
+    """The clips of ``data`` with their pixels.
+
+    Args:
+        data: "builtin" (the test split), or a path of any `kind_of`; shards may be at an address, too.
+        prepared: a folder for the shards of scenes; what is there already is taken as it is.
+        model: preset or folder of the model whose needs decide how scenes are prepared, see `render_needs`.
+        choices: for scenes, of `fvgen.shards.prepare.prepare`.
+
+    Raises UserError for data that are damaged, hold no pixels, or give no clip.
+    """
+    kind = kind_of(data)
+    if kind == "builtin":
+        return builtin_clips("test", BUILTIN_CLIPS)
+    if kind == "clips":
+        return ClipFolder(data)
+    if kind == "scenes":
+        data = prepare_scenes([data], prepared, teacher=model, keep_frames=True, **choices)
+    return ShardSet(data).clips()
+
+
+def prepare_scenes(sources: Sequence[str | Path], out: str | Path, **choices: Any) -> Path:
+    """`prepare` with a bar, and a line on stderr for each scene or clip that was skipped; returns ``out``."""
+    with Progress() as bar:
+        task = bar.add_task(f"clips for {Path(out).name}", total=None)
+        tally = prepare(
+            sources, out, on_progress=lambda done, total: bar.update(task, completed=done, total=total), **choices
+        )
+    for entry in tally.skipped:
+        print(f"fvgen: skipped {entry.name}: {entry.reason}", file=sys.stderr)
+    return Path(out)
+
+
+def split(scenes: Sequence[T]) -> tuple[list[T], list[T]]:
+    """(train, held out): every fourth scene is held out, at least one, beginning with the second.
+
+    Raises UserError for a single scene: what the student has seen cannot judge it.
+    """
+    if len(scenes) < 2:
+        raise UserError("one scene cannot be split into training and held-out scenes; give a folder with two or more")
+    train = [scene for index, scene in enumerate(scenes) if index % 4 != 1]
+    return train, list(scenes[1::4])
