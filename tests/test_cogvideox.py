@@ -14,7 +14,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXT
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fvgen.clips.clip import Clip, ClipFolder, save_clips
+from fvgen.clips.clip import Clip
+from fvgen.clips.folder import ClipFolder, save_clips
 from fvgen.clips.latents import load_latents
 from fvgen.distill import StageConfig, Trainer, export_checkpoint, read_metrics, read_stage_config, run, stage_config
 from fvgen.models.cogvideox.family import FAMILY, noise_schedule
