@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,11 +68,3 @@ def to_bytes(image: Tensor) -> Tensor:
 
 def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def __getattr__(name: str) -> Any:  # where the trainer and the planner look for it until they say `fvgen.clips.folder`
-    if name != "ClipFolder":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from fvgen.clips.folder import ClipFolder
-
-    return ClipFolder

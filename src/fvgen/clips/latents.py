@@ -31,8 +31,8 @@ class LatentBatch:
     condition: Condition
 
     def to(self, device: str | torch.device) -> LatentBatch:
-        """The same on another device."""
-        return LatentBatch(self.latents.to(device, non_blocking=True), self.condition.to(device))
+        """The same batch on another device."""
+        return LatentBatch(self.latents.to(device, non_blocking=True), self.condition.to(device, non_blocking=True))
 
 
 class LatentSet:

@@ -6,10 +6,10 @@ import hashlib
 
 import torch
 
-from fvgen.clips.latents import LatentSet
 from fvgen.distill.config import StageConfig
 from fvgen.distill.draws import Draws
 from fvgen.distill.methods.base import Part
+from fvgen.shards.order import ClipLoader
 from fvgen.system.processes import World
 
 
@@ -20,14 +20,15 @@ def iteration_generator(seed: int, method: str, iteration: int) -> torch.Generat
 
 
 class Dealer:
-    """Called, it hands out this process's clips of the next global batch, in ``accumulation`` parts.
+    """Called, it hands out this process's clips of the next global batch, in ``accumulation`` parts, from a loader that
+    outlives the iteration.
 
     Process r of n has the r-th of n equal runs of rows, so that n processes make together the update of one. All that
-    an iteration draws comes from one stream: a batch's clips, then its parts' numbers, then the next batch's clips.
+    an iteration draws comes from one stream of its own, batch after batch.
     """
 
-    def __init__(self, latents: LatentSet, config: StageConfig, world: World, iteration: int) -> None:
-        self.latents, self.config, self.world = latents, config, world
+    def __init__(self, loader: ClipLoader, config: StageConfig, world: World, iteration: int) -> None:
+        self.loader, self.config, self.world = loader, config, world
         self.generator = iteration_generator(config.run.seed, config.name, iteration)
         self.last: list[Part] = []
 
@@ -38,8 +39,7 @@ class Dealer:
         size = total // (self.world.size * count)
         first = self.world.rank * size * count
         rows = [slice(first + k * size, first + (k + 1) * size) for k in range(count)]
-        indices = torch.randint(len(self.latents), (total,), generator=self.generator)
-        batches = [self.latents.batch(indices[part], self.config.run.device) for part in rows]
+        batches = [next(self.loader).to(self.config.run.device) for _ in rows]
         whole = Draws(self.generator, total)
         draws = [Draws(self.generator, total, rows[0])] if count == 1 else [whole.copy(part) for part in rows]
         self.last = [Part(*pair) for pair in zip(batches, draws, strict=True)]

@@ -37,9 +37,14 @@ class Run(Owner):
 class Data(Owner):
     """What to learn from."""
 
+    resumable = frozenset({"workers"})
+
     data: str = Field("builtin", description="'builtin' scenes, a folder of clips, or shards (a folder, s3://, ...)")
     clips: int = Field(64, ge=1, description="how many built-in clips to train on; ignored for a folder")
     batch_size: int = Field(4, ge=1)
+    workers: int = Field(
+        0, ge=0, description="processes that read clips ahead; 0 is a thread, enough but for slow places"
+    )
 
 
 class Optimizer(Owner):

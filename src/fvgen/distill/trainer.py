@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from fvgen.clips.builtin import builtin_clips
-from fvgen.clips.clip import ClipFolder
+from fvgen.clips.folder import ClipFolder
 from fvgen.clips.latents import LatentSet, load_latents
 from fvgen.distill.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from fvgen.distill.config import RunConfig, StageConfig
@@ -37,6 +37,7 @@ from fvgen.errors import Stopped, UserError, did_you_mean
 from fvgen.models.family import family_of
 from fvgen.pipelines.folders import check_device, load_pipeline, model_folder, model_kind
 from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.shards.order import ClipLoader
 from fvgen.shards.reader import ShardSet, holds_shards
 from fvgen.system.files import append_line, no_leftovers
 
@@ -98,7 +99,16 @@ class Trainer:
             part.to("cpu" if self.world.is_main else "meta")
         self.clock = Clock()
         self.facts = {"stage": config.name, "model": fingerprint(self.method)}
-        self.things = things(self.method) | {"clock": self.clock}
+        self.loader = ClipLoader(
+            self.latents,
+            config.data.batch_size,
+            config.run.seed,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            parts=config.memory.accumulation,
+            workers=config.data.workers,
+        )
+        self.things = things(self.method) | {"clock": self.clock, "data": self.loader}
 
     def train(self) -> Path:
         """Run (or finish) the stage; returns the student's folder. Raises Stopped after SIGTERM, all saved."""
@@ -139,7 +149,7 @@ class Trainer:
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration of the method; returns its row of metrics."""
-        deal = Dealer(self.latents, self.config, self.world, iteration)
+        deal = Dealer(self.loader, self.config, self.world, iteration)
         return finite_row(self.reduce(self.method.iterate(iteration, deal)))
 
     def reduce(self, rows: list[Metrics]) -> dict[str, float]:

@@ -204,7 +204,7 @@ def clip_size(data: str, frames: int | None, height: int | None, width: int | No
 
         found = FRAMES, HEIGHT, WIDTH
     else:
-        from fvgen.clips.clip import ClipFolder
+        from fvgen.clips.folder import ClipFolder
         from fvgen.shards.reader import ShardSet, holds_shards
 
         clips = ShardSet(data) if holds_shards(data) else ClipFolder(Path(data))
