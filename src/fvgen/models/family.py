@@ -21,9 +21,6 @@ from fvgen.models.denoiser import Call
 
 if TYPE_CHECKING:
     from fvgen.diffusion.schedule import NoiseSchedule
-    from fvgen.pipelines.base import NovelViewPipeline
-    from fvgen.pipelines.student import StudentPipeline
-    from fvgen.pipelines.teacher import TeacherPipeline
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,8 @@ class Family:
     Args:
         name: its own.
         teachers, students: class names of its pipelines, as ``model_index.json`` writes them; the first one is made.
-        pipeline: class name -> pipeline class (imported when asked for: diffusers takes seconds).
+        pipeline: class name -> subclass of `fvgen.pipelines.base.NovelViewPipeline` (imported when asked for: diffusers
+            takes seconds).
         call: how its network is run, see `fvgen.models.denoiser.Call`.
         tap_widths: network -> width of the features at each tap, in the order in which they are computed.
         default_tap: network -> where the discriminator looks if nobody says otherwise.
@@ -70,7 +68,7 @@ class Family:
     name: str
     teachers: tuple[str, ...]
     students: tuple[str, ...]
-    pipeline: Callable[[str], type[NovelViewPipeline]]
+    pipeline: Callable[[str], type[Any]]
     call: Call
     tap_widths: Callable[[nn.Module], dict[str, int]]
     default_tap: Callable[[nn.Module], str]
@@ -86,7 +84,7 @@ class Family:
                 raise UserError(f"taps={tap}: this teacher's network has no such tap; choose among {', '.join(known)}")
         return [known[tap] for tap in taps]
 
-    def student_of(self, teacher: TeacherPipeline, network: nn.Module, steps: int) -> StudentPipeline:
+    def student_of(self, teacher: Any, network: nn.Module, steps: int) -> Any:
         """A student pipeline with the teacher's other components and settings."""
         return self.pipeline(self.students[0]).from_teacher(teacher, network, steps)
 

@@ -28,12 +28,12 @@ from fvgen.pipelines.frames import (
     with_photographs,
 )
 from fvgen.pipelines.hub import FolderOnHub
+from fvgen.pipelines.options import OnStepEnd
 
 if TYPE_CHECKING:
     from fvgen.diffusion.schedule import NoiseSchedule
     from fvgen.models.family import Family
 
-OnStepEnd = Callable[[Any, int, int, dict], dict | None]  # diffusers' callback_on_step_end
 Sample = Callable[..., Tensor]
 
 

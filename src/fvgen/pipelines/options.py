@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fvgen.pipelines.base import OnStepEnd
+OnStepEnd = Callable[[Any, int, int, dict], dict | None]  # diffusers' callback_on_step_end
 
 
 class CallOptions(TypedDict, total=False):

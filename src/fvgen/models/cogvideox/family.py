@@ -4,7 +4,8 @@ noisy ones."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,6 @@ from fvgen.models.cogvideox.vae import latent_size
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Prediction
 from fvgen.models.family import Blueprint, Family, Size
-
-if TYPE_CHECKING:
-    from fvgen.pipelines.base import NovelViewPipeline
 
 GUIDANCE = 6.0
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
@@ -89,11 +87,9 @@ def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
     return Blueprint(network, example, lambda: noise_schedule(files["scheduler"]), guidance)
 
 
-def pipeline(class_name: str) -> type[NovelViewPipeline]:
+def pipeline(class_name: str) -> type[Any]:
     """One of the two pipeline classes."""
-    from fvgen.models.cogvideox import pipelines
-
-    return getattr(pipelines, class_name)
+    return getattr(import_module("fvgen.models.cogvideox.pipelines"), class_name)
 
 
 FAMILY = Family(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,6 @@ from fvgen.errors import UserError
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Prediction
 from fvgen.models.family import Blueprint, Family, Size
-
-if TYPE_CHECKING:
-    from fvgen.pipelines.base import NovelViewPipeline
 
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out", "to_k_image", "to_v_image", "proj_in", "proj_out", "net.0.proj", "net.2"),
@@ -81,11 +79,9 @@ def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
     return Blueprint(network, example, schedule, float(index.get("guidance", 7.5)))
 
 
-def pipeline(class_name: str) -> type[NovelViewPipeline]:
+def pipeline(class_name: str) -> type[Any]:
     """One of the two pipeline classes."""
-    from fvgen.models.viewcrafter import pipelines
-
-    return getattr(pipelines, class_name)
+    return getattr(import_module("fvgen.models.viewcrafter.pipelines"), class_name)
 
 
 FAMILY = Family(
