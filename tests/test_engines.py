@@ -346,6 +346,10 @@ def test_parts_that_do_not_divide(stage):
     [
         ({"student_lora": True}, "needs share_backbone=true"),
         ({"offload_teacher": True}, "needs deepspeed=FILE"),
+        (
+            {"offload_teacher": True, "share_backbone": True, "deepspeed": "zero2.json"},
+            "offload_teacher=true does not go with share_backbone=true",
+        ),
         ({"same_noise": True, "accumulation": 2}, "same_noise=true needs accumulation=1"),
     ],
 )
