@@ -17,7 +17,7 @@ from fvgen.diffusion.samplers import few_step
 from fvgen.diffusion.schedule import trailing_timesteps
 from fvgen.distill.draws import Draws
 from fvgen.distill.learners import make_learner
-from fvgen.distill.methods.base import Setup
+from fvgen.distill.methods.base import Part, Setup
 from fvgen.distill.methods.dmd import Dmd
 from fvgen.objectives.gan import approximate_r1, generator_loss
 from fvgen.system.processes import ALONE
@@ -158,6 +158,24 @@ def test_r1_is_nothing_at_identical_logits_and_counts_otherwise(play):
     assert norms[1e4] > 2 * norms[1.0]
     blind(method)
     assert method.update_head(method.roll_out(batch, draws()), draws(1))["loss_r1"] == 0
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_skipped_update_of_an_earlier_turn_is_seen(play, parts):
+    method, batch = play("dmd", critic_updates=3, accumulation=parts)
+    broken = LatentBatch(torch.full_like(batch.latents, torch.nan), batch.condition)
+    turns = iter([batch, broken, batch])
+
+    def deal() -> list[Part]:
+        clips = next(turns)
+        return [Part(clips, draws(part)) for part in range(parts)]
+
+    rows = method.iterate(1, deal)
+    seen = {key for row in rows for key, value in row.items() if value is not None and not value.isfinite()}
+    assert {"loss_head", "grad_norm_head", "loss_fake_score", "grad_norm_fake_score"} <= seen
+    assert not any("student" in key for key in seen) and rows[-1]["grad_norm_student"] > 0
+    steps = [learner.engine.state_dict()["step"] for learner in method.learners.values()]
+    assert steps == [1, 2, 2]
 
 
 # --- Distribution matching ---

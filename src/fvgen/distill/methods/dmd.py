@@ -216,11 +216,12 @@ class Dmd(Method):
     def iterate(self, iteration: int, deal: Deal) -> list[Metrics]:
         """``critic_updates`` updates of the critics, then one of the student, on the last rollout."""
         settings, student_learns = self.settings, iteration > self.settings.head_warmup
+        rows: list[Metrics] = []
         for turn in range(settings.critic_updates):
+            earlier, rows = rows, []
             parts = deal()
             starts = [draws.copy() for _, draws in parts] if len(parts) > 1 else []
             shared = student_learns and turn == settings.critic_updates - 1 and len(parts) == 1
-            rows: list[Metrics] = []
             for batch, draws in parts:
                 with torch.set_grad_enabled(shared):
                     rollout = self.roll_out(batch, draws)
@@ -229,6 +230,8 @@ class Dmd(Method):
                 else:
                     metrics, seen = self.update_critics(rollout, draws), None
                 rows.append(metrics)
+            if earlier:
+                rows = [_heeding(row, before) for row, before in zip(rows, earlier, strict=True)]
         if student_learns:
             for index, (batch, draws) in enumerate(parts):
                 if not shared:  # the same rollout once more, with a graph: keeping all parts' graphs takes more memory
@@ -408,6 +411,13 @@ class Dmd(Method):
         weights = {"weight_h": h.mean(), "weight": weight.mean()}
         extremes = {"weight_min": weight.min(), "weight_max": weight.max()}
         return loss, ratios | weights | extremes
+
+
+def _heeding(row: Metrics, earlier: Metrics) -> Metrics:
+    """A turn's numbers, or in their places those of the ``earlier`` turn that are none: its updates were skipped, and the
+    log and the guard see one row of an iteration."""
+    pairs = {name: (value, earlier[name]) for name, value in row.items() if value is not None}
+    return row | {name: torch.where(old.isfinite(), new, old) for name, (new, old) in pairs.items()}
 
 
 def _sum(losses: list[Tensor]) -> Tensor:
