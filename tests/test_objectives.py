@@ -271,6 +271,19 @@ def test_normalizer_divides_by_what_came_before_and_by_nothing_else() -> None:
     assert normalizer.normalize(torch.tensor([7.0]), t) == 4.0
 
 
+def test_processes_share_their_means_in_one_collective() -> None:
+    h, t = normal(6, seed=1).exp().float(), torch.tensor([0, 999, 500, 501, 99, 100])
+    whole, shared, calls = RatioNormalizer(), RatioNormalizer(), []
+
+    def gather(x: Tensor) -> Tensor:  # of the first of two processes: the other one has the other half
+        calls.append(x)
+        return torch.cat([x, torch.stack([h[3:], t[3:].float()], dim=1)])
+
+    expected = whole.normalize(h, t)
+    assert torch.equal(shared.normalize(h[:3], t[:3], gather), expected[:3])
+    assert len(calls) == 1 and torch.equal(shared.mean(t), whole.mean(t))
+
+
 def test_normalizer_keeps_noise_levels_apart() -> None:
     normalizer = RatioNormalizer(bins=10)
     t = torch.arange(1000)

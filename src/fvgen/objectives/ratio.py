@@ -73,12 +73,12 @@ class RatioNormalizer(nn.Module):
     @torch.no_grad()
     def normalize(self, h: Tensor, t: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """h [B] at timesteps t [B], divided by the mean that earlier calls left -> [B]; then h joins the
-        mean. ``gather`` [B] -> [n B] makes that the h and t of all processes, in the same order everywhere."""
+        mean. ``gather`` [B, ...] -> [n B, ...] makes that the h and t of all processes, in the same order
+        everywhere; it is called once."""
         normalized = full_precision(h) / self.mean(t).clamp(min=TINY)
-        if gather is None:
-            self.update(h, t)
-        else:
-            self.update(gather(h), gather(t))
+        if gather is not None:
+            h, t = gather(torch.stack([full_precision(h), t], dim=1)).unbind(1)  # float32 holds every timestep
+        self.update(h, t)
         return normalized
 
     def _bin(self, t: Tensor) -> Tensor:
