@@ -227,6 +227,50 @@ def test_the_weight_scales_the_pull(play):
     torch.testing.assert_close(large["loss_student_dmd"] / small["loss_student_dmd"], ratio**2, rtol=1e-3, atol=0)
 
 
+def test_a_constant_on_a_relativistic_logit_does_not_weigh(play):
+    """The head's loss cannot see it, and the matching loss must not."""
+    weights, constants = {}, {}
+    for bias in (0.0, 6.0):
+        method, batch = play("dmd", gan_kind="relativistic", head_lr=1e-12, ratio_bins=1, ratio_decay=0.5)
+        shout(method)
+        nn.init.constant_(method.critic.head.layers[-1].bias, bias)
+        rollout = method.roll_out(batch, draws())
+        for i in range(10):
+            method.update_head(rollout, draws(i))
+        row = method.update_student(rollout, draws(1))
+        weights[bias], constants[bias] = row["weight_h"], row["ratio_constant"]
+    torch.testing.assert_close(constants[6.0] - constants[0.0], torch.tensor(6.0), rtol=0, atol=0.05)
+    torch.testing.assert_close(weights[6.0], weights[0.0], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"gan_kind": "relativistic"}, True),
+        ({"gan_kind": "non_saturating"}, False),  # its logit is log r
+        ({"gan_kind": "relativistic", "divergence": "reverse_kl"}, False),  # no ratio counts
+    ],
+)
+def test_the_constant_is_kept_where_ratios_weigh(play, changes, kept):
+    method, batch = play("dmd", **changes)
+    method.update_head(method.roll_out(batch, draws()), draws(1))
+    assert ("ratio_constant" in method.states) == kept
+    if kept:
+        assert method.states["ratio_constant"].constant.count_nonzero() > 0
+
+
+def test_pairs_tell_a_head_that_only_knows_differences(play):
+    """Far from 0 half of the logits are wrong by their sign, while every pair is in the right order."""
+    method, batch = play(gan_kind="relativistic", head_lr=5e-3, beta1=0.9)
+    rollout = method.roll_out(batch, draws())
+    rows = [method.update_head(rollout, draws(1)) for _ in range(15)]
+    assert set(torch.stack([row["head_pair_accuracy"] for row in rows]).tolist()) <= {0.0, 0.5, 1.0}
+    nn.init.constant_(method.critic.head.layers[-1].bias, 50.0)
+    shifted = method.update_head(rollout, draws(1))
+    assert shifted["head_pair_accuracy"] == rows[-1]["head_pair_accuracy"] == 1
+    assert shifted["head_accuracy"] == 0.5 < rows[-1]["head_accuracy"]
+
+
 def test_reverse_kl_weighs_everything_as_one(play):
     method, batch = play("dmd", divergence="reverse_kl")
     shout(method)
