@@ -17,7 +17,7 @@ from fvgen.diffusion.samplers import few_step
 from fvgen.diffusion.schedule import trailing_timesteps
 from fvgen.distill.draws import Draws
 from fvgen.distill.learners import make_learner
-from fvgen.distill.methods.base import Setup
+from fvgen.distill.methods.base import Part, Setup
 from fvgen.distill.methods.dmd import Dmd
 from fvgen.objectives.gan import approximate_r1, generator_loss
 from fvgen.system.processes import ALONE
@@ -160,6 +160,24 @@ def test_r1_is_nothing_at_identical_logits_and_counts_otherwise(play):
     assert method.update_head(method.roll_out(batch, draws()), draws(1))["loss_r1"] == 0
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_skipped_update_of_an_earlier_turn_is_seen(play, parts):
+    method, batch = play("dmd", critic_updates=3, accumulation=parts)
+    broken = LatentBatch(torch.full_like(batch.latents, torch.nan), batch.condition)
+    turns = iter([batch, broken, batch])
+
+    def deal() -> list[Part]:
+        clips = next(turns)
+        return [Part(clips, draws(part)) for part in range(parts)]
+
+    rows = method.iterate(1, deal)
+    seen = {key for row in rows for key, value in row.items() if value is not None and not value.isfinite()}
+    assert {"loss_head", "grad_norm_head", "loss_fake_score", "grad_norm_fake_score"} <= seen
+    assert not any("student" in key for key in seen) and rows[-1]["grad_norm_student"] > 0
+    steps = [learner.engine.state_dict()["step"] for learner in method.learners.values()]
+    assert steps == [1, 2, 2]
+
+
 # --- Distribution matching ---
 
 
@@ -207,6 +225,50 @@ def test_the_weight_scales_the_pull(play):
     ratio = large["weight"] / small["weight"]
     torch.testing.assert_close(ratio, torch.tensor(4.0).exp())  # sigmoid(4) / sigmoid(-4)
     torch.testing.assert_close(large["loss_student_dmd"] / small["loss_student_dmd"], ratio**2, rtol=1e-3, atol=0)
+
+
+def test_a_constant_on_a_relativistic_logit_does_not_weigh(play):
+    """The head's loss cannot see it, and the matching loss must not."""
+    weights, constants = {}, {}
+    for bias in (0.0, 6.0):
+        method, batch = play("dmd", gan_kind="relativistic", head_lr=1e-12, ratio_bins=1, ratio_decay=0.5)
+        shout(method)
+        nn.init.constant_(method.critic.head.layers[-1].bias, bias)
+        rollout = method.roll_out(batch, draws())
+        for i in range(10):
+            method.update_head(rollout, draws(i))
+        row = method.update_student(rollout, draws(1))
+        weights[bias], constants[bias] = row["weight_h"], row["ratio_constant"]
+    torch.testing.assert_close(constants[6.0] - constants[0.0], torch.tensor(6.0), rtol=0, atol=0.05)
+    torch.testing.assert_close(weights[6.0], weights[0.0], rtol=0.05, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kept"),
+    [
+        ({"gan_kind": "relativistic"}, True),
+        ({"gan_kind": "non_saturating"}, False),  # its logit is log r
+        ({"gan_kind": "relativistic", "divergence": "reverse_kl"}, False),  # no ratio counts
+    ],
+)
+def test_the_constant_is_kept_where_ratios_weigh(play, changes, kept):
+    method, batch = play("dmd", **changes)
+    method.update_head(method.roll_out(batch, draws()), draws(1))
+    assert ("ratio_constant" in method.states) == kept
+    if kept:
+        assert method.states["ratio_constant"].constant.count_nonzero() > 0
+
+
+def test_pairs_tell_a_head_that_only_knows_differences(play):
+    """Far from 0 half of the logits are wrong by their sign, while every pair is in the right order."""
+    method, batch = play(gan_kind="relativistic", head_lr=5e-3, beta1=0.9)
+    rollout = method.roll_out(batch, draws())
+    rows = [method.update_head(rollout, draws(1)) for _ in range(15)]
+    assert set(torch.stack([row["head_pair_accuracy"] for row in rows]).tolist()) <= {0.0, 0.5, 1.0}
+    nn.init.constant_(method.critic.head.layers[-1].bias, 50.0)
+    shifted = method.update_head(rollout, draws(1))
+    assert shifted["head_pair_accuracy"] == rows[-1]["head_pair_accuracy"] == 1
+    assert shifted["head_accuracy"] == 0.5 < rows[-1]["head_accuracy"]
 
 
 def test_reverse_kl_weighs_everything_as_one(play):

@@ -147,6 +147,14 @@ def test_a_stage_in_bfloat16(stage):
     assert all(tensor.dtype == torch.float32 for tensor in average.values())
 
 
+def test_parts_in_bfloat16_add_up_in_float32():
+    """512 parts of equal gradients: in bfloat16, 256 + 1 is 256 again, and half of them would count for nothing."""
+    module, parts = nn.Linear(4, 4, bias=False).bfloat16(), 512
+    engine = engine_of(module, accumulation=parts)
+    norms = [engine.update(parts * module(torch.ones(1, 4, dtype=torch.bfloat16)).float().sum()) for _ in range(parts)]
+    torch.testing.assert_close(norms[-1], torch.tensor(4.0 * parts))
+
+
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_state_goes_on_where_it_was(fused):
     torch.manual_seed(0)
@@ -338,6 +346,10 @@ def test_parts_that_do_not_divide(stage):
     [
         ({"student_lora": True}, "needs share_backbone=true"),
         ({"offload_teacher": True}, "needs deepspeed=FILE"),
+        (
+            {"offload_teacher": True, "share_backbone": True, "deepspeed": "zero2.json"},
+            "offload_teacher=true does not go with share_backbone=true",
+        ),
         ({"same_noise": True, "accumulation": 2}, "same_noise=true needs accumulation=1"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fvgen.objectives import (
     DIVERGENCES,
+    RatioConstant,
     RatioNormalizer,
     approximate_r1,
     denoising_loss,
@@ -41,6 +42,16 @@ def test_discriminator_is_content_exactly_at_the_log_density_ratio(log_r: float)
     discriminator_loss(real, fake).sum().backward()
     assert abs(p * real.grad + q * fake.grad) < 1e-8  # softplus is exact to 2e-9
     assert real.grad < 0 < fake.grad, "a positive logit says real"
+
+
+@settings(deadline=None)
+@given(st.integers(0, 10_000), st.floats(-5, 5))
+def test_a_relativistic_discriminator_is_content_at_the_log_ratio_plus_any_constant(seed: int, c: float) -> None:
+    p, q = normal(7, seed=seed).softmax(0), normal(7, seed=seed + 1).softmax(0)
+    logits = ((p / q).log() + c).requires_grad_()
+    real, fake = (logits[:, None].expand(7, 7).flatten(), logits[None].expand(7, 7).flatten())
+    (discriminator_loss(real, fake, "relativistic") * torch.outer(p, q).flatten()).sum().backward()
+    torch.testing.assert_close(logits.grad, torch.zeros_like(logits), rtol=0, atol=1e-8)
 
 
 def test_adversarial_losses_by_hand() -> None:
@@ -271,6 +282,19 @@ def test_normalizer_divides_by_what_came_before_and_by_nothing_else() -> None:
     assert normalizer.normalize(torch.tensor([7.0]), t) == 4.0
 
 
+def test_processes_share_their_means_in_one_collective() -> None:
+    h, t = normal(6, seed=1).exp().float(), torch.tensor([0, 999, 500, 501, 99, 100])
+    whole, shared, calls = RatioNormalizer(), RatioNormalizer(), []
+
+    def gather(x: Tensor) -> Tensor:  # of the first of two processes: the other one has the other half
+        calls.append(x)
+        return torch.cat([x, torch.stack([h[3:], t[3:].float()], dim=1)])
+
+    expected = whole.normalize(h, t)
+    assert torch.equal(shared.normalize(h[:3], t[:3], gather), expected[:3])
+    assert len(calls) == 1 and torch.equal(shared.mean(t), whole.mean(t))
+
+
 def test_normalizer_keeps_noise_levels_apart() -> None:
     normalizer = RatioNormalizer(bins=10)
     t = torch.arange(1000)
@@ -303,6 +327,73 @@ def test_normalizer_state_returns_from_a_checkpoint() -> None:
     assert torch.equal(one.mean(t), other.mean(t))
 
 
+# The constant of a relativistic logit
+
+SHIFTS = torch.tensor([-3.0, 1.5, 4.0])  # c in three bins of timesteps
+
+
+def gaussian_log_ratio(x: Tensor) -> Tensor:
+    """log p/q of p = N(1, 0.8^2) and q = N(0, 1)."""
+    return (x.square() - ((x - 1) / 0.8).square()) / 2 - math.log(0.8)
+
+
+def fitted_constant(batches: int, decay: float = 0.999) -> RatioConstant:
+    """What ``batches`` of eight pairs of Gaussian samples teach, by logits that are log r + c(t)."""
+    constant, generator = RatioConstant(bins=3, decay=decay), torch.Generator().manual_seed(0)
+    for _ in range(batches):
+        t = torch.randint(0, 1000, (8,), generator=generator)
+        x_p, x_q = 1 + 0.8 * torch.randn(8, generator=generator), torch.randn(8, generator=generator)
+        c = SHIFTS[t * 3 // 1000]
+        constant.update(gaussian_log_ratio(x_p) + c, gaussian_log_ratio(x_q) + c, t)
+    return constant
+
+
+def test_the_constant_of_a_relativistic_logit_between_gaussians() -> None:
+    """E_q[h(r)] by quadrature: right with the constant off, wrong as the logit stands."""
+    constant = fitted_constant(4000)
+    torch.testing.assert_close(constant.constant, SHIFTS, rtol=0, atol=0.1)
+    x = torch.linspace(-9, 9, 20_001, dtype=torch.float64)
+    log_r, density = gaussian_log_ratio(x), (-x.square() / 2).exp() / math.sqrt(2 * math.pi) * (x[1] - x[0])
+    for name, row in DIVERGENCES.items():
+        true = (density * weight(name, log_r)).sum()
+        for shift, t in zip(SHIFTS, (0, 500, 999), strict=True):
+            found = constant.at(torch.tensor(t))
+            torch.testing.assert_close((density * weight(name, log_r + shift - found)).sum(), true, rtol=0.12, atol=0)
+            if not row.constant:
+                assert abs((density * weight(name, log_r + shift)).sum() / true - 1) > 0.2, name
+
+
+def test_the_constant_is_where_an_absolute_head_would_stand() -> None:
+    """A relativistic loss does not see c; the absolute loss of the same logits is least where c is off."""
+    constant, generator = fitted_constant(4000), torch.Generator().manual_seed(1)
+    real, fake = 1 + 0.8 * torch.randn(100_000, generator=generator), torch.randn(100_000, generator=generator)
+    logits = [gaussian_log_ratio(x) + SHIFTS[2] for x in (real, fake)]
+    torch.testing.assert_close(
+        discriminator_loss(*logits, kind="relativistic").mean(),
+        discriminator_loss(*(x - SHIFTS[2] for x in logits), kind="relativistic").mean(),
+    )
+    found = constant.constant[2]
+    losses = [discriminator_loss(*(x - found - d for x in logits)).mean() for d in (-0.3, 0, 0.3)]
+    assert losses[1] == min(losses) and losses[1] < discriminator_loss(*logits).mean() - 0.5
+
+
+def test_the_constant_follows_forgets_and_leaves_out_what_is_broken() -> None:
+    constant, t = RatioConstant(bins=2, decay=0.9), torch.tensor([10, 990])
+    for shift in (0.0, 5.0, -5.0, 100.0):  # exp of the last is no number in float32
+        for _ in range(400):
+            constant.update(torch.tensor([1.0, 1.0]) + shift, torch.tensor([-1.0, -1.0]) + shift, t)
+        torch.testing.assert_close(constant.at(t), torch.full((2,), shift), rtol=0, atol=0.01)
+    before = constant.constant.clone()
+    constant.update(torch.tensor([math.nan, math.inf]), torch.tensor([1.0, 1.0]), t)
+    assert torch.equal(constant.constant, before)
+    for _ in range(500):  # a head that is always right: no overlap, the constant between the two
+        constant.update(torch.tensor([140.0, 140.0]), torch.tensor([40.0, 40.0]), t)
+    assert constant.constant.isfinite().all() and (constant.constant < 140).all() and (constant.constant > 40).all()
+    other = RatioConstant(bins=2)
+    other.load_state_dict(constant.state_dict())
+    assert torch.equal(other.at(t), constant.at(t))
+
+
 def test_log_ratio_is_one_number_per_sample_without_a_graph() -> None:
     logits = normal(2, 3, 4).requires_grad_()
     assert not log_ratio(logits).requires_grad
@@ -315,9 +406,10 @@ def test_nothing_waits_for_the_device() -> None:
     with torch.device("meta"):
         x = torch.zeros(2, 4, 3, 5, 5, dtype=torch.bfloat16, requires_grad=True)
         t, logits = torch.zeros(2, dtype=torch.long), torch.zeros(2, 3, 4)
-        normalizer = RatioNormalizer()
+        normalizer, constant = RatioNormalizer(), RatioConstant()
+        constant.update(log_ratio(logits), log_ratio(logits), t)
     for name in DIVERGENCES:
-        h = normalizer.normalize(weight(name, log_ratio(logits)), t)
+        h = normalizer.normalize(weight(name, log_ratio(logits) - constant.at(t)), t)
     losses = [dmd_loss(x, dmd_gradient(x, x, x, h)), denoising_loss(x, x, h), generator_loss(logits)]
     losses += [discriminator_loss(logits, logits), approximate_r1(logits, logits, 0.1)]
     assert all(loss.shape == (2,) for loss in losses)

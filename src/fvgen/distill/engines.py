@@ -130,16 +130,20 @@ class PlainEngine(_Optimized):
         self.parts += 1
         many = self.settings.accumulation > 1
         (loss / self.settings.accumulation if many else loss).backward(inputs=self.parameters)
+        if self.narrow:
+            self._widen()
         if self.parts < self.settings.accumulation:
             return None
         self.parts = 0
         return self._step()
 
+    def _widen(self) -> None:
+        """Add this part's gradients to those of the masters: a sum in bfloat16 would lose what is 256 times smaller."""
+        for master, parameter in zip(self.masters, self.parameters, strict=True):
+            part, parameter.grad = parameter.grad.float(), None
+            master.grad = part if master.grad is None else master.grad.add_(part)
+
     def _step(self) -> Tensor:
-        if self.narrow:
-            for master, parameter in zip(self.masters, self.parameters, strict=True):
-                master.grad = parameter.grad.float()
-                parameter.grad = None
         norm = torch.nn.utils.clip_grad_norm_(self.masters, self.settings.clip_norm)
         norm = torch.where(self.losses_finite, norm, torch.inf)
         if self.fused:  # the kernel itself skips: nothing waits for the device

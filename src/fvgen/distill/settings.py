@@ -83,6 +83,11 @@ class Memory(Owner):
             raise ValueError("student_lora=true needs share_backbone=true: the adapter sits on the shared teacher")
         if self.offload_teacher and not self.deepspeed:
             raise ValueError("offload_teacher=true needs deepspeed=FILE: DeepSpeed moves the weights to and fro")
+        if self.offload_teacher and self.share_backbone:
+            raise ValueError(
+                "offload_teacher=true does not go with share_backbone=true: the teacher is then part of what learns; "
+                "remove one of them"
+            )
         return self
 
 

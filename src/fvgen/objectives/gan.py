@@ -32,7 +32,8 @@ KINDS: dict[str, AdversarialKind] = {
     "non_saturating": AdversarialKind(
         lambda fake, real: softplus(-fake), lambda real, fake: softplus(-real) + softplus(fake), paired=False
     ),
-    # Jolicoeur-Martineau 2018: only the difference of a pair counts, so the logit is log r up to a constant.
+    # Jolicoeur-Martineau 2018: only the difference of a pair counts, so the logit is log r up to a
+    # constant, which `fvgen.objectives.ratio.RatioConstant` finds.
     "relativistic": AdversarialKind(
         lambda fake, real: softplus(real - fake), lambda real, fake: softplus(fake - real), paired=True
     ),

@@ -73,13 +73,66 @@ class RatioNormalizer(nn.Module):
     @torch.no_grad()
     def normalize(self, h: Tensor, t: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> Tensor:
         """h [B] at timesteps t [B], divided by the mean that earlier calls left -> [B]; then h joins the
-        mean. ``gather`` [B] -> [n B] makes that the h and t of all processes, in the same order everywhere."""
+        mean. ``gather`` [B, ...] -> [n B, ...] makes that the h and t of all processes, in the same order
+        everywhere; it is called once."""
         normalized = full_precision(h) / self.mean(t).clamp(min=TINY)
-        if gather is None:
-            self.update(h, t)
-        else:
-            self.update(gather(h), gather(t))
+        if gather is not None:
+            h, t = gather(torch.stack([full_precision(h), t], dim=1)).unbind(1)  # float32 holds every timestep
+        self.update(h, t)
         return normalized
 
     def _bin(self, t: Tensor) -> Tensor:
-        return t.long() * self.bins // self.timesteps
+        return _bin(t, self.bins, self.timesteps)
+
+
+class RatioConstant(nn.Module):
+    """What a relativistic head's logit has on top of log r, by bins of timesteps.
+
+    Such a head only ever sees differences of logits, so that it ends at log r + c(t) with any c; but h(r) needs r
+    itself. That r = p/q makes c known: for every c0, as both are integrals of p (Bennett 1976, acceptance ratio),
+
+        exp(c - c0) = E_q[sigmoid(logit - c0)] / E_p[sigmoid(c0 - logit)].
+
+    Near c0 = c no other such ratio of means has less variance, and nothing in it is above one. (E_q[exp(logit)] =
+    exp(c) is another, whose mean a rare sample makes.) Where it holds with c0 = c, the constant is also where an
+    absolute head of this logit's shape would stand: it minimises E_p[softplus(c - logit)] +
+    E_q[softplus(logit - c)].
+
+    Each bin keeps c and the decayed sum of the denominators, which is that of the numerators as well once c has taken
+    their ratio in; old pairs count by the c0 of their time, which the equation allows. It starts at c = 0 with
+    ``prior`` pairs' weight. Both are buffers, and nothing waits for the device.
+    """
+
+    def __init__(self, bins: int = 10, decay: float = 0.99, prior: float = 4.0, timesteps: int = 1000) -> None:
+        super().__init__()
+        assert prior > 0 and 0 < decay < 1 and 0 < bins <= timesteps
+        self.bins, self.decay, self.timesteps = bins, decay, timesteps
+        self.constant: Tensor
+        self.overlap: Tensor
+        self.register_buffer("constant", torch.zeros(bins))
+        self.register_buffer("overlap", torch.full((bins,), prior / 2))  # sigmoid(0) each
+
+    def at(self, t: Tensor) -> Tensor:
+        """The constant c [B] in the bins of timesteps t [B], integers in 0..timesteps-1."""
+        return self.constant[_bin(t, self.bins, self.timesteps)]
+
+    @torch.no_grad()
+    def update(self, real: Tensor, fake: Tensor, t: Tensor, gather: Callable[[Tensor], Tensor] | None = None) -> None:
+        """Adds pairs of logits [B] of real and of fake samples, of which each shares its timestep t [B]. A pair that is
+        not finite is left out. ``gather`` as in `RatioNormalizer.normalize`."""
+        assert real.shape == fake.shape == t.shape and real.ndim == 1
+        if gather is not None:
+            real, fake, t = gather(torch.stack([real, fake, t], dim=1)).unbind(1)
+        index = _bin(t, self.bins, self.timesteps)
+        c, finite = self.constant[index], real.isfinite() & fake.isfinite()
+        new, above, below = (
+            torch.zeros_like(self.overlap).index_add_(0, index, torch.where(finite, x, 0).to(self.overlap.dtype))
+            for x in (torch.ones_like(c), (fake - c).sigmoid(), (c - real).sigmoid())
+        )
+        kept = self.decay**new * self.overlap
+        self.constant.add_((kept + above).clamp(min=TINY).log() - (kept + below).clamp(min=TINY).log())
+        self.overlap.copy_(kept + below)
+
+
+def _bin(t: Tensor, bins: int, timesteps: int) -> Tensor:
+    return t.long() * bins // timesteps

@@ -44,7 +44,7 @@ from fvgen.objectives import divergences
 from fvgen.objectives.divergences import DIVERGENCES
 from fvgen.objectives.dmd import denoising_loss, dmd_gradient, dmd_loss
 from fvgen.objectives.gan import KINDS, approximate_r1, discriminator_loss, generator_loss
-from fvgen.objectives.ratio import RatioNormalizer, log_ratio
+from fvgen.objectives.ratio import RatioConstant, RatioNormalizer, log_ratio
 from fvgen.system.processes import ALONE, World
 
 if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
@@ -100,9 +100,14 @@ class DmdSettings(MethodSettings):
         return self.dmd_weight > 0
 
     @property
+    def weighing(self) -> bool:
+        """Whether density ratios weigh the matching loss."""
+        return self.matching and not DIVERGENCES[self.divergence].constant
+
+    @property
     def judging(self) -> bool:
-        """Whether there is a head: for the adversarial loss, or for the ratio that weighs the matching loss."""
-        return self.gan_weight > 0 or (self.matching and not DIVERGENCES[self.divergence].constant)
+        """Whether there is a head: for the adversarial loss, or for the ratios."""
+        return self.gan_weight > 0 or self.weighing
 
     def learners(self) -> tuple[str, ...]:
         return ("student", *["head"] * self.judging, *["fake_score"] * self.matching)
@@ -165,7 +170,8 @@ class View:
 
 class Dmd(Method):
     """A student between a teacher and its critics: ``critic`` (with the learner ``head``) and the learner
-    ``fake_score``, each None where the settings need none. ``normalizer`` goes with the fake score."""
+    ``fake_score``, each None where the settings need none. ``normalizer`` goes with the fake score, ``constant`` with a
+    relativistic head whose logits are to be density ratios."""
 
     def __init__(
         self,
@@ -177,11 +183,13 @@ class Dmd(Method):
         fake_score: Learner | None = None,
         normalizer: RatioNormalizer | None = None,
         world: World = ALONE,
+        constant: RatioConstant | None = None,
     ) -> None:
         self.settings, self.teacher, self.critic = settings, teacher, critic
-        self.normalizer, self.world = normalizer, world
+        self.normalizer, self.constant, self.world = normalizer, constant, world
         self.learners = {each.name: each for each in (student, head, fake_score) if each is not None}
-        self.states = {} if normalizer is None else {"normalizer": normalizer}
+        states = {"normalizer": normalizer, "ratio_constant": constant}
+        self.states = {name: state for name, state in states.items() if state is not None}
         self.exported = tuple(name for name in ("student", "head") if name in self.learners)
 
     @classmethod
@@ -216,11 +224,12 @@ class Dmd(Method):
     def iterate(self, iteration: int, deal: Deal) -> list[Metrics]:
         """``critic_updates`` updates of the critics, then one of the student, on the last rollout."""
         settings, student_learns = self.settings, iteration > self.settings.head_warmup
+        rows: list[Metrics] = []
         for turn in range(settings.critic_updates):
+            earlier, rows = rows, []
             parts = deal()
             starts = [draws.copy() for _, draws in parts] if len(parts) > 1 else []
             shared = student_learns and turn == settings.critic_updates - 1 and len(parts) == 1
-            rows: list[Metrics] = []
             for batch, draws in parts:
                 with torch.set_grad_enabled(shared):
                     rollout = self.roll_out(batch, draws)
@@ -229,6 +238,8 @@ class Dmd(Method):
                 else:
                     metrics, seen = self.update_critics(rollout, draws), None
                 rows.append(metrics)
+            if earlier:
+                rows = [_heeding(row, before) for row, before in zip(rows, earlier, strict=True)]
         if student_learns:
             for index, (batch, draws) in enumerate(parts):
                 if not shared:  # the same rollout once more, with a graph: keeping all parts' graphs takes more memory
@@ -303,16 +314,16 @@ class Dmd(Method):
 
     def update_head(self, rollout: Rollout, draws: Draws, seen: View | None = None) -> Metrics:
         """One step of the discriminator head on the critic's features, of ``seen`` where there is such a view."""
-        settings, critic, batch, fake = self.settings, self.critic, rollout.batch, rollout.x0.detach()
+        settings, critic, batch, x0 = self.settings, self.critic, rollout.batch, rollout.x0.detach()
         if seen is None:
-            tau, noise = draws.integers(settings.t_min, settings.t_max + 1, fake), draws.normal(fake)
+            tau, noise = draws.integers(settings.t_min, settings.t_max + 1, x0), draws.normal(x0)
         else:
             tau, noise = seen.tau, seen.noise
         real_tau = self.schedule.add_noise(batch.latents, noise, tau)
         with torch.no_grad():
             real_features = critic.features(real_tau, tau, batch.condition)
             if seen is None:
-                fake_features = critic.features(self.schedule.add_noise(fake, noise, tau), tau, batch.condition)
+                fake_features = critic.features(self.schedule.add_noise(x0, noise, tau), tau, batch.condition)
             else:
                 fake_features = tuple(features.detach() for features in seen.features)
         real_logits, fake_logits = critic.head(*real_features), critic.head(*fake_features)
@@ -320,16 +331,20 @@ class Dmd(Method):
         metrics = {"loss_head": loss}
         if settings.r1_weight > 0:
             with torch.no_grad():
-                shaken = real_tau + settings.r1_sigma * draws.normal(fake)
+                shaken = real_tau + settings.r1_sigma * draws.normal(x0)
                 shaken_features = critic.features(shaken, tau, batch.condition)
             penalty = approximate_r1(real_logits, critic.head(*shaken_features), settings.r1_sigma).mean()
             loss = loss + settings.r1_weight * penalty
             metrics["loss_r1"] = penalty
         norm = self.learners["head"].update(loss)
+        real, fake = log_ratio(real_logits), log_ratio(fake_logits)
+        if self.constant is not None:
+            self.constant.update(real, fake, tau, self.world.gather)
         both = torch.cat([real_logits, -fake_logits]).detach()
         logits = {"logit_real": real_logits.mean(), "logit_fake": fake_logits.mean()}
-        health = {"head_accuracy": (both > 0).float().mean(), MONITOR + "logit_abs": both.abs().mean()}
-        return metrics | logits | health | {"grad_norm_head": norm}
+        health = {"head_accuracy": (both > 0).float().mean(), "head_pair_accuracy": (real > fake).float().mean()}
+        watched = {MONITOR + "logit_abs": both.abs().mean()}
+        return metrics | logits | health | watched | {"grad_norm_head": norm}
 
     def update_fake_score(self, rollout: Rollout, draws: Draws) -> Metrics:
         """One denoising step on the student's output, in the network's own v-parameterisation, t uniform in 0..999."""
@@ -393,21 +408,31 @@ class Dmd(Method):
 
     def matching_loss(self, rollout: Rollout, seen: View, logits: Tensor | None) -> tuple[Tensor, Metrics]:
         """The DMD surrogate loss (scalar) on the student's output, weighted by the divergence's h(r); without logits
-        every ratio weighs one."""
+        every ratio weighs one, and of a relativistic head's the constant is taken off first."""
         tau = seen.tau
         with torch.no_grad():
             x0_fake = self.fake_score(seen.x_tau, tau, rollout.batch.condition)
         if logits is None:
             weight = torch.ones_like(tau, dtype=torch.float32)
             return dmd_loss(rollout.x0, dmd_gradient(rollout.x0, seen.x0_real, x0_fake, weight)).mean(), {}
-        ratio = log_ratio(logits)
+        ratio, constant = log_ratio(logits), {}
+        if self.constant is not None:
+            c = self.constant.at(tau)
+            ratio, constant = ratio - c, {"ratio_constant": c.mean()}
         h = divergences.weight(self.settings.divergence, ratio)
         weight = self.normalizer.normalize(h, tau, self.world.gather)
         loss = dmd_loss(rollout.x0, dmd_gradient(rollout.x0, seen.x0_real, x0_fake, weight)).mean()
         ratios = {"log_ratio": ratio.mean(), "log_ratio_max": ratio.abs().max()}
         weights = {"weight_h": h.mean(), "weight": weight.mean()}
         extremes = {"weight_min": weight.min(), "weight_max": weight.max()}
-        return loss, ratios | weights | extremes
+        return loss, ratios | constant | weights | extremes
+
+
+def _heeding(row: Metrics, earlier: Metrics) -> Metrics:
+    """A turn's numbers, or in their places those of the ``earlier`` turn that are none: its updates were skipped, and
+    the log and the guard see one row of an iteration."""
+    pairs = {name: (value, earlier[name]) for name, value in row.items() if value is not None}
+    return row | {name: torch.where(old.isfinite(), new, old) for name, (new, old) in pairs.items()}
 
 
 def _sum(losses: list[Tensor]) -> Tensor:

@@ -20,7 +20,8 @@ from fvgen.models.denoiser import Denoiser
 from fvgen.models.head import head_for
 from fvgen.models.lora import Role, SharedBackbone, in_role
 from fvgen.objectives import divergences
-from fvgen.objectives.ratio import RatioNormalizer
+from fvgen.objectives.gan import KINDS
+from fvgen.objectives.ratio import RatioConstant, RatioNormalizer
 from fvgen.pipelines.folders import load_head, load_pipeline
 from fvgen.pipelines.student import StudentPipeline
 
@@ -41,6 +42,9 @@ def build_dmd(kind: type[Dmd], setup: Setup) -> Dmd:
     if settings.matching and critic is not None:
         at_equality = divergences.weight(settings.divergence, torch.zeros(1)).item()
         normalizer = RatioNormalizer(at_equality, settings.ratio_bins, settings.ratio_decay).to(setup.device)
+    constant = None
+    if settings.weighing and KINDS[settings.gan_kind].paired:
+        constant = RatioConstant(settings.ratio_bins, settings.ratio_decay).to(setup.device)
     return kind(
         settings,
         setup.teacher,
@@ -50,6 +54,7 @@ def build_dmd(kind: type[Dmd], setup: Setup) -> Dmd:
         setup.learner("fake_score", networks["fake_score"]) if settings.matching else None,
         normalizer,
         setup.world,
+        constant,
     )
 
 
