@@ -66,6 +66,13 @@ def test_better_goes_by_lpips_then_by_psnr(a, b, expected):
     assert better(a, b) is expected
 
 
+def test_a_contestant_leaves_its_network_trainable(clips):
+    teacher = small_teacher()
+    ways = {"teacher": teacher_contestant(teacher)} | few_step_teachers(teacher, 1)
+    evaluate(ways, clips[:1], teacher, seed=0)
+    assert all(parameter.requires_grad for parameter in teacher.unet.parameters())
+
+
 def test_evaluations_are_counted_as_they_happen(teacher, clips):
     student = student_of(teacher, steps=2)
     contestants = {"teacher": teacher_contestant(teacher), "student": student_contestant(student)}

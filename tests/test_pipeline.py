@@ -109,6 +109,21 @@ def test_no_steps_are_refused(teacher, render):
             pipeline(render, num_inference_steps=0)
 
 
+def test_sampling_leaves_the_network_as_trainable_as_it_was(render):
+    pipeline = small_teacher()
+    stays_frozen = next(pipeline.unet.parameters()).requires_grad_(False)
+
+    def stopped(_: object) -> None:
+        assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
+        raise KeyboardInterrupt
+
+    pipeline(render, rng(), 1)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(render, rng(), 1, on_step=stopped)
+    (still_frozen,) = (p for p in pipeline.unet.parameters() if not p.requires_grad)
+    assert still_frozen is stays_frozen
+
+
 # --- Encoding, decoding, conditions ---
 
 

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -43,6 +44,19 @@ class Call(Protocol):
     ) -> Prediction: ...
 
 
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """Graphs made inside lead through the module but not into its parameters, which afterwards are as they were."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield module
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
 class Denoiser(nn.Module):
     """A network and its noise schedule: (x_t, t, condition) -> clean latents x0.
 
@@ -76,7 +90,7 @@ class Teacher(Denoiser):
     pass, without guidance.
 
     Args:
-        network: becomes frozen.
+        network: becomes frozen, for good unless this happens inside `frozen`.
         nulls: what guidance looks at beside the condition, as the tensors (of one row, or one per clip) that take the
             place of its own: first the unconditional ones, and for three-way guidance then those that leave the image.
             Empty allows only guidance 1.

@@ -11,7 +11,7 @@ from torch import Tensor
 from fvgen.diffusion.samplers import Generators, OnStep, ddim
 from fvgen.diffusion.schedule import timesteps
 from fvgen.models.condition import Condition
-from fvgen.models.denoiser import Teacher
+from fvgen.models.denoiser import Teacher, frozen
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.pipelines.frames import VideoOutput
 
@@ -38,7 +38,8 @@ class TeacherPipeline(NovelViewPipeline):
         guidance_rescale: float | None = None,
         negative_prompt: str | None = None,
     ) -> Teacher:
-        """The frozen guided denoiser inside; guidance and rescale default to the model's own."""
+        """The guided denoiser inside, which freezes the network for good unless it is made inside
+        `fvgen.models.denoiser.frozen`; guidance and rescale default to the model's own."""
         guidance = self.config.guidance if guidance is None else guidance
         rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
         nulls = self.nulls(negative_prompt)
@@ -66,19 +67,20 @@ class TeacherPipeline(NovelViewPipeline):
                 sampler for it, the result keeps the last timestep's scale (see `keep_last_scale` of `ddim`).
             latents: x_T [B, C, F, h, w], drawn if not given.
         """
-        teacher = self.teacher(guidance_scale, image_guidance_scale, guidance_rescale, negative_prompt)
         spacing = self.config.get("spacing", "trailing")
-        return ddim(
-            partial(teacher, condition=condition),
-            self.initial_noise(condition, generator, latents),
-            self.schedule,
-            timesteps(spacing, self.config.steps if num_inference_steps is None else num_inference_steps),
-            eta=self.eta if eta is None else eta,
-            generator=generator,
-            on_step=on_step,
-            denoise_last=self.denoise_last,
-            keep_last_scale=self.config.get("keep_last_scale", False) or teacher.nfe == 3,
-        )
+        with frozen(self.network):
+            teacher = self.teacher(guidance_scale, image_guidance_scale, guidance_rescale, negative_prompt)
+            return ddim(
+                partial(teacher, condition=condition),
+                self.initial_noise(condition, generator, latents),
+                self.schedule,
+                timesteps(spacing, self.config.steps if num_inference_steps is None else num_inference_steps),
+                eta=self.eta if eta is None else eta,
+                generator=generator,
+                on_step=on_step,
+                denoise_last=self.denoise_last,
+                keep_last_scale=self.config.get("keep_last_scale", False) or teacher.nfe == 3,
+            )
 
     @torch.no_grad()
     def __call__(
