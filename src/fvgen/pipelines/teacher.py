@@ -79,7 +79,7 @@ class TeacherPipeline(NovelViewPipeline):
                 generator=generator,
                 on_step=on_step,
                 denoise_last=self.denoise_last,
-                keep_last_scale=self.config.get("keep_last_scale", False) or teacher.nfe == 3,
+                keep_last_scale=self.config.get("keep_last_scale", False) or teacher.image_guidance is not None,
             )
 
     @torch.no_grad()
@@ -100,7 +100,7 @@ class TeacherPipeline(NovelViewPipeline):
     ) -> Tensor | tuple | VideoOutput:
         """Renders [B, F, 3, H, W] in [0, 1], known frames replaced by photographs, to video of the same shape.
 
-        NFE: 2 a step, 1 with guidance 1, 3 with `image_guidance_scale`.
+        NFE: 2 a step, 1 with guidance 1, 3 with `image_guidance_scale` (1 where both are 1).
 
         Args:
             render: a tensor [B, F, 3, H, W], an array [B, F, H, W, 3], or PIL images (see `as_frames`).
