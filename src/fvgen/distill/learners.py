@@ -32,8 +32,8 @@ class Learner:
         return self.engine.update(loss)
 
     def frozen(self) -> AbstractContextManager[nn.Module]:
-        """`fvgen.models.denoiser.frozen`: the backward pass of another network's loss leaves no gradient here (DeepSpeed
-        would take any for a part of the module's own update)."""
+        """`fvgen.models.denoiser.frozen`: the backward pass of another network's loss leaves no gradient here, which
+        DeepSpeed would take for a part of the module's own update."""
         return frozen(self.module)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fvgen.diffusion.samplers import Generators, OnStep, ddim
 from fvgen.diffusion.schedule import timesteps
+from fvgen.errors import UserError
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Teacher, frozen
 from fvgen.pipelines.base import NovelViewPipeline
@@ -59,6 +60,7 @@ class TeacherPipeline(NovelViewPipeline):
         negative_prompt: str | None = None,
         eta: float | None = None,
         latents: Tensor | None = None,
+        teacher: Teacher | None = None,
     ) -> Tensor:
         """Latents [B, C, F, h, w] for a condition: DDIM at the model's spacing, as published.
 
@@ -66,10 +68,14 @@ class TeacherPipeline(NovelViewPipeline):
             image_guidance_scale: separate guidance by the image tokens, a third evaluation a step. As in ViewCrafter's
                 sampler for it, the result keeps the last timestep's scale (see `keep_last_scale` of `ddim`).
             latents: x_T [B, C, F, h, w], drawn if not given.
+            teacher: what `teacher` made before, in place of all guidance: many clips then share one null condition.
         """
+        guidance = (guidance_scale, image_guidance_scale, guidance_rescale, negative_prompt)
+        if teacher is not None and guidance != (None,) * 4:
+            raise UserError("a teacher was given, which has its own guidance; leave guidance and negative_prompt out")
         spacing = self.config.get("spacing", "trailing")
         with frozen(self.network):
-            teacher = self.teacher(guidance_scale, image_guidance_scale, guidance_rescale, negative_prompt)
+            teacher = teacher or self.teacher(*guidance)
             return ddim(
                 partial(teacher, condition=condition),
                 self.initial_noise(condition, generator, latents),

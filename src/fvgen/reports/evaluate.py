@@ -48,11 +48,15 @@ class Result:
     seconds: list[dict[str, float]] = field(default_factory=list)
 
 
-def teacher_contestant(pipeline: TeacherPipeline) -> Contestant:
-    """The teacher as published: all its steps, guided."""
-    steps = pipeline.config.steps
+def teacher_contestant(
+    pipeline: TeacherPipeline, steps: int | None = None, guidance: float | None = None
+) -> Contestant:
+    """The teacher as published, all its steps, guided, unless told otherwise. Its null condition is that of now."""
+    steps = steps or pipeline.config.steps
     with frozen(pipeline.network):
-        return Contestant(pipeline.sample, steps, steps * pipeline.teacher().nfe)
+        teacher = pipeline.teacher(guidance)
+    sample = partial(pipeline.sample, num_inference_steps=steps, teacher=teacher)
+    return Contestant(sample, steps, steps * teacher.nfe)
 
 
 def few_step_teachers(pipeline: TeacherPipeline, steps: int) -> dict[str, Contestant]:
@@ -70,7 +74,7 @@ def few_step_teachers(pipeline: TeacherPipeline, steps: int) -> dict[str, Contes
             partial(_few_steps, teacher, pipeline, steps), steps, steps * teacher.nfe
         )
         for eta in (0, 1):
-            sample = partial(pipeline.sample, num_inference_steps=steps, guidance_scale=guidance, eta=float(eta))
+            sample = partial(pipeline.sample, num_inference_steps=steps, teacher=teacher, eta=float(eta))
             found[f"DDIM eta {eta}, {name}"] = Contestant(sample, steps, steps * teacher.nfe)
     return found
 
