@@ -360,6 +360,20 @@ def test_the_shipped_teacher_is_small_and_loads(shipped):
     assert pipeline(clip, num_inference_steps=1).shape == clip.shape
 
 
+def test_the_shipped_teacher_is_loaded_by_its_name(shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.snapshot_download", None)  # nobody asks the Hub
+    monkeypatch.chdir(tmp_path)
+    named, loaded = ViewCrafterPipeline.from_pretrained("tiny"), load_pipeline("tiny", ViewCrafterPipeline)
+    for name, part in loaded.components.items():
+        for key, tensor in getattr(part, "state_dict", dict)().items():
+            found = named.components[name].state_dict()[key]
+            assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+    half = ViewCrafterPipeline.from_pretrained("tiny", torch_dtype=torch.float16)
+    assert {part.dtype for part in (half.unet, half.vae, half.image_encoder)} == {torch.float16}
+    save_model(small_teacher(), tmp_path / "tiny")
+    assert ViewCrafterPipeline.from_pretrained("tiny").frames == FRAMES  # a folder at hand comes first, as elsewhere
+
+
 @pytest.mark.slow
 def test_the_shipped_teacher_beats_the_render_by_three_decibels(shipped):
     from fvgen.clips.builtin import builtin_clips
