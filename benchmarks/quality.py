@@ -16,7 +16,6 @@ scores each teacher untrained in so many steps, in every way that `fvgen demo` t
 from __future__ import annotations
 
 import json
-from functools import partial
 from typing import Any
 
 from fvgen.cli import Parser, existing, guarded, numbers, positive
@@ -27,13 +26,11 @@ def score_model(model: str, clips: list, args: Any) -> list[dict]:
     from fvgen.pipelines.base import NovelViewPipeline
     from fvgen.pipelines.folders import load_pipeline
     from fvgen.pipelines.teacher import TeacherPipeline
-    from fvgen.reports.evaluate import Contestant, evaluate, few_step_teachers, score, student_contestant
+    from fvgen.reports.evaluate import evaluate, few_step_teachers, score, student_contestant, teacher_contestant
 
     pipeline = load_pipeline(model, NovelViewPipeline).to(args.device)
     if isinstance(pipeline, TeacherPipeline):
-        steps = args.steps or pipeline.config.steps
-        sample = partial(pipeline.sample, num_inference_steps=steps, guidance_scale=args.guidance)
-        contestants = {"": Contestant(sample, steps, steps * pipeline.teacher(args.guidance).nfe)}
+        contestants = {"": teacher_contestant(pipeline, args.steps, args.guidance)}
         contestants |= few_step_teachers(pipeline, args.few_steps) if args.few_steps else {}
     else:
         if args.steps:

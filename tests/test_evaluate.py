@@ -66,6 +66,23 @@ def test_better_goes_by_lpips_then_by_psnr(a, b, expected):
     assert better(a, b) is expected
 
 
+def test_a_contestant_leaves_its_network_trainable(clips):
+    teacher = small_teacher()
+    ways = {"teacher": teacher_contestant(teacher)} | few_step_teachers(teacher, 1)
+    evaluate(ways, clips[:1], teacher, seed=0)
+    assert all(parameter.requires_grad for parameter in teacher.unet.parameters())
+
+
+def test_the_null_condition_is_encoded_once_for_all_clips(clips):
+    teacher = small_teacher()
+    seen = []
+    teacher.image_encoder.register_forward_pre_hook(lambda _, args: seen.append(args))
+    contestants = {"teacher": teacher_contestant(teacher, steps=1)}
+    assert len(seen) == 1
+    evaluate(contestants, clips, teacher, seed=0)
+    assert len(seen) == 1 + len(clips)  # and a photograph of each
+
+
 def test_evaluations_are_counted_as_they_happen(teacher, clips):
     student = student_of(teacher, steps=2)
     contestants = {"teacher": teacher_contestant(teacher), "student": student_contestant(student)}

@@ -109,6 +109,21 @@ def test_no_steps_are_refused(teacher, render):
             pipeline(render, num_inference_steps=0)
 
 
+def test_sampling_leaves_the_network_as_trainable_as_it_was(render):
+    pipeline = small_teacher()
+    stays_frozen = next(pipeline.unet.parameters()).requires_grad_(False)
+
+    def stopped(_: object) -> None:
+        assert not any(parameter.requires_grad for parameter in pipeline.unet.parameters())
+        raise KeyboardInterrupt
+
+    pipeline(render, rng(), 1)
+    with pytest.raises(KeyboardInterrupt):
+        pipeline(render, rng(), 1, on_step=stopped)
+    (still_frozen,) = (p for p in pipeline.unet.parameters() if not p.requires_grad)
+    assert still_frozen is stays_frozen
+
+
 # --- Encoding, decoding, conditions ---
 
 
@@ -343,6 +358,20 @@ def test_the_shipped_teacher_is_small_and_loads(shipped):
     pipeline = load_pipeline("tiny", ViewCrafterPipeline)
     clip = torch.rand(1, 8, 3, 48, 64, generator=rng())
     assert pipeline(clip, num_inference_steps=1).shape == clip.shape
+
+
+def test_the_shipped_teacher_is_loaded_by_its_name(shipped, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffusers.pipelines.pipeline_utils.snapshot_download", None)  # nobody asks the Hub
+    monkeypatch.chdir(tmp_path)
+    named, loaded = ViewCrafterPipeline.from_pretrained("tiny"), load_pipeline("tiny", ViewCrafterPipeline)
+    for name, part in loaded.components.items():
+        for key, tensor in getattr(part, "state_dict", dict)().items():
+            found = named.components[name].state_dict()[key]
+            assert found.dtype == tensor.dtype and torch.equal(found, tensor)
+    half = ViewCrafterPipeline.from_pretrained("tiny", torch_dtype=torch.float16)
+    assert {part.dtype for part in (half.unet, half.vae, half.image_encoder)} == {torch.float16}
+    save_model(small_teacher(), tmp_path / "tiny")
+    assert ViewCrafterPipeline.from_pretrained("tiny").frames == FRAMES  # a folder at hand comes first, as elsewhere
 
 
 @pytest.mark.slow

@@ -154,6 +154,16 @@ def test_given_noise_without_eta_leaves_nothing_to_chance(teacher, render):
     assert not torch.allclose(a, teacher.sample(condition, rng(1), 3, eta=1.0, latents=noise))
 
 
+def test_a_teacher_made_before_gives_the_same_clip(teacher, render):
+    condition = teacher.condition(render[:1], rng())
+    made = teacher.teacher(3.0)
+    assert torch.equal(
+        teacher.sample(condition, rng(), 2, teacher=made), teacher.sample(condition, rng(), 2, guidance_scale=3.0)
+    )
+    with pytest.raises(UserError, match="has its own guidance"):
+        teacher.sample(condition, rng(), 2, guidance_scale=3.0, teacher=made)
+
+
 def test_three_way_guidance_evaluates_three_times(teacher, render):
     sizes = []
     hook = teacher.unet.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[0]))

@@ -99,6 +99,13 @@ def test_ddim_with_many_steps_transports_noise_to_the_data():
     torch.testing.assert_close(x, 2.0 + 0.5 * x_T, rtol=0, atol=0.03)
 
 
+def test_ddim_fetches_the_noise_levels_once(monkeypatch):
+    fetched = []
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: fetched.append(self) or self)
+    ddim(gaussian_denoiser(2.0, 0.5), pure_noise(1, 4, 1, 2, 2), SCHEDULE, trailing_timesteps(8))
+    assert len(fetched) == 1
+
+
 def test_ancestral_sampling_has_the_mean_and_spread_of_the_data():
     generator = torch.Generator().manual_seed(1)
     x = ddim(

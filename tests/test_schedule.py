@@ -104,8 +104,13 @@ def test_one_integer_is_the_same_as_a_batch_of_it(schedule):
     assert torch.equal(schedule.x0_from_v(x_t, v, 321), schedule.x0_from_v(x_t, v, torch.tensor([321, 321])))
 
 
-def test_half_precision_latents_are_converted_in_float32(schedule):
-    assert schedule.x0_from_v(latents(1).bfloat16(), latents(1).bfloat16(), torch.tensor([5])).dtype == torch.float32
+@pytest.mark.parametrize("t", [5, torch.tensor([5])])
+@pytest.mark.parametrize("name", ["add_noise", "velocity", "x0_from_v", "eps_from_v", "v_from_x0", "eps_from_x0"])
+def test_half_precision_latents_are_converted_in_float32(schedule, name, t):
+    a, b = latents(1).bfloat16(), latents(1, seed=1).bfloat16()
+    converted = getattr(schedule, name)(a, b, t)
+    assert converted.dtype == torch.float32
+    assert torch.equal(converted, getattr(schedule, name)(a.float(), b.float(), t))
 
 
 def test_timesteps_equal_the_recording(record):

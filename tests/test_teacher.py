@@ -83,6 +83,15 @@ def test_guided_teacher_mixes_velocities_of_separate_passes():
     one = Teacher(unet, SCHEDULE, call, guidance=1.0)
     assert one.nfe == 1
     torch.testing.assert_close(one.velocity(x_t, T, condition), v_cond)
+    image_alone = Teacher(unet, SCHEDULE, call, nulls(null), guidance=1.0, rescale=0.7, image_guidance=2.0)
+    assert image_alone.nfe == 3
+    expected = guided_velocity_three_way(v_cond, v_image, v_uncond, 1.0, 2.0, 0.7)
+    close(image_alone.velocity(x_t, T, condition), expected)
+    x0, _ = image_alone.judge(x_t, T, condition, ())
+    torch.testing.assert_close(x0, image_alone(x_t, T, condition))
+    neither = Teacher(unet, SCHEDULE, call, nulls(null), guidance=1.0, image_guidance=1.0)
+    assert neither.nfe == 1
+    torch.testing.assert_close(neither.velocity(x_t, T, condition), v_cond)
 
 
 def test_teacher_is_frozen_but_lets_gradients_through():

@@ -71,12 +71,13 @@ def ddim(
         Latents [B, C, F, h, w].
     """
     x, count = x_T, len(timesteps)
+    levels = schedule.alphas_cumprod.cpu().double()  # once: a GPU would be waited for at every step
     previous = (0, *timesteps[:-1])
     for index, (t, t_prev) in enumerate(zip(reversed(timesteps), reversed(previous), strict=True)):
         is_last = index == count - 1
         x0 = denoiser(x, _timestep(t, x))
         eps = schedule.eps_from_x0(x, x0, t)
-        s, towards_eps = _ddim_coefficients(schedule, t, t_prev, eta)
+        s, towards_eps = _ddim_coefficients(levels, t, t_prev, eta)
         scaled_x0 = schedule.rescale(x0, t if is_last and keep_last_scale else t_prev)
         x = schedule.signal[t_prev] * scaled_x0 + towards_eps * eps
         if eta > 0:
@@ -126,13 +127,13 @@ def few_step(
     return x
 
 
-def _ddim_coefficients(schedule: NoiseSchedule, t: int, t_prev: int, eta: float) -> tuple[Tensor, Tensor]:
-    """DDIM's s and sqrt(1 - ab_prev - s^2), scalars on the CPU.
+def _ddim_coefficients(levels: Tensor, t: int, t_prev: int, eta: float) -> tuple[Tensor, Tensor]:
+    """DDIM's s and sqrt(1 - ab_prev - s^2), scalars on the CPU; ``levels`` are all ab [1000] there.
 
     In float32 after the first root, as in the recordings: from t = 999 with eta = 1 the second is 0 in exact arithmetic
     and, by rounding, up to 3e-4 there.
     """
-    ab_t, ab_prev = schedule.alphas_cumprod[[t, t_prev]].cpu().double()
+    ab_t, ab_prev = levels[t], levels[t_prev]
     s = (eta * ((1 - ab_prev) / (1 - ab_t) * (1 - ab_t / ab_prev)).sqrt()).float()
     return s, (1 - ab_prev.float() - s**2).clamp(min=0).sqrt()
 
@@ -165,4 +166,7 @@ def _noise(x: Tensor, index: int, noises: Sequence[Tensor] | None, generator: Ge
     if noises is not None:
         return noises[index]
     assert generator is not None, "this sampler adds noise: pass noises or a generator"
-    return normal(x.shape, generator, x.dtype).to(x.device)
+    drawn = normal(x.shape, generator, x.dtype)
+    if x.is_cuda and not drawn.is_cuda:
+        drawn = drawn.pin_memory()  # the copy then waits for the GPU alone, and the CPU goes on
+    return drawn.to(x.device, non_blocking=True)

@@ -174,8 +174,9 @@ class NoiseSchedule:
 
 
 def _at(table: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
-    """The table's entries at t, shaped to multiply `like`: [B, 1, ...], or [] for one int."""
-    return table[t] if isinstance(t, int) else table[t].reshape(-1, *[1] * (like.ndim - 1))
+    """The table's entries at t, shaped to multiply `like`: [B, 1, ...], or [1, 1, ...] for one int: a scalar would
+    leave half-precision latents as they are."""
+    return table[t].reshape(-1, *[1] * (like.ndim - 1))
 
 
 def _check_steps(steps: int, most: int, spacing: str) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fvgen.distill.ema import EMA
 from fvgen.distill.engines import Engine, make_engine
+from fvgen.models.denoiser import frozen
 from fvgen.system.processes import World
 
 if TYPE_CHECKING:
@@ -30,18 +31,10 @@ class Learner:
         """One step down the gradient of the scalar ``loss``; see `Engine.update`."""
         return self.engine.update(loss)
 
-    @contextmanager
-    def frozen(self) -> Iterator[nn.Module]:
-        """Graphs made inside lead through the module but not into its parameters, so that the backward pass of another
-        network's loss leaves no gradient there (DeepSpeed would take any for a part of the module's own update)."""
-        parameters = [p for p in self.module.parameters() if p.requires_grad]
-        for parameter in parameters:
-            parameter.requires_grad_(False)
-        try:
-            yield self.module
-        finally:
-            for parameter in parameters:
-                parameter.requires_grad_(True)
+    def frozen(self) -> AbstractContextManager[nn.Module]:
+        """`fvgen.models.denoiser.frozen`: the backward pass of another network's loss leaves no gradient here, which
+        DeepSpeed would take for a part of the module's own update."""
+        return frozen(self.module)
 
 
 def make_learner(

@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -43,6 +44,19 @@ class Call(Protocol):
     ) -> Prediction: ...
 
 
+@contextmanager
+def frozen(module: nn.Module) -> Iterator[nn.Module]:
+    """Graphs made inside lead through the module but not into its parameters, which afterwards are as they were."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    try:
+        yield module
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
 class Denoiser(nn.Module):
     """A network and its noise schedule: (x_t, t, condition) -> clean latents x0.
 
@@ -76,11 +90,11 @@ class Teacher(Denoiser):
     pass, without guidance.
 
     Args:
-        network: becomes frozen.
+        network: becomes frozen, for good unless this happens inside `frozen`.
         nulls: what guidance looks at beside the condition, as the tensors (of one row, or one per clip) that take the
             place of its own: first the unconditional ones, and for three-way guidance then those that leave the image.
             Empty allows only guidance 1.
-        guidance: 1 skips all passes but the conditional one, and the rescale.
+        guidance: 1 skips all passes but the conditional one, and the rescale, unless the image has another weight.
         rescale: guidance rescale, 0 for none.
         image_guidance: separate weight for the image, at the price of a third evaluation; needs both nulls.
     """
@@ -96,11 +110,11 @@ class Teacher(Denoiser):
         image_guidance: float | None = None,
     ) -> None:
         super().__init__(network.requires_grad_(False), schedule, call)
-        if guidance != 1.0 and not nulls:
-            raise UserError(f"The teacher has guidance {guidance} but no null context: give one, or set guidance to 1.")
         if image_guidance is not None and len(nulls) < 2:
             raise UserError("This teacher cannot be guided by image and text apart: leave image_guidance out.")
         self.guidance, self.rescale, self.image_guidance = guidance, rescale, image_guidance
+        if self._others and not nulls:
+            raise UserError(f"The teacher has guidance {guidance} but no null context: give one, or set guidance to 1.")
         self._null_names = [list(null) for null in nulls]
         for index, null in enumerate(nulls):
             for name, tensor in null.items():
@@ -118,7 +132,7 @@ class Teacher(Denoiser):
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
         """The guided velocity, [B, C, F, h, w] float32; all evaluations run as one batch."""
-        if self.guidance == 1.0:
+        if not self._others:
             return super().velocity(x_t, t, condition)
         v = self._velocities(x_t, t, [condition, *self._without(condition)])
         return self._guided(v[0], v[1:])
@@ -136,7 +150,7 @@ class Teacher(Denoiser):
         with torch.no_grad():
             x_t = x_t.detach()
             velocity = self.schedule.to(x_t.device).as_velocity(x_t, output.float(), t)
-            if self.guidance != 1.0:
+            if self._others:
                 velocity = self._guided(velocity, self._velocities(x_t, t, self._without(condition)))
             x0 = self.schedule.to(x_t.device).x0_from_v(x_t, velocity, t)
         return x0, tuple(features[tap] for tap in taps)
@@ -144,7 +158,7 @@ class Teacher(Denoiser):
     @property
     def _others(self) -> int:
         """How many passes guidance takes beside the conditional one."""
-        if self.guidance == 1.0:
+        if self.guidance == 1.0 and self.image_guidance in (None, 1.0):
             return 0
         return 1 if self.image_guidance is None else 2
 

@@ -18,9 +18,9 @@ from fvgen.errors import UserError, first_line
 from fvgen.models.family import Blueprint, Family, family_of
 from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
+from fvgen.pipelines.hub import SHIPPED
 from fvgen.system.files import atomic_path
 
-SHIPPED = Path(__file__).parents[1] / "weights"
 DAMAGE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 P = TypeVar("P", bound=NovelViewPipeline)
 

@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from diffusers import AutoencoderTiny
@@ -20,16 +21,32 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from fvgen.errors import UserError, first_line
 from fvgen.pipelines.card import write_card
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SHIPPED = Path(__file__).parents[1] / "weights"
 DECODERS = {"taesd": "madebyollin/taesd"}
 HUB = "https://huggingface.co/"
 FAILURES = (OSError, ValueError, HfHubHTTPError, HFValidationError)
 
 
 class FolderOnHub:
-    """Pipelines write a model card beside their weights, and can be pushed with it.
+    """Pipelines write a model card beside their weights, and can be pushed with it; those that ship with fvgen are
+    loaded by name.
 
-    A mixin to stand before `DiffusionPipeline`, whose own `push_to_hub` would write an empty card over ours.
+    A mixin to stand before `DiffusionPipeline`, whose own `push_to_hub` would write an empty card over ours, and whose
+    `from_pretrained` would look for a shipped model on the Hub.
     """
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> Self:
+        """diffusers' own; "tiny" is the model that ships with fvgen, in float32 unless a type is given, wherever there
+        is no folder of that name."""
+        name, shipped = pretrained_model_name_or_path, SHIPPED / pretrained_model_name_or_path
+        if not Path(name).exists() and (shipped / "model_index.json").is_file():
+            typed = {} if options.keys() & {"torch_dtype", "dtype"} else {"torch_dtype": torch.float32}
+            return super().from_pretrained(shipped, local_files_only=True, **typed | options)
+        return super().from_pretrained(name, **options)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
         """diffusers' own, and a README.md: a model card, unless the folder has one."""

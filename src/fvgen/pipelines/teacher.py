@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fvgen.diffusion.samplers import Generators, OnStep, ddim
 from fvgen.diffusion.schedule import timesteps
+from fvgen.errors import UserError
 from fvgen.models.condition import Condition
-from fvgen.models.denoiser import Teacher
+from fvgen.models.denoiser import Teacher, frozen
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.pipelines.frames import VideoOutput
 
@@ -38,7 +39,8 @@ class TeacherPipeline(NovelViewPipeline):
         guidance_rescale: float | None = None,
         negative_prompt: str | None = None,
     ) -> Teacher:
-        """The frozen guided denoiser inside; guidance and rescale default to the model's own."""
+        """The guided denoiser inside, which freezes the network for good unless it is made inside
+        `fvgen.models.denoiser.frozen`; guidance and rescale default to the model's own."""
         guidance = self.config.guidance if guidance is None else guidance
         rescale = self.config.guidance_rescale if guidance_rescale is None else guidance_rescale
         nulls = self.nulls(negative_prompt)
@@ -58,6 +60,7 @@ class TeacherPipeline(NovelViewPipeline):
         negative_prompt: str | None = None,
         eta: float | None = None,
         latents: Tensor | None = None,
+        teacher: Teacher | None = None,
     ) -> Tensor:
         """Latents [B, C, F, h, w] for a condition: DDIM at the model's spacing, as published.
 
@@ -65,20 +68,25 @@ class TeacherPipeline(NovelViewPipeline):
             image_guidance_scale: separate guidance by the image tokens, a third evaluation a step. As in ViewCrafter's
                 sampler for it, the result keeps the last timestep's scale (see `keep_last_scale` of `ddim`).
             latents: x_T [B, C, F, h, w], drawn if not given.
+            teacher: what `teacher` made before, in place of all guidance: many clips then share one null condition.
         """
-        teacher = self.teacher(guidance_scale, image_guidance_scale, guidance_rescale, negative_prompt)
+        guidance = (guidance_scale, image_guidance_scale, guidance_rescale, negative_prompt)
+        if teacher is not None and guidance != (None,) * 4:
+            raise UserError("a teacher was given, which has its own guidance; leave guidance and negative_prompt out")
         spacing = self.config.get("spacing", "trailing")
-        return ddim(
-            partial(teacher, condition=condition),
-            self.initial_noise(condition, generator, latents),
-            self.schedule,
-            timesteps(spacing, self.config.steps if num_inference_steps is None else num_inference_steps),
-            eta=self.eta if eta is None else eta,
-            generator=generator,
-            on_step=on_step,
-            denoise_last=self.denoise_last,
-            keep_last_scale=self.config.get("keep_last_scale", False) or teacher.nfe == 3,
-        )
+        with frozen(self.network):
+            teacher = teacher or self.teacher(*guidance)
+            return ddim(
+                partial(teacher, condition=condition),
+                self.initial_noise(condition, generator, latents),
+                self.schedule,
+                timesteps(spacing, self.config.steps if num_inference_steps is None else num_inference_steps),
+                eta=self.eta if eta is None else eta,
+                generator=generator,
+                on_step=on_step,
+                denoise_last=self.denoise_last,
+                keep_last_scale=self.config.get("keep_last_scale", False) or teacher.image_guidance is not None,
+            )
 
     @torch.no_grad()
     def __call__(
@@ -98,7 +106,7 @@ class TeacherPipeline(NovelViewPipeline):
     ) -> Tensor | tuple | VideoOutput:
         """Renders [B, F, 3, H, W] in [0, 1], known frames replaced by photographs, to video of the same shape.
 
-        NFE: 2 a step, 1 with guidance 1, 3 with `image_guidance_scale`.
+        NFE: 2 a step, 1 with guidance 1, 3 with `image_guidance_scale` (1 where both are 1).
 
         Args:
             render: a tensor [B, F, 3, H, W], an array [B, F, H, W, 3], or PIL images (see `as_frames`).

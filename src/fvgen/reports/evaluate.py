@@ -21,7 +21,7 @@ from fvgen.clips.clip import Clip
 from fvgen.diffusion.samplers import few_step
 from fvgen.metrics import score_images
 from fvgen.models.condition import Condition
-from fvgen.models.denoiser import Teacher
+from fvgen.models.denoiser import Teacher, frozen
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
@@ -48,10 +48,15 @@ class Result:
     seconds: list[dict[str, float]] = field(default_factory=list)
 
 
-def teacher_contestant(pipeline: TeacherPipeline) -> Contestant:
-    """The teacher as published: all its steps, guided."""
-    steps = pipeline.config.steps
-    return Contestant(pipeline.sample, steps, steps * pipeline.teacher().nfe)
+def teacher_contestant(
+    pipeline: TeacherPipeline, steps: int | None = None, guidance: float | None = None
+) -> Contestant:
+    """The teacher as published, all its steps, guided, unless told otherwise. Its null condition is that of now."""
+    steps = steps or pipeline.config.steps
+    with frozen(pipeline.network):
+        teacher = pipeline.teacher(guidance)
+    sample = partial(pipeline.sample, num_inference_steps=steps, teacher=teacher)
+    return Contestant(sample, steps, steps * teacher.nfe)
 
 
 def few_step_teachers(pipeline: TeacherPipeline, steps: int) -> dict[str, Contestant]:
@@ -63,12 +68,13 @@ def few_step_teachers(pipeline: TeacherPipeline, steps: int) -> dict[str, Contes
     found: dict[str, Contestant] = {}
     ways = {"plain": 1.0} if pipeline.config.guidance == 1.0 else {"guided": pipeline.config.guidance, "plain": 1.0}
     for name, guidance in ways.items():
-        teacher = pipeline.teacher(guidance)
+        with frozen(pipeline.network):
+            teacher = pipeline.teacher(guidance)
         found[f"renoise, {name}"] = Contestant(
             partial(_few_steps, teacher, pipeline, steps), steps, steps * teacher.nfe
         )
         for eta in (0, 1):
-            sample = partial(pipeline.sample, num_inference_steps=steps, guidance_scale=guidance, eta=float(eta))
+            sample = partial(pipeline.sample, num_inference_steps=steps, teacher=teacher, eta=float(eta))
             found[f"DDIM eta {eta}, {name}"] = Contestant(sample, steps, steps * teacher.nfe)
     return found
 
@@ -164,7 +170,7 @@ def _few_steps(
     teacher: Teacher, pipeline: NovelViewPipeline, steps: int, condition: Condition, generator: torch.Generator
 ) -> Tensor:
     noise = pipeline.initial_noise(condition, generator)
-    with torch.no_grad():
+    with torch.no_grad(), frozen(teacher.network):
         denoiser = partial(teacher, condition=condition)
         return few_step(denoiser, noise, pipeline.schedule, steps, generator=generator)
 
