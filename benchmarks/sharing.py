@@ -22,7 +22,7 @@ from typing import Any
 from fvgen.cli import Parser, guarded
 from fvgen.clips.builtin import builtin_clips
 from fvgen.distill import read_yaml, run, stage_config
-from fvgen.distill.config import StageConfig
+from fvgen.distill.settings import StageConfig
 from fvgen.errors import UserError, did_you_mean
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
 from fvgen.pipelines.folders import load_pipeline

@@ -27,13 +27,14 @@ from full_size import cheap_weights
 
 from fvgen.cli import Parser, deepspeed_setting, guarded, positive
 from fvgen.clips.latents import LatentBatch
-from fvgen.distill.config import StageConfig, parse_overrides, stage_config
+from fvgen.distill.config import changed, parse_overrides, stage_config
 from fvgen.distill.draws import Draws
 from fvgen.distill.engines import join_world, shard_frozen
 from fvgen.distill.learners import make_learner
 from fvgen.distill.methods import METHODS
 from fvgen.distill.methods.base import Method, Part, Setup
 from fvgen.distill.monitor import peak_memory_gb
+from fvgen.distill.settings import StageConfig
 from fvgen.distill.zero_settings import clips_at_a_time
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Teacher
@@ -125,7 +126,7 @@ def main() -> None:
     row = measure(config, world, blueprint, size, args.iterations)
     if not world.is_main:
         return
-    once = config.changed(checkpoint_activations=False, deepspeed="")
+    once = changed(config, checkpoint_activations=False, deepspeed="")
     tflop = simulate(once, FAMILY, blueprint, size).flops / 1e12
     row |= {"tflop": round(tflop, 4), "utilisation": round(tflop / row["seconds"] / args.tflops, 4)}
     row |= {"frames": args.frames, "height": args.height, "width": args.width, "channels": args.channels}

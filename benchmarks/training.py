@@ -30,11 +30,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvgen.cli import Parser, guarded, positive
 from fvgen.diffusion.schedule import NoiseSchedule
-from fvgen.distill.config import StageConfig, stage_config
+from fvgen.distill.config import stage_config
 from fvgen.distill.draws import Draws
 from fvgen.distill.learners import make_learner
 from fvgen.distill.methods.base import Part
 from fvgen.distill.methods.dmd import Dmd
+from fvgen.distill.settings import StageConfig
 from fvgen.models.condition import Condition
 from fvgen.models.critic import Critic
 from fvgen.models.denoiser import Denoiser, Teacher

@@ -80,7 +80,7 @@ def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stage(teacher_folder: Path, clip_folder: Path, tmp_path: Path) -> Callable[..., StageConfig]:
     """Settings of a stage of a few small iterations, written below the test's own folder."""
-    from fvgen.distill import stage_config
+    from fvgen.distill import changed, stage_config
 
     def make(name: str = "gan", **changes: Any) -> StageConfig:
         settings = {
@@ -94,7 +94,7 @@ def stage(teacher_folder: Path, clip_folder: Path, tmp_path: Path) -> Callable[.
             "student_lr": 1e-3,
             "head_lr": 1e-3,
         } | ({"fake_score_lr": 1e-3} if name == "dmd" else {})
-        return stage_config(name, settings).changed(**changes)
+        return changed(stage_config(name, settings), **changes)
 
     return make
 

@@ -17,7 +17,16 @@ from torch import Tensor
 from fvgen.clips.clip import Clip
 from fvgen.clips.folder import ClipFolder, save_clips
 from fvgen.clips.latents import load_latents
-from fvgen.distill import StageConfig, Trainer, export_checkpoint, read_metrics, read_stage_config, run, stage_config
+from fvgen.distill import (
+    StageConfig,
+    Trainer,
+    changed,
+    export_checkpoint,
+    read_metrics,
+    read_stage_config,
+    run,
+    stage_config,
+)
 from fvgen.models.cogvideox.family import FAMILY, noise_schedule
 from fvgen.models.cogvideox.pipelines import CogVideoXStudentPipeline, CogVideoXTeacherPipeline
 from fvgen.models.cogvideox.prompts import EncodedPrompts
@@ -403,7 +412,7 @@ def test_both_stages_leave_students(stage, teacher_folder, clip_folder, tmp_path
 def test_a_stopped_run_goes_on_to_the_same_bytes(stage, tmp_path, name):
     whole, parts = stage(name, out=str(tmp_path / "whole")), stage(name, out=str(tmp_path / "parts"))
     run(whole)
-    run(parts.changed(iterations=1))
+    run(changed(parts, iterations=1))
     run(parts)
     files = ["metrics.jsonl", "student/transformer/diffusion_pytorch_model.safetensors"]
     files += ["head/diffusion_pytorch_model.safetensors"]
@@ -412,7 +421,7 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(stage, tmp_path, name):
 
 def test_adapters_on_one_backbone(stage, tmp_path):
     config = stage("dmd", share_backbone=True, student_lora=True, lora_rank=2, iterations=1)
-    config = config.changed(checkpoint_activations=True, precision="bfloat16")
+    config = changed(config, checkpoint_activations=True, precision="bfloat16")
     trainer = Trainer(config)
     learning = sum(p.numel() for p in trainer.method.student.parameters())
     # For width 48 and rank 2: four layers 48 -> 48, two of the feed-forward net 48 <-> 192, in each block.

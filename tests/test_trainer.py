@@ -21,7 +21,7 @@ import yaml
 from small_models import LATENTS, random_latents, small_clips
 
 from fvgen.clips.folder import save_clips
-from fvgen.distill import RunConfig, StageConfig, Trainer, read_metrics, run
+from fvgen.distill import RunConfig, StageConfig, Trainer, changed, read_metrics, run
 from fvgen.errors import UserError
 from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
@@ -63,7 +63,7 @@ def finished(teacher_folder, clip_folder, tmp_path_factory) -> Callable[..., tup
 
     def copy_to(folder: Path, **changes) -> tuple[StageConfig, Path]:
         shutil.copytree(out, folder / "gan")
-        return config.changed(out=str(folder / "gan"), **changes), folder / "gan"
+        return changed(config, out=str(folder / "gan"), **changes), folder / "gan"
 
     return copy_to
 
@@ -191,7 +191,7 @@ def test_rows_behind_the_checkpoint_are_dropped(stage, tmp_path):
     config, whole = stage(iterations=4, checkpoint_every=2), stage(iterations=4, out=str(tmp_path / "whole"))
     run(whole)
     trainer = Trainer(config)
-    trainer.config = config.changed(iterations=2)
+    trainer.config = changed(config, iterations=2)
     trainer.train()
     (Path(config.run.out) / "summary.json").unlink()
     with (Path(config.run.out) / "metrics.jsonl").open("a") as log:
@@ -307,14 +307,14 @@ def test_a_kill_before_the_first_file_does_not_lock_the_folder(stage, leftover):
 def test_the_folder_of_another_run(finished, tmp_path):
     config, out = finished(tmp_path)
     before = {path: path.read_bytes() for path in files_of(out)}
-    assert "holds another run (seed is 0 there and 1 here)" in refused(config.changed(seed=1))
-    assert "holds another run (head_lr is" in refused(config.changed(head_lr=0.5))
+    assert "holds another run (seed is 0 there and 1 here)" in refused(changed(config, seed=1))
+    assert "holds another run (head_lr is" in refused(changed(config, head_lr=0.5))
     assert before == {path: path.read_bytes() for path in files_of(out)}
 
 
 def test_the_folder_is_judged_before_anything_is_read(finished, tmp_path):
     config, _ = finished(tmp_path)
-    assert "holds another run (teacher is" in refused(config.changed(teacher="/nowhere"))
+    assert "holds another run (teacher is" in refused(changed(config, teacher="/nowhere"))
 
 
 def test_the_folder_of_a_run_at_work(stage, tmp_path):

@@ -9,16 +9,18 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fvgen.distill.config import RunConfig, StageConfig, read_stage_config, read_yaml, run_config, stage_config
+    from fvgen.distill.config import RunConfig, changed, read_stage_config, read_yaml, run_config, stage_config
     from fvgen.distill.export import export_checkpoint
     from fvgen.distill.guards import stopped_by_sigterm
     from fvgen.distill.run_folder import read_metrics
+    from fvgen.distill.settings import StageConfig
     from fvgen.distill.trainer import Trainer, run
 
 __all__ = [
     "RunConfig",
     "StageConfig",
     "Trainer",
+    "changed",
     "export_checkpoint",
     "read_metrics",
     "read_stage_config",
@@ -29,6 +31,7 @@ __all__ = [
     "stopped_by_sigterm",
 ]
 _HOMES = {
+    "StageConfig": "settings",
     "Trainer": "trainer",
     "run": "trainer",
     "read_metrics": "run_folder",

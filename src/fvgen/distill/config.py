@@ -15,57 +15,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fvgen.distill.methods import METHODS, method_named
-from fvgen.distill.settings import OWNERS, Data, Log, Memory, Optimizer, Owner, Run
+from fvgen.distill.settings import OWNERS, SHARED, Optimizer, Owner, StageConfig
 from fvgen.errors import UserError, did_you_mean, first_line
 
 NO_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: other than UTF-8, or a date that does not exist
-SHARED = tuple(key for key in Optimizer.model_fields if key != "lr")
-"""An optimiser's settings that may be given once for all learners."""
-
 Place = Callable[[Any], str]
-
-
-class StageConfig(BaseModel):
-    """One stage: a row of the table of methods, and every setting with its owner."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str  # of the method
-    run: Run
-    data: Data
-    memory: Memory
-    log: Log
-    method: Any  # its own `MethodSettings`
-    optim: dict[str, Optimizer]  # by learner
-
-    def words(self) -> dict[str, Any]:
-        """All settings that have an effect, flat, as they are written; `stage_config` reads them again."""
-        idle = self.method.idle()
-        words: dict[str, Any] = {"method": self.name}
-        for owner in self._owners():
-            words |= {key: value for key, value in owner.model_dump().items() if key not in idle}
-        first = next(iter(self.optim.values()))
-        words |= {key: getattr(first, key) for key in SHARED}
-        for learner, optimizer in self.optim.items():
-            words[f"{learner}_lr"] = optimizer.lr
-            differing = {key: getattr(optimizer, key) for key in SHARED if getattr(optimizer, key) != words[key]}
-            words |= {f"{learner}_{key}": value for key, value in differing.items()}
-        return words
-
-    def changed(self, **words: Any) -> StageConfig:
-        """The same with some settings changed, judged again; what these make idle is left out."""
-        kind, merged = METHODS[self.name].settings, {**self.words(), **words}
-        after = _judged(kind, {key: merged[key] for key in kind.model_fields if key in merged}, _settings, "settings")
-        gone = set(self.optim) - {*after.learners()}
-        idle = {*after.idle(), *(f"{learner}_{key}" for learner in gone for key in Optimizer.model_fields)}
-        return stage_config(self.name, {key: value for key, value in merged.items() if key in words or key not in idle})
-
-    def resumable(self) -> frozenset[str]:
-        """Settings that may differ when a run is resumed."""
-        return frozenset().union(*(owner.resumable for owner in self._owners()))
-
-    def _owners(self) -> tuple[Owner, ...]:
-        return self.run, self.data, self.method, self.memory, self.log
 
 
 def _settings(key: Any) -> str:
@@ -119,6 +73,15 @@ def stage_config(
     except ValueError as error:
         raise UserError(f"{where}: {error}") from None
     return StageConfig(name=name, optim=optim, **owners)
+
+
+def changed(config: StageConfig, **words: Any) -> StageConfig:
+    """The same with some settings changed, judged again; what these make idle is left out."""
+    kind, merged = METHODS[config.name].settings, {**config.words(), **words}
+    after = _judged(kind, {key: merged[key] for key in kind.model_fields if key in merged}, _settings, "settings")
+    gone = set(config.optim) - {*after.learners()}
+    idle = {*after.idle(), *(f"{learner}_{key}" for learner in gone for key in Optimizer.model_fields)}
+    return stage_config(config.name, {key: value for key, value in merged.items() if key in words or key not in idle})
 
 
 def run_config(settings: dict[str, Any], out: str | Path, where: str = "settings") -> RunConfig:

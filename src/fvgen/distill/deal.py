@@ -6,9 +6,9 @@ import hashlib
 
 import torch
 
-from fvgen.distill.config import StageConfig
 from fvgen.distill.draws import Draws
 from fvgen.distill.methods.base import Part
+from fvgen.distill.settings import StageConfig
 from fvgen.shards.order import ClipLoader
 from fvgen.system.processes import World
 

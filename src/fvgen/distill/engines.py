@@ -24,7 +24,7 @@ from fvgen.errors import UserError, first_line
 from fvgen.system.processes import World
 
 if TYPE_CHECKING:
-    from fvgen.distill.config import StageConfig
+    from fvgen.distill.settings import StageConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

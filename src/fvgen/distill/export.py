@@ -2,24 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint_part
-from fvgen.distill.config import StageConfig
-from fvgen.distill.methods.networks import ADAPTER
+from fvgen.distill.methods.written import write_student
 from fvgen.distill.run_folder import read_run_config
 from fvgen.errors import UserError
 from fvgen.models.family import family_of
-from fvgen.models.head import DiscriminatorHead
-from fvgen.models.lora import merged_weights
-from fvgen.pipelines.folders import load_pipeline, model_kind, save_model
+from fvgen.pipelines.folders import load_pipeline, model_kind
 from fvgen.pipelines.teacher import TeacherPipeline
-from fvgen.system.files import TEMPORARY, atomic_path, writable_folder
+from fvgen.system.files import TEMPORARY, writable_folder
 
 
 def _replaceable(out: Path) -> bool:
@@ -28,33 +22,6 @@ def _replaceable(out: Path) -> bool:
         family = family_of(model_kind(out))
         return family is not None and model_kind(out) in family.students
     return out.is_dir() and all(TEMPORARY in path.name for path in out.iterdir())
-
-
-def write_student(config: StageConfig, base: TeacherPipeline, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """``weights`` are the student's as `EMA.weights` names them: a whole network's, or an adapter's on ``base``'s,
-    which is merged. Raises UserError when the disk is full."""
-    network = type(base.network).from_config(base.network.config).eval()
-    if config.memory.student_lora:
-        network.load_state_dict(merged_weights(base.network, weights))
-    else:
-        learnt = {name.removeprefix("network."): tensor for name, tensor in weights.items()}
-        rest = network.state_dict().keys() - learnt.keys()  # buffers, as a table of learned positions: the teacher's
-        network.load_state_dict(learnt | {name: base.network.get_buffer(name) for name in rest})
-    save_model(base.family.student_of(base, network, config.method.student_steps), folder)
-
-
-def write_adapter(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """The student's averaged adapter, for a stage that goes on with it."""
-    with atomic_path(folder / ADAPTER) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
-
-
-def write_head(head: DiscriminatorHead, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """A discriminator head's folder, in float32."""
-    settings = {key: head.config[key] for key in ("in_channels", "channels", "norm_num_groups")}
-    copy = DiscriminatorHead(**settings).eval()
-    copy.load_state_dict(dict(weights))
-    save_model(copy, folder)
 
 
 def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = None) -> Path:

@@ -15,7 +15,7 @@ from fvgen.models.denoiser import frozen
 from fvgen.system.processes import World
 
 if TYPE_CHECKING:
-    from fvgen.distill.config import StageConfig
+    from fvgen.distill.settings import StageConfig
 
 
 @dataclass(frozen=True)

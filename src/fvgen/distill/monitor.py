@@ -23,8 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from fvgen.clips.latents import LatentSet
-from fvgen.distill.config import StageConfig
 from fvgen.distill.methods.base import MONITOR, Method
+from fvgen.distill.settings import StageConfig
 from fvgen.errors import first_line
 from fvgen.system.files import append_line, atomic_path
 from fvgen.system.work import Work

@@ -12,7 +12,8 @@ import yaml
 
 from fvgen import __version__
 from fvgen.distill.checkpoint import CheckpointFolder
-from fvgen.distill.config import StageConfig, read_yaml, stage_config
+from fvgen.distill.config import read_yaml, stage_config
+from fvgen.distill.settings import StageConfig
 from fvgen.errors import UserError
 from fvgen.system.files import TEMPORARY, atomic_path, locked, recover, remove, writable_folder, write_json
 

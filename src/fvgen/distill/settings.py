@@ -6,7 +6,7 @@ two owners have a setting of the same name. What is a method's own stands in `fv
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -131,3 +131,41 @@ class MethodSettings(Owner):
 
 
 OWNERS: dict[str, type[Owner]] = {"run": Run, "data": Data, "memory": Memory, "log": Log}
+
+SHARED = tuple(key for key in Optimizer.model_fields if key != "lr")
+"""An optimiser's settings that may be given once for all learners."""
+
+
+class StageConfig(BaseModel):
+    """One stage: a row of the table of methods, and every setting with its owner."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str  # of the method
+    run: Run
+    data: Data
+    memory: Memory
+    log: Log
+    method: Any  # its own `MethodSettings`
+    optim: dict[str, Optimizer]  # by learner
+
+    def words(self) -> dict[str, Any]:
+        """All settings that have an effect, flat, as they are written; `stage_config` reads them again."""
+        idle = self.method.idle()
+        words: dict[str, Any] = {"method": self.name}
+        for owner in self._owners():
+            words |= {key: value for key, value in owner.model_dump().items() if key not in idle}
+        first = next(iter(self.optim.values()))
+        words |= {key: getattr(first, key) for key in SHARED}
+        for learner, optimizer in self.optim.items():
+            words[f"{learner}_lr"] = optimizer.lr
+            differing = {key: getattr(optimizer, key) for key in SHARED if getattr(optimizer, key) != words[key]}
+            words |= {f"{learner}_{key}": value for key, value in differing.items()}
+        return words
+
+    def resumable(self) -> frozenset[str]:
+        """Settings that may differ when a run is resumed."""
+        return frozenset().union(*(owner.resumable for owner in self._owners()))
+
+    def _owners(self) -> tuple[Owner, ...]:
+        return self.run, self.data, self.method, self.memory, self.log

@@ -24,7 +24,7 @@ from fvgen.clips.builtin import builtin_clips
 from fvgen.clips.folder import ClipFolder
 from fvgen.clips.latents import LatentSet, load_latents
 from fvgen.distill.checkpoint import Stateful, load_checkpoint, save_checkpoint
-from fvgen.distill.config import RunConfig, StageConfig
+from fvgen.distill.config import RunConfig
 from fvgen.distill.deal import Dealer
 from fvgen.distill.engines import join_world, shard_frozen
 from fvgen.distill.guards import SKIPPED, SkipGuard, finite_row, stop_on_sigterm
@@ -33,6 +33,7 @@ from fvgen.distill.methods import METHODS
 from fvgen.distill.methods.base import MONITOR, Method, Metrics, Setup
 from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
 from fvgen.distill.run_folder import LOG, RunFolder, finished_stage
+from fvgen.distill.settings import StageConfig
 from fvgen.errors import Stopped, UserError, did_you_mean
 from fvgen.models.family import family_of
 from fvgen.pipelines.folders import check_device, load_pipeline, model_folder, model_kind

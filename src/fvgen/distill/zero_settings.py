@@ -10,7 +10,7 @@ from fvgen.errors import UserError, first_line
 from fvgen.system.processes import World
 
 if TYPE_CHECKING:
-    from fvgen.distill.config import StageConfig
+    from fvgen.distill.settings import StageConfig
 
 OURS = {  # DeepSpeed settings that follow from ours
     "train_batch_size": "batch_size",

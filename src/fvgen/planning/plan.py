@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fvgen.distill.config import StageConfig
+from fvgen.distill.config import changed
+from fvgen.distill.settings import StageConfig
 from fvgen.models.family import Blueprint, Family, Size, published
 from fvgen.pipelines.folders import folder_blueprint, model_folder
 from fvgen.planning.simulate import Profile, simulate
@@ -164,7 +165,7 @@ def profiles(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
     found: Profiles = {}
     for share, checkpointing in track(list(product(SHARES, (False, True))), "following iterations"):
         changes = Choice(0, checkpointing, share).settings()
-        found[share, checkpointing] = simulate(config.changed(**changes), family, blueprint, size)
+        found[share, checkpointing] = simulate(changed(config, **changes), family, blueprint, size)
     return found
 
 

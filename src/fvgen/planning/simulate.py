@@ -20,11 +20,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
 from fvgen.clips.latents import LatentBatch
-from fvgen.distill.config import StageConfig
 from fvgen.distill.draws import Draws
 from fvgen.distill.learners import Learner
 from fvgen.distill.methods import METHODS
 from fvgen.distill.methods.base import Part, Setup
+from fvgen.distill.settings import StageConfig
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Teacher
 from fvgen.models.family import Blueprint, Family, Size

@@ -16,7 +16,7 @@ from fvgen.system.processes import ALONE, World
 
 if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
     from fvgen.clips.latents import LatentBatch
-    from fvgen.distill.config import StageConfig
+    from fvgen.distill.settings import StageConfig
     from fvgen.models.denoiser import Teacher
     from fvgen.models.family import Family
 

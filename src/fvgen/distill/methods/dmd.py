@@ -49,7 +49,7 @@ from fvgen.system.processes import ALONE, World
 
 if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
     from fvgen.clips.latents import LatentBatch
-    from fvgen.distill.config import StageConfig
+    from fvgen.distill.settings import StageConfig
     from fvgen.models.critic import Critic
     from fvgen.models.denoiser import Denoiser, Teacher
 
@@ -199,7 +199,7 @@ class Dmd(Method):
         return build_dmd(cls, setup)
 
     def export(self, folder: Path, weights: Mapping[str, Mapping[str, Tensor]], base: Any, config: StageConfig) -> None:
-        from fvgen.distill.export import write_adapter, write_head, write_student
+        from fvgen.distill.methods.written import write_adapter, write_head, write_student
 
         write_student(config, base, weights["student"], folder / "student")
         if config.memory.student_lora:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fvgen.distill.methods.base import Setup
 from fvgen.distill.methods.dmd import Dmd
+from fvgen.distill.methods.written import ADAPTER
 from fvgen.distill.settings import Memory
 from fvgen.errors import UserError, first_line
 from fvgen.models.critic import Critic
@@ -24,9 +25,6 @@ from fvgen.objectives.gan import KINDS
 from fvgen.objectives.ratio import RatioConstant, RatioNormalizer
 from fvgen.pipelines.folders import load_head, load_pipeline
 from fvgen.pipelines.student import StudentPipeline
-
-ADAPTER = "student_lora.safetensors"
-"""In a stage's folder: the averaged adapter of a student that is one."""
 
 
 def build_dmd(kind: type[Dmd], setup: Setup) -> Dmd:

@@ -1,0 +1,46 @@
+"""What a stage leaves on disk: the student as a pipeline folder, its adapter, the head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fvgen.distill.settings import StageConfig
+from fvgen.models.head import DiscriminatorHead
+from fvgen.models.lora import merged_weights
+from fvgen.pipelines.folders import save_model
+from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.system.files import atomic_path
+
+ADAPTER = "student_lora.safetensors"
+"""In a stage's folder: the averaged adapter of a student that is one."""
+
+
+def write_student(config: StageConfig, base: TeacherPipeline, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """``weights`` are the student's as `EMA.weights` names them: a whole network's, or an adapter's on ``base``'s,
+    which is merged. Raises UserError when the disk is full."""
+    network = type(base.network).from_config(base.network.config).eval()
+    if config.memory.student_lora:
+        network.load_state_dict(merged_weights(base.network, weights))
+    else:
+        learnt = {name.removeprefix("network."): tensor for name, tensor in weights.items()}
+        rest = network.state_dict().keys() - learnt.keys()  # buffers, as a table of learned positions: the teacher's
+        network.load_state_dict(learnt | {name: base.network.get_buffer(name) for name in rest})
+    save_model(base.family.student_of(base, network, config.method.student_steps), folder)
+
+
+def write_adapter(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """The student's averaged adapter, for a stage that goes on with it."""
+    with atomic_path(folder / ADAPTER) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+
+
+def write_head(head: DiscriminatorHead, weights: Mapping[str, Tensor], folder: Path) -> None:
+    """A discriminator head's folder, in float32."""
+    settings = {key: head.config[key] for key in ("in_channels", "channels", "norm_num_groups")}
+    copy = DiscriminatorHead(**settings).eval()
+    copy.load_state_dict(dict(weights))
+    save_model(copy, folder)
