@@ -24,8 +24,9 @@ from fvgen.clips.builtin import builtin_clips
 from fvgen.distill import read_yaml, run, stage_config
 from fvgen.distill.settings import StageConfig
 from fvgen.errors import UserError, did_you_mean
-from fvgen.models.viewcrafter.pipelines import FVGenPipeline, ViewCrafterPipeline
 from fvgen.pipelines.folders import load_pipeline
+from fvgen.pipelines.student import StudentPipeline
+from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.reports.data import BUILTIN_CLIPS
 from fvgen.reports.evaluate import evaluate, score, student_contestant
 from fvgen.system.files import atomic_path, write_json
@@ -65,10 +66,10 @@ def measure(way: str, runs: Path, seed: int, scale: float) -> dict[str, Any]:
     gan, dmd = stages(way, runs, seed, scale)
     run(gan)
     folder = run(dmd)
-    teacher = load_pipeline("tiny", ViewCrafterPipeline)
+    teacher = load_pipeline("tiny", TeacherPipeline)
     test = builtin_clips("test", BUILTIN_CLIPS)
     clips = [test[index] for index in range(len(test))]
-    student = load_pipeline(folder, FVGenPipeline)
+    student = load_pipeline(folder, StudentPipeline)
     row = score(evaluate({"student": student_contestant(student)}, clips, teacher, seed)["student"], clips)
     seconds = json.loads((Path(dmd.out) / "summary.json").read_text())["seconds"]
     return {key: row[key] for key in METRICS} | {"stage2_seconds": seconds}

@@ -27,7 +27,7 @@ def main() -> None:
         trainer = distill.Trainer(config)  # judges teacher, data, init and folders before any work
         student = trainer.train()  # critics and student in turn: fvgen.distill.methods.dmd.Dmd.iterate
     if trainer.world.is_main:
-        print(f"Student after stage 2: {student}. It loads with fvgen.pipelines.FVGenPipeline.from_pretrained.")
+        print(f"Student after stage 2: {student}. It loads with from_pretrained.")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import yaml
 from small_models import LATENTS, random_latents, small_clips
 
 from fvgen.clips.folder import save_clips
-from fvgen.distill import RunConfig, StageConfig, Trainer, changed, read_metrics, run
+from fvgen.distill import RunConfig, StageConfig, Trainer, changed, export_checkpoint, read_metrics, run
 from fvgen.errors import UserError
 from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
@@ -309,6 +309,17 @@ def test_the_folder_of_another_run(finished, tmp_path):
     before = {path: path.read_bytes() for path in files_of(out)}
     assert "holds another run (seed is 0 there and 1 here)" in refused(changed(config, seed=1))
     assert "holds another run (head_lr is" in refused(changed(config, head_lr=0.5))
+    assert before == {path: path.read_bytes() for path in files_of(out)}
+
+
+def test_the_folder_of_an_older_version(finished, tmp_path):
+    config, out = finished(tmp_path)
+    words = {key: value for key, value in config.words().items() if key != "method"}
+    (out / "config.yaml").write_text(yaml.safe_dump({"stage": "gan", **words}))
+    before = {path: path.read_bytes() for path in files_of(out)}
+    assert "was written by fvgen 0.1, whose settings" in refused(config)
+    with pytest.raises(UserError, match="was written by fvgen"):
+        export_checkpoint(out, tmp_path / "student")
     assert before == {path: path.read_bytes() for path in files_of(out)}
 
 

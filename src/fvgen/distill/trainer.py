@@ -46,8 +46,8 @@ from fvgen.system.files import append_line, no_leftovers
 def run(config: RunConfig | StageConfig) -> Path:
     """Distil: one stage, or stage 1 (GAN initialisation) and then stage 2 (distribution matching).
 
-    Returns the folder of the student, which `FVGenPipeline.from_pretrained` loads. The same call again resumes or, if
-    everything is done, returns at once. Raises UserError for settings, data, folders or devices that cannot work.
+    Returns the folder of the student, which the student pipeline of its family loads. The same call again resumes or,
+    if everything is done, returns at once. Raises UserError for settings, data, folders or devices that cannot work.
     """
     if isinstance(config, StageConfig):
         return Trainer(config).train()

@@ -22,7 +22,7 @@ RANGE_TOLERANCE = 1e-3  # renders may overshoot [0, 1] by rounding, not by anoth
 @dataclass
 class VideoOutput(BaseOutput):
     """`frames`: [B, F, 3, H, W] in [0, 1] for "pt", [B, F, H, W, 3] for "np", a list of B lists of F images for "pil",
-    scaled latents [B, 4, F, h, w] for "latent".
+    scaled latents [B, C, F, h, w] for "latent".
     """
 
     frames: Tensor | np.ndarray | list[list[Image.Image]]

@@ -32,7 +32,7 @@ PARTS = ("encode", "sample", "decode")  # of what a user waits for
 
 @dataclass(frozen=True)
 class Contestant:
-    """A way to make latents [1, 4, F, h, w] from a condition; ``nfe`` counts UNet evaluations per clip."""
+    """A way to make latents [1, C, F, h, w] from a condition; ``nfe`` counts network evaluations per clip."""
 
     sample: Sample
     steps: int

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fvgen.distill.methods.base import Setup
-from fvgen.distill.methods.dmd import Dmd
+from fvgen.distill.methods.base import Method, Setup
 from fvgen.distill.methods.written import ADAPTER
 from fvgen.distill.settings import Memory
 from fvgen.errors import UserError, first_line
@@ -27,7 +26,7 @@ from fvgen.pipelines.folders import load_head, load_pipeline
 from fvgen.pipelines.student import StudentPipeline
 
 
-def build_dmd(kind: type[Dmd], setup: Setup) -> Dmd:
+def build_dmd(kind: Callable[..., Method], setup: Setup) -> Method:
     """Student, head and fake score around a teacher; the student starts as the teacher or as the earlier stage's.
 
     All networks stay in evaluation mode: the teacher's dropout would add noise to every target.
