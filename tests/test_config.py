@@ -146,8 +146,9 @@ WORDS = {
     "t_max=1000": "t_max=1000",
     "divergence=softened_reverse_lk": "divergence='softened_reverse_lk' is unknown; did you mean 'softened_reverse_kl'?",  # noqa: E501
     "gan_kind=wasserstein": "gan_kind='wasserstein' is unknown; known are",
-    "t_min=980": "t_min=980 lies above t_max=979",
-    "head_warmup=7": "head_warmup=7 leaves the student none of 7 iterations",
+    "t_min=980": "command line: t_min=980 lies above t_max=979",
+    "head_warmup=7": "command line: head_warmup=7 leaves the student none of 7 iterations",
+    "student_lora=true": "command line: student_lora=true needs share_backbone=true",
     "method=dmd": "command line: method='dmd', but this is stage 'gan'",
     "out=": "out='': string should have at least 1 character",
 }
@@ -158,6 +159,20 @@ def test_wrong_words_on_the_command_line(file, word):
     with pytest.raises(UserError) as error:
         read_stage_config("gan", file, ["out=a", word])
     assert WORDS[word] in sentence(error)
+
+
+def test_a_word_that_makes_the_files_idle_is_to_blame(file):
+    file.write_text(FILE + "divergence: jeffreys\n")
+    with pytest.raises(UserError) as error:
+        read_stage_config("dmd", file, ["out=a", "dmd_weight=0"])
+    assert sentence(error).startswith("command line: divergence has no effect where dmd_weight is 0; remove it from ")
+    with pytest.raises(UserError) as error:  # ... and no word that has nothing to do with it
+        read_stage_config("gan", file, ["out=a"])
+    assert sentence(error).startswith(f"{file}: divergence has no effect")
+    file.write_text("student_lora: true\n")
+    with pytest.raises(UserError) as error:  # whose sentence speaks of "the shared teacher"
+        read_stage_config("dmd", file, ["out=a", "teacher=tiny"])
+    assert sentence(error).startswith(f"{file}: student_lora=true needs share_backbone=true")
 
 
 FILES = {

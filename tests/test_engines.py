@@ -137,6 +137,15 @@ def test_masters_go_on_where_the_earlier_stage_ended(stage):
     assert torch.equal(trainer.method.student.network.get_parameter(name), saved.bfloat16())
 
 
+def test_masters_start_at_the_teachers_exact_weights(stage):
+    trainer = Trainer(stage("dmd", precision="bfloat16"))
+    name, exact = "middle_block.0.conv1.weight", small_teacher().unet
+    for learner in (trainer.method.learners["student"], trainer.method.learners["fake_score"]):
+        start = learner.engine.gather(learner.engine.masters)[f"network.{name}"]
+        assert torch.equal(start, exact.get_parameter(name)) and not torch.equal(start, start.bfloat16().float())
+        assert torch.equal(learner.module.network.get_parameter(name), start.bfloat16())
+
+
 def test_a_stage_in_bfloat16(stage):
     trainer = Trainer(stage("dmd", precision="bfloat16", iterations=2))
     folder = trainer.train()

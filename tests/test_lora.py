@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_models import LATENTS, small_teacher
 from torch import Tensor
 
@@ -130,6 +131,17 @@ def test_an_adapter_goes_from_stage_to_stage(stage, tmp_path):
     with pytest.raises(UserError, match="its student was trained whole"):
         Trainer(stage("dmd", init=first.run.out, **lora, out=str(tmp_path / "c")))
     assert not (tmp_path / "c").exists()
+
+
+def test_an_adapters_masters_go_on_where_the_earlier_stage_ended(stage):
+    lora = {"share_backbone": True, "student_lora": True, "lora_rank": 2, "precision": "bfloat16"}
+    first = stage("gan", iterations=1, **lora)
+    run(first)
+    saved = load_file(Path(first.run.out) / "student_lora.safetensors")
+    student = Trainer(stage("dmd", init=first.run.out, **lora)).method.learners["student"]
+    start = student.engine.gather(student.engine.masters)
+    assert saved.keys() == start.keys() and all(torch.equal(start[name], saved[name]) for name in saved)
+    assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in saved.values())
 
 
 def test_peft_that_is_not_installed(monkeypatch):

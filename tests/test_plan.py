@@ -139,6 +139,13 @@ def test_bfloat16_halves_weights_and_adds_masters():
     assert weights == 4 and optimizer == 12 + 4
 
 
+def test_the_head_stays_float32_under_every_engine():
+    head = Profile(0.0, ((0, 0),), {"teacher": 0, "student": 0, "head": 10**9})
+    for zero in (0, 1, 2):
+        choice = Choice(zero, False, "three models")
+        assert estimate(config(method="gan", precision="bfloat16"), head, choice, MACHINES).weights == 4
+
+
 def test_time_follows_the_work():
     choice = Choice(0, False, "three models")
     slow, fast = (estimate(config(method="gan"), BIG, choice, Hardware(8, 80, tflops)) for tflops in (100, 200))

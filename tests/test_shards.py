@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -198,7 +199,7 @@ def test_a_stage_trains_on_shards(shards, stage):
     assert len(read_metrics(config.run.out)) == 3
 
 
-def test_shards_of_another_teacher_are_refused(shards, stage, tmp_path):
+def test_shards_of_another_teacher_are_refused(shards, make_shards, shard_scenes, stage, tmp_path):
     from small_models import small_teacher
 
     from fvgen.distill import run
@@ -208,4 +209,16 @@ def test_shards_of_another_teacher_are_refused(shards, stage, tmp_path):
     other.vae.encoder.conv_in.bias.data += 1
     save_model(other, tmp_path / "other")
     said = refusal(lambda: run(stage(data=str(shards), teacher=str(tmp_path / "other"))))
-    assert "were encoded by teacher" in said and not Path(stage().run.out).exists()
+    assert f"were encoded by teacher teacher, which has other encoders than {tmp_path / 'other'}; give" in said
+    assert not re.search(
+        r"[0-9a-f]{12}", said.replace(str(tmp_path), "").replace(str(shards), "")
+    )  # nobody knows those
+    assert not Path(stage().run.out).exists()
+    save_model(other, tmp_path / "teacher")
+    said = refusal(lambda: run(stage(data=str(shards), teacher=str(tmp_path / "teacher"))))
+    assert "were encoded by teacher teacher, which has other encoders by now; give the one that made them" in said
+    said = refusal(lambda: make_shards(shards, teacher=str(tmp_path / "teacher")))
+    assert "holds shards of another teacher teacher, with other encoders; choose another" in said
+    shutil.copytree(shard_scenes / "scene0", tmp_path / "scenes" / "scene0")
+    said = refusal(lambda: make_shards(shards, tmp_path / "scenes"))
+    assert "holds shards of other scenes; choose another" in said

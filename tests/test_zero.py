@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from zero_worker import train
 
 from fvgen.distill import read_metrics, run, stage_config
@@ -63,7 +64,9 @@ def runs(teacher_folder, clip_folder, tmp_path_factory) -> Path:
         jobs += [add(stage, f"zero{z}", deepspeed=ZERO[z]) for z in ZERO]
     jobs.append(add("gan", "checkpointed", deepspeed=ZERO[3], checkpoint_activations=True, iterations=3))
     jobs.append(add("gan", "parts", deepspeed=ZERO[2], accumulation=2, iterations=3))
-    jobs.append(add("dmd", "bfloat16", deepspeed=ZERO[2], precision="bfloat16", iterations=3))
+    narrow = {"precision": "bfloat16", "iterations": 3, "remember": True}
+    train(add("dmd", "bfloat16", **narrow))
+    jobs += [add("dmd", f"bfloat16{z}", deepspeed=ZERO[z], **narrow) for z in ZERO]
     jobs.append(add("dmd", "offloaded", deepspeed=ZERO[2], offload_teacher=True, iterations=3))
     jobs.append(add("gan", "diverging", deepspeed=ZERO[2], student_lr=1e30, iterations=8))
     jobs.append(add("gan", "odd", deepspeed=ZERO[2], batch_size=3))
@@ -116,9 +119,20 @@ def test_an_offloaded_teacher_teaches_the_same(runs):
     assert max(worst.values()) < TOLERANCE, worst
 
 
-def test_bfloat16_is_near(runs):
-    worst = differences(runs / "dmd-plain", runs / "dmd-bfloat16")
+@pytest.mark.parametrize("zero", ["", *ZERO])
+def test_bfloat16_is_near(runs, zero):
+    worst = differences(runs / "dmd-plain", runs / f"dmd-bfloat16{zero}")
     assert 1e-4 < max(worst.values()) < 0.3, worst
+
+
+@pytest.mark.parametrize("zero", ZERO)
+def test_in_bfloat16_both_engines_start_from_the_same(runs, zero):
+    plain, sharded = (torch.load(runs / f"dmd-bfloat16{z}.start") for z in ("", zero))
+    types = {"student": torch.bfloat16, "head": torch.float32, "fake_score": torch.bfloat16}
+    for name, (dtype, masters) in plain.items():
+        assert dtype == sharded[name][0] == types[name], name
+        assert all(torch.equal(master, sharded[name][1][key]) for key, master in masters.items()), name
+        assert not all(torch.equal(master, master.bfloat16().float()) for master in masters.values()), name
 
 
 def test_a_checkpoint_goes_on_at_another_number_of_processes(runs):

@@ -6,8 +6,10 @@ and, for the method's own, `fvgen.distill.methods`).
 
 from __future__ import annotations
 
+import re
 import reprlib
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +21,23 @@ from fvgen.distill.settings import OWNERS, SHARED, Optimizer, Owner, StageConfig
 from fvgen.errors import UserError, did_you_mean, first_line
 
 NO_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: other than UTF-8, or a date that does not exist
-Place = Callable[[Any], str]
 
 
-def _settings(key: Any) -> str:
-    return "settings"
+@dataclass(frozen=True)
+class Origin:
+    """Where settings stand: in ``file``, but for those in ``overrides``, which come from the command line."""
+
+    file: str = "settings"
+    overrides: Container[str] = ()
+
+    def of(self, key: Any) -> str:
+        """Where one setting stands."""
+        return "command line" if key in self.overrides else self.file
+
+    def of_all(self, sentence: str) -> str:
+        """What is to blame for a sentence that names several: the command line, where any of them stands there."""
+        named = re.findall(r"\w+_\w+|\w+(?==)", sentence)  # "teacher" may be a plain word, "t_min" and "teacher=" not
+        return "command line" if any(word in self.overrides for word in named) else self.file
 
 
 class RunConfig(BaseModel):
@@ -43,42 +57,40 @@ def stage_config(
 
     ``where`` the settings stand, except for those in ``overrides``, which come from the command line.
     """
-
-    def place(key: Any) -> str:
-        return "command line" if key in overrides else where
-
-    row, settings = method_named(name), dict(settings)
+    row, settings, origin = method_named(name), dict(settings), Origin(where, overrides)
     if (found := settings.pop("method", name)) != name:
-        raise UserError(f"{place('method')}: method={found!r}, but this is stage {name!r}; remove the setting")
-    _check_names(name, settings, place)
+        raise UserError(f"{origin.of('method')}: method={found!r}, but this is stage {name!r}; remove the setting")
+    _check_names(name, settings, origin)
     for key, value in row.fixed.items():
         if settings.setdefault(key, value) != value:
-            raise UserError(f"{place(key)}: method {name} has {key}={value!r}; remove {key}={settings[key]!r}")
+            raise UserError(f"{origin.of(key)}: method {name} has {key}={value!r}; remove {key}={settings[key]!r}")
     owners = {
-        owner: _judged(kind, {key: settings[key] for key in kind.model_fields if key in settings}, place, where)
+        owner: _judged(kind, {key: settings[key] for key in kind.model_fields if key in settings}, origin)
         for owner, kind in {**OWNERS, "method": row.settings}.items()
     }
     method = owners["method"]
     for key, why in method.idle().items():
         if key in settings and key not in row.fixed:
-            raise UserError(f"{place(key)}: {key} has no effect {why}; remove it")
-    optim = {learner: _optimizer(learner, settings, place, where) for learner in method.learners()}
+            blamed = origin.of_all(f"{key}= {why}")
+            rest = "" if blamed == origin.of(key) else f" from {where}"
+            raise UserError(f"{blamed}: {key} has no effect {why}; remove it{rest}")
+    optim = {learner: _optimizer(learner, settings, origin) for learner in method.learners()}
     for learner in set(row.settings.all_learners) - set(optim):
         for key in Optimizer.model_fields:
             if f"{learner}_{key}" in settings:
                 word = f"{learner}_{key}"
-                raise UserError(f"{place(word)}: {word} has no effect where no {learner} learns; remove it")
+                raise UserError(f"{origin.of(word)}: {word} has no effect where no {learner} learns; remove it")
     try:
         method.judge(owners["run"], owners["data"], owners["memory"])
     except ValueError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(f"{origin.of_all(str(error))}: {error}") from None
     return StageConfig(name=name, optim=optim, **owners)
 
 
 def changed(config: StageConfig, **words: Any) -> StageConfig:
     """The same with some settings changed, judged again; what these make idle is left out."""
     kind, merged = METHODS[config.name].settings, {**config.words(), **words}
-    after = _judged(kind, {key: merged[key] for key in kind.model_fields if key in merged}, _settings, "settings")
+    after = _judged(kind, {key: merged[key] for key in kind.model_fields if key in merged}, Origin())
     gone = set(config.optim) - {*after.learners()}
     idle = {*after.idle(), *(f"{learner}_{key}" for learner in gone for key in Optimizer.model_fields)}
     return stage_config(config.name, {key: value for key, value in merged.items() if key in words or key not in idle})
@@ -137,31 +149,29 @@ def known_words(name: str) -> set[str]:
     return fields | {*SHARED} | {f"{learner}_{key}" for learner in own.all_learners for key in Optimizer.model_fields}
 
 
-def _check_names(name: str, settings: Mapping[str, Any], place: Place) -> None:
+def _check_names(name: str, settings: Mapping[str, Any], origin: Origin) -> None:
     known = known_words(name)
     for key in settings:
         if key in known:
             continue
         for other in METHODS:
             if key in known_words(other):
-                raise UserError(f"{place(key)}: {key} is a setting of method {other}, not of {name}; remove it")
+                raise UserError(f"{origin.of(key)}: {key} is a setting of method {other}, not of {name}; remove it")
         of_one = {f"{learner}_{key}" for learner in METHODS[name].settings.all_learners for key in SHARED}
         near = {*known, *METHODS} - {key} - of_one  # a list of all would be twice as long
-        raise UserError(f"{place(key)}: unknown setting {key!r}{did_you_mean(str(key), near)}")
+        raise UserError(f"{origin.of(key)}: unknown setting {key!r}{did_you_mean(str(key), near)}")
 
 
-def _optimizer(learner: str, settings: Mapping[str, Any], place: Place, where: str) -> Optimizer:
+def _optimizer(learner: str, settings: Mapping[str, Any], origin: Origin) -> Optimizer:
     """Of one learner: its own settings before those for all."""
     words = {key: f"{learner}_{key}" for key in Optimizer.model_fields}
     given = {key: settings[word] for key, word in words.items() if word in settings}
     shared = {key: settings[key] for key in SHARED if key in settings and key not in given}
     names = {key: words[key] for key in {*given, "lr"}}
-    return _judged(Optimizer, {**shared, **given}, place, where, names)
+    return _judged(Optimizer, {**shared, **given}, origin, names)
 
 
-def _judged(
-    kind: type[Owner], given: Mapping[str, Any], place: Place, where: str, words: Mapping[str, str] | None = None
-) -> Any:
+def _judged(kind: type[Owner], given: Mapping[str, Any], origin: Origin, words: Mapping[str, str] | None = None) -> Any:
     """``words``: how a field is called on the page where that differs."""
     try:
         return kind(**given)
@@ -170,10 +180,11 @@ def _judged(
         key = first["loc"][0] if first["loc"] else None
         key = (words or {}).get(key, key)
         if first["type"] == "missing":
-            raise UserError(f"{where}: {key} is not given; add {key}=...") from None
+            raise UserError(f"{origin.file}: {key} is not given; add {key}=...") from None
         problem = first["msg"].removeprefix("Value error, ")
+        place = origin.of_all(problem) if key is None else origin.of(key)
         value = "" if key is None else f"{key}={reprlib.repr(first['input'])}: "
-        raise UserError(f"{place(key)}: {value}{problem[0].lower() + problem[1:]}") from None
+        raise UserError(f"{place}: {value}{problem[0].lower() + problem[1:]}") from None
 
 
 def _value(key: str, text: str) -> Any:

@@ -190,6 +190,9 @@ class DeepSpeedEngine(_Optimized):
 
     def __init__(self, module: nn.Module, settings: Optimization, json_settings: dict[str, Any]) -> None:
         deepspeed = import_deepspeed()
+        # The module keeps its type: DeepSpeed would make a float32 head bfloat16 for its neighbours' sake.
+        narrow = any(p.dtype == torch.bfloat16 for p in module.parameters())
+        json_settings = json_settings | {"bf16": {"enabled": narrow, "check_grad_overflow": narrow}}
         self.module = module
         self.named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
         self.shapes = {name: p.shape for name, p in self.named}  # ZeRO-3 empties the parameters

@@ -105,7 +105,7 @@ def estimate(config: StageConfig, profile: Profile, choice: Choice, hardware: Ha
     narrow = 2 if config.memory.precision == "bfloat16" else 4
     zero, n = choice.zero, hardware.gpus if choice.zero else 1
     learning = {name: count for name, count in profile.parameters.items() if name != "teacher"}
-    width = {name: 4 if name == "head" and not zero else narrow for name in learning}  # the plain head stays float32
+    width = {name: 4 if name == "head" else narrow for name in learning}  # the head stays float32
     weights = sum(count * width[name] for name, count in learning.items()) / (n if zero == 3 else 1)
     if not choice.offload_teacher:
         weights += profile.parameters["teacher"] * narrow / (n if zero == 3 else 1)

@@ -67,7 +67,7 @@ def inspect(path: str | Path, out: str | Path, clips: int | None = None, teacher
 def _of_shards(path: str | Path, clips: int | None, teacher: str | None) -> dict:
     shards = ShardSet(path)
     pipeline = placed(load_encoders(teacher or shards.settings.teacher), "cpu")
-    shards.check_encoder(pipeline.encoder_fingerprint(), str(teacher or "the preset of that name"))
+    shards.check_encoder(pipeline.encoder_fingerprint(), str(teacher or shards.settings.teacher))
     chosen = torch.linspace(0, len(shards) - 1, min(clips or SHARD_CLIPS, len(shards))).round().long().tolist()
     rows, latents = [], []
     for index in chosen:

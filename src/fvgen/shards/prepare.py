@@ -178,7 +178,12 @@ def claim(out: Path, settings: Settings, index: int, parts: int) -> None:
                 raise UserError(f"{out} holds parts of {theirs.parts}, not of {parts}; {cure}")
             for key in Settings.model_fields:
                 if (other := getattr(theirs.settings, key)) != (value := getattr(settings, key)):
-                    raise UserError(f"{out} holds shards of other settings ({key}: {other!r}, not {value!r}); {cure}")
+                    in_words = {  # where the values are hashes
+                        "scenes": "other scenes",
+                        "encoder": f"another teacher {settings.teacher}, with other encoders",
+                    }
+                    what = in_words.get(key, f"other settings ({key}: {other!r}, not {value!r})")
+                    raise UserError(f"{out} holds shards of {what}; {cure}")
     writable_folder(out)
     if not mine.exists():
         begun = Part(

@@ -104,10 +104,11 @@ class ShardSet(LatentSet):
     def check_encoder(self, fingerprint: str, model: str) -> None:
         """Raises UserError where the latents were made by other encoders than those of ``model``."""
         if fingerprint != self.settings.encoder:
+            made_by = self.settings.teacher
+            state = "has other encoders by now" if made_by == Path(model).name else f"has other encoders than {model}"
             raise UserError(
-                f"the shards in {self.place} were encoded by teacher {self.settings.teacher} (encoder "
-                f"{self.settings.encoder}), but {model} has encoder {fingerprint}; train with that teacher or prepare "
-                "the shards again"
+                f"the shards in {self.place} were encoded by teacher {made_by}, which {state}; give the one that made "
+                "them, or prepare the shards again"
             )
 
     def verify(self) -> None:

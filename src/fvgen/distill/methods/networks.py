@@ -45,10 +45,12 @@ def build_dmd(kind: Callable[..., Method], setup: Setup) -> Method:
     return kind(
         settings,
         setup.teacher,
-        setup.learner("student", networks["student"], average=True, start_at=exact),
+        setup.learner("student", networks["student"], average=True, start_at=exact.get("student")),
         critic,
         None if critic is None else setup.learner("head", critic.head),
-        setup.learner("fake_score", networks["fake_score"]) if settings.matching else None,
+        setup.learner("fake_score", networks["fake_score"], start_at=exact.get("fake_score"))
+        if settings.matching
+        else None,
         normalizer,
         setup.world,
         constant,
@@ -71,9 +73,9 @@ def make_critic(setup: Setup) -> Critic:
     return Critic(setup.teacher, taps, _ready(head.to(setup.device)))
 
 
-def denoisers(setup: Setup, names: Sequence[str]) -> tuple[dict[str, Denoiser], dict[str, Tensor]]:
+def denoisers(setup: Setup, names: Sequence[str]) -> tuple[dict[str, Denoiser], dict[str, dict[str, Tensor]]]:
     """The student and others (which start as the teacher), by name: whole networks, or adapters where `Memory` says so;
-    and the float32 weights that a narrower student was rounded from, by name, empty where there are none.
+    and, of those that are narrower, the float32 weights that they were rounded from, by network and name.
 
     The teacher's own network takes the memory settings' type and checkpointing too.
     """
@@ -86,10 +88,12 @@ def denoisers(setup: Setup, names: Sequence[str]) -> tuple[dict[str, Denoiser], 
             whole[name] = load_pipeline(start / "student", StudentPipeline).network.to(setup.device)
         else:
             whole[name] = copy.deepcopy(teacher)
-    # Master weights go on where the earlier stage's ended, not at the next bfloat16, which is further than an update.
-    exact: dict[str, Tensor] = {}
-    if "student" in whole and start is not None and memory.precision == "bfloat16":
-        exact = {f"network.{name}": p.detach().cpu() for name, p in whole["student"].named_parameters()}
+    # Master weights start where the teacher or the earlier stage ended, not at the next bfloat16, which is further than
+    # an update.
+    exact: dict[str, dict[str, Tensor]] = {}
+    if memory.precision == "bfloat16" and whole and setup.device.type != "meta":  # where weights have no values
+        of_teacher = _weights(teacher)  # one copy for all
+        exact = {n: _weights(w) if n == "student" and start is not None else of_teacher for n, w in whole.items()}
     for network in (teacher, *whole.values()):
         _prepare(network, memory)
     calls = dict.fromkeys(names, setup.teacher.call)
@@ -101,9 +105,14 @@ def denoisers(setup: Setup, names: Sequence[str]) -> tuple[dict[str, Denoiser], 
         whole |= {name: Role(backbone, name) for name in roles}
         calls |= dict.fromkeys(roles, in_role(setup.teacher.call))
     if adapted.get("student") and start is not None:
-        _load_adapter(whole["student"], start)
+        exact["student"] = _load_adapter(whole["student"], start)
     schedule = setup.teacher.schedule
     return {name: _ready(Denoiser(whole[name], schedule, calls[name])) for name in names}, exact
+
+
+def _weights(network: nn.Module) -> dict[str, Tensor]:
+    """As they are now, on the CPU, by the names that they have in a `Denoiser`."""
+    return {f"network.{name}": parameter.detach().cpu() for name, parameter in network.named_parameters()}
 
 
 def _prepare(network: nn.Module, memory: Memory) -> None:
@@ -117,8 +126,8 @@ def _ready(network: nn.Module) -> nn.Module:
     return network.requires_grad_(True).eval()
 
 
-def _load_adapter(role: Role, start_from: Path) -> None:
-    """Go on with the student adapter of an earlier stage."""
+def _load_adapter(role: Role, start_from: Path) -> dict[str, Tensor]:
+    """Go on with the student adapter of an earlier stage; returns its float32 weights."""
     file = start_from / ADAPTER
     if not file.is_file():
         raise UserError(
@@ -130,6 +139,7 @@ def _load_adapter(role: Role, start_from: Path) -> None:
         with torch.no_grad():
             for name, parameter in role.named_parameters():
                 parameter.copy_(weights[f"network.{name}"])
+        return weights
     except (SafetensorError, OSError, KeyError, RuntimeError) as error:
         reason = first_line(error)
         raise UserError(f"{file} is damaged or of another lora_rank ({reason}); train that stage again") from error
