@@ -36,8 +36,6 @@ def test_two_processes_train_both_stages_as_one_does(teacher_folder, clip_folder
         assert len(read_metrics(sharded)) == 3
         assert max(differences(plain, sharded).values()) < TOLERANCE
         one, two = (load_pipeline(folder / "student", StudentPipeline).network for folder in (plain, sharded))
-        for (
-            name,
-            tensor,
-        ) in one.state_dict().items():  # Adam's first steps turn rounding into signs: a few learning rates
+        # Adam's first steps turn rounding into signs: a few learning rates.
+        for name, tensor in one.state_dict().items():
             torch.testing.assert_close(two.state_dict()[name], tensor, rtol=0, atol=6 * 5e-5)
