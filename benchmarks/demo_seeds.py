@@ -3,9 +3,9 @@
     python benchmarks/demo_seeds.py runs/seed0 runs/seed1 runs/seed2 [--out benchmarks/results/demo_seeds.json]
 
 What is measured: nothing new; the folders are finished runs of `fvgen demo --seed N --out runs/seedN`. Why: one seed
-proves little. A gain is the student's score minus another row's, paired within each seed; its 95 % interval comes from
-Student's t over the seeds, so it says how far another seed may be off, not how far other scenes may. The last line is
-JSON; --out keeps it, with every seed's rows.
+proves little. A gain is the student's score (or stage 1's) minus another row's, paired within each seed; its 95 %
+interval comes from Student's t over the seeds, so it says how far another seed may be off, not how far other scenes
+may. The last line is JSON; --out keeps it, with every seed's rows.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ METRICS = ("psnr", "ssim", "lpips", "kid_squeeze")
 T_95 = {2: 12.71, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # two-sided, by number of seeds
 
 
-def gain(reports: list[dict], metric: str, row: str) -> dict[str, float] | None:
-    """Student minus ``row``: mean, half width of the 95 % interval, and the mean relative to the row's."""
-    pairs = [(report["rows"]["student"][metric], report["rows"][row][metric]) for report in reports]
+def gain(reports: list[dict], metric: str, row: str, of: str = "student") -> dict[str, float] | None:
+    """Row ``of`` minus ``row``: mean, half width of the 95 % interval, and the mean relative to the row's."""
+    pairs = [(report["rows"][of][metric], report["rows"][row][metric]) for report in reports]
     if any(None in pair for pair in pairs):
         return None
     differences = [student - other for student, other in pairs]
@@ -66,17 +66,20 @@ def main() -> None:
         for name in names
     }
     gains = {row: {metric: gain(reports, metric, row) for metric in METRICS} for row in names if row != "student"}
+    first = {metric: gain(reports, metric, "teacher_few", "gan_init") for metric in METRICS}
     for name, row in rows.items():
         print(f"{name:12}", "  ".join(f"{metric} {value:.4g}" for metric, value in row.items()))
-    for row, by_metric in gains.items():
+    told = {f"student minus {row}": by_metric for row, by_metric in gains.items()}
+    for name, by_metric in {**told, "gan_init minus teacher_few": first}.items():
         cells = [f"{metric} {g['mean']:+.4f} ± {g['half_width']:.4f}" for metric, g in by_metric.items() if g]
-        print(f"student minus {row:12}", "  ".join(cells))
+        print(f"{name:26}", "  ".join(cells))
     result = {
         "seeds": [report["seed"] for report in reports],
         "data": reports[0]["data"],
         "speedup": [report["speedup"] for report in reports],
         "mean": rows,
         "student_minus": gains,
+        "gan_init_minus_teacher_few": first,
         "by_seed": [report["rows"] for report in reports],
     }
     if args.out:
