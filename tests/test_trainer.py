@@ -342,7 +342,7 @@ def test_a_folder_with_something_else(stage, name):
     file = Path(config.run.out) / name
     file.parent.mkdir(parents=True)
     file.write_text("precious")
-    assert "is not empty and holds no run; choose another out=DIR" in refused(config)
+    assert "is not empty and holds no run; choose another output folder" in refused(config)
     assert files_of(Path(config.run.out)) == [file] and file.read_text() == "precious"
 
 

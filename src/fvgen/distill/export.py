@@ -65,7 +65,7 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
     """
     run, out = Path(run), Path(out)
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run's folder (it has no config.yaml); give the out=DIR of a stage")
+        raise UserError(f"{run} is no run's folder (it has no config.yaml); give the output folder of a stage")
     config = read_run_config(run)
     checkpoints = CheckpointFolder(run / "checkpoints", config.log.keep_checkpoints)
     kept = checkpoints.iterations()

@@ -38,12 +38,12 @@ class RunFolder:
                 if key not in self.config.resumable() and theirs.get(key) != ours.get(key):
                     raise UserError(
                         f"output folder {self.root} holds another run ({key} is {theirs.get(key)!r} there and "
-                        f"{ours.get(key)!r} here); choose another out=DIR or delete it"
+                        f"{ours.get(key)!r} here); choose another output folder or delete it"
                     )
             with self.lock():
                 pass
         elif self.root.is_dir() and any(TEMPORARY not in p.name and p.name != LOCK for p in self.root.iterdir()):
-            raise UserError(f"output folder {self.root} is not empty and holds no run; choose another out=DIR")
+            raise UserError(f"output folder {self.root} is not empty and holds no run; choose another output folder")
 
     def claim(self) -> None:
         """Make it ours. Raises UserError where it cannot be written."""
@@ -84,7 +84,7 @@ class RunFolder:
         if not _are_rows(lines, done):
             raise UserError(
                 f"{log} lacks rows of the {done} iterations that the checkpoint stands at; "
-                f"delete {self.root} to start this stage again, or choose another out=DIR"
+                f"delete {self.root} to start this stage again, or choose another output folder"
             )
         with atomic_path(log) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines))
@@ -108,7 +108,7 @@ def read_run_config(folder: Path) -> StageConfig:
     if version is None and "stage" in words:
         raise UserError(
             f"{folder} was written by fvgen 0.1, whose settings and checkpoints this version ({__version__}) does not "
-            "read; finish it with that one, or choose another out=DIR"
+            "read; finish it with that one, or choose another output folder"
         )
     return stage_config(str(words.get("method")), words, str(file))
 

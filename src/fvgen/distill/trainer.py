@@ -35,7 +35,8 @@ from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
 from fvgen.distill.run_folder import LOG, RunFolder, finished_stage
 from fvgen.errors import Stopped, UserError, did_you_mean
 from fvgen.models.family import family_of
-from fvgen.pipelines.folders import check_device, load_pipeline, model_folder, model_kind
+from fvgen.pipelines.folders import check_device, load_pipeline, model_kind
+from fvgen.pipelines.presets import model_folder
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.shards.reader import ShardSet, holds_shards
 from fvgen.system.files import append_line, no_leftovers
