@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from fvgen.distill.config import RunConfig, StageConfig, read_stage_config, read_yaml, run_config, stage_config
     from fvgen.distill.export import export_checkpoint
     from fvgen.distill.guards import stopped_by_sigterm
-    from fvgen.distill.run_folder import read_metrics
+    from fvgen.distill.run_folder import check_paths, read_metrics
     from fvgen.distill.trainer import Trainer, run
 
 __all__ = [
     "RunConfig",
     "StageConfig",
     "Trainer",
+    "check_paths",
     "export_checkpoint",
     "read_metrics",
     "read_stage_config",
@@ -31,6 +32,7 @@ __all__ = [
 _HOMES = {
     "Trainer": "trainer",
     "run": "trainer",
+    "check_paths": "run_folder",
     "read_metrics": "run_folder",
     "export_checkpoint": "export",
     "stopped_by_sigterm": "guards",

@@ -207,9 +207,7 @@ def _optimizer(learner: str, settings: Mapping[str, Any], origin: Origin) -> Opt
     return _judged(Optimizer, {**shared, **given}, origin, names)
 
 
-def _judged(
-    kind: type[Owner], given: Mapping[str, Any], origin: Origin, words: Mapping[str, str] | None = None
-) -> Any:
+def _judged(kind: type[Owner], given: Mapping[str, Any], origin: Origin, words: Mapping[str, str] | None = None) -> Any:
     """``words``: how a field is called on the page where that differs."""
     try:
         return kind(**given)

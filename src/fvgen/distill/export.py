@@ -13,6 +13,7 @@ from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint_part
 from fvgen.distill.config import StageConfig
 from fvgen.distill.methods.networks import ADAPTER
 from fvgen.distill.run_folder import read_run_config
+from fvgen.distill.sources import is_path
 from fvgen.errors import UserError
 from fvgen.models.family import family_of
 from fvgen.models.head import DiscriminatorHead
@@ -75,6 +76,11 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
         raise UserError(f"{run} keeps no checkpoint of iteration {iteration}; it has {', '.join(map(str, kept))}")
     if out.exists() and not _replaceable(out):
         raise UserError(f"{out} is no earlier student and not empty; choose another --out")
+    if is_path("teacher", config.run.teacher) and not Path(config.run.teacher).is_dir():
+        raise UserError(
+            f"the run in {run} began with teacher={config.run.teacher}, which is not there any more; put it back, or "
+            "resume the run once with teacher=DIR of an equal one"
+        )
     weights = load_checkpoint_part(checkpoints.path(iteration or kept[-1]), "ema")["module"]
     base = load_pipeline(config.run.teacher, TeacherPipeline)
     writable_folder(out.parent)
