@@ -60,7 +60,8 @@ def main() -> None:
 
     import torch  # this and what follows takes seconds to import
 
-    from fvgen.pipelines.folders import check_device, model_folder
+    from fvgen.pipelines.folders import check_device
+    from fvgen.pipelines.presets import model_folder
     from fvgen.reports.data import kind_of, open_clips
     from fvgen.reports.evaluate import score_renders
     from fvgen.shards.encoders import load_encoders

@@ -23,6 +23,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     config = distill.read_stage_config("gan", args.config, deepspeed_setting(args.deepspeed) + args.settings)
+    distill.check_paths(config)  # before the imports that take seconds
     with distill.stopped_by_sigterm():
         trainer = distill.Trainer(config)  # judges teacher, data and folders before any work
         student = trainer.train()  # critics and student in turn: fvgen.distill.methods.dmd.Dmd.iterate

@@ -39,7 +39,7 @@ def recorded() -> Path:
 @pytest.fixture(scope="session")
 def shipped() -> Path:
     """The tiny teacher that ships with the package."""
-    from fvgen.pipelines.folders import SHIPPED
+    from fvgen.pipelines.presets import SHIPPED
 
     folder = SHIPPED / "tiny"
     if not (folder / "model_index.json").is_file():

@@ -97,6 +97,7 @@ DEMO_WORDS = {
     "Invalid value for '--seed': ": ("--out", "out", "--seed", "-1"),  # how it goes on depends on typer's version
     "No such option": ("--out", "out", "--sede", "1"),
     "device 'gpu' cannot be used here": ("--out", "out", "--device", "gpu"),
+    "huge is no model folder": ("--out", "out", "--teacher", "huge"),
 }
 
 
@@ -104,6 +105,14 @@ DEMO_WORDS = {
 def test_wrong_words_for_the_demo(tmp_path, sentence):
     expect(run(["fvgen.cli", "demo", *DEMO_WORDS[sentence]], tmp_path), sentence)
     assert not listing(tmp_path)
+
+
+def test_the_demo_gives_no_advice_about_settings_that_it_has_not(with_tiny):
+    """Its stages are told by ``out=DIR`` where to write; it has ``--out``."""
+    (with_tiny / "out" / "stage1_gan" / "student").mkdir(parents=True)
+    outcome = run(["fvgen.cli", "demo", "--out", "out"], with_tiny)
+    expect(outcome, "output folder out/stage1_gan is not empty and holds no run; choose another output folder")
+    assert "out=" not in outcome.err
 
 
 def test_no_such_command(tmp_path):
@@ -178,7 +187,7 @@ def test_output_folders_that_are_not_ours(stage1, tmp_path):
     expect(stage1("out=file/below"), "output folder file/below cannot be written")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
-    expect(stage1("out=full"), "output folder full is not empty and holds no run; choose another out=DIR")
+    expect(stage1("out=full"), "output folder full is not empty and holds no run; choose another output folder")
 
 
 def test_output_folders_that_are_not_the_demos(tmp_path):

@@ -19,7 +19,8 @@ from fvgen.clips.latents import load_latents
 from fvgen.errors import UserError
 from fvgen.models.viewcrafter.encoders import CLIP_MEAN, CLIP_STD, FixedPrompts, clip_pixels
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline, NovelViewPipeline, ViewCrafterPipeline
-from fvgen.pipelines.folders import check_device, load_head, load_pipeline, model_folder, save_model
+from fvgen.pipelines.folders import check_device, load_head, load_pipeline, save_model
+from fvgen.pipelines.presets import model_folder
 
 
 def rng(seed: int = 0) -> torch.Generator:

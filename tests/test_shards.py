@@ -210,9 +210,7 @@ def test_shards_of_another_teacher_are_refused(shards, make_shards, shard_scenes
     save_model(other, tmp_path / "other")
     said = refusal(lambda: run(stage(data=str(shards), teacher=str(tmp_path / "other"))))
     assert f"were encoded by teacher teacher, which has other encoders than {tmp_path / 'other'}; give" in said
-    assert not re.search(
-        r"[0-9a-f]{12}", said.replace(str(tmp_path), "").replace(str(shards), "")
-    )  # nobody knows those
+    assert not re.search(r"[0-9a-f]{12}", said)  # a fingerprint, which nobody knows
     assert not Path(stage().run.out).exists()
     save_model(other, tmp_path / "teacher")
     said = refusal(lambda: run(stage(data=str(shards), teacher=str(tmp_path / "teacher"))))

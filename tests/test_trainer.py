@@ -9,8 +9,11 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -325,7 +328,94 @@ def test_the_folder_of_an_older_version(finished, tmp_path):
 
 def test_the_folder_is_judged_before_anything_is_read(finished, tmp_path):
     config, _ = finished(tmp_path)
-    assert "holds another run (teacher is" in refused(changed(config, teacher="/nowhere"))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text("damaged")
+    assert "holds another run (teacher is" in refused(changed(config, teacher=str(tmp_path / "other")))
+
+
+# --- Where things are ---
+
+
+@pytest.fixture
+def project(stage, teacher_folder, clip_folder, tmp_path, monkeypatch) -> tuple[Path, Callable[..., StageConfig]]:
+    """A folder with teacher, data and the run of a first stage; settings of a second one. All paths are relative."""
+    root = tmp_path / "here"
+    shutil.copytree(teacher_folder, root / "models" / "teacher")
+    shutil.copytree(clip_folder, root / "clips")
+    monkeypatch.chdir(root)
+    places = {"teacher": "models/teacher", "data": "clips", "iterations": 2}
+    run(stage("gan", **places, out="runs/gan"))
+    return root, partial(stage, "dmd", **places, init="runs/gan", out="runs/dmd")
+
+
+def test_a_run_goes_on_from_another_folder(project, monkeypatch):
+    root, make = project
+    run(make())
+    monkeypatch.chdir(root / "runs")
+    places = {"teacher": "../models/teacher", "data": str(root / "clips"), "init": "gan", "out": "dmd"}
+    run(make(**places, iterations=3))
+    assert len(read_metrics("dmd")) == 3
+    shutil.copytree(root / "clips", root / "more")
+    (root / "more" / "index.json").write_text((root / "more" / "index.json").read_text() + "\n")
+    sentence = refused(make(**places | {"data": "../more"}))
+    assert f"holds another run (data is {str(root / 'clips')!r} there and {str(root / 'more')!r} here)" in sentence
+
+
+def test_a_run_goes_on_where_all_was_moved(project, monkeypatch, tmp_path):
+    root, make = project
+    run(make(checkpoint_every=1))
+    there = tmp_path / "there"
+    monkeypatch.chdir(tmp_path)
+    root.rename(there)
+    assert export_checkpoint(there / "runs" / "dmd", tmp_path / "exported", 1).is_dir()  # finds the teacher again
+    monkeypatch.chdir(there)
+    run(make(iterations=3))
+    assert len(read_metrics("runs/dmd")) == 3 and str(there) in Path("runs/dmd/config.yaml").read_text()
+    weights = there / "models" / "teacher" / "unet" / "diffusion_pytorch_model.safetensors"
+    monkeypatch.chdir(tmp_path)
+    there.rename(root)
+    weights = root / weights.relative_to(there)
+    flipped = bytearray(weights.read_bytes())
+    flipped[-1] ^= 1
+    weights.write_bytes(flipped)
+    monkeypatch.chdir(root)
+    assert "holds another run (teacher is" in refused(make(iterations=4))
+
+
+def test_a_moved_run_without_its_sources_says_where_it_looked(project, monkeypatch, tmp_path):
+    root, make = project
+    run(make(checkpoint_every=1))
+    there = tmp_path / "there"
+    (root / "runs").rename(there)
+    monkeypatch.chdir(there)
+    sentence = refused(make(init="gan", out="dmd", data="clips", teacher=str(root / "models" / "teacher")))
+    assert sentence == (
+        f"data folder clips does not exist (looked for {there / 'clips'}), and this run began with {root / 'clips'}; "
+        "give the place where it is now"
+    )
+    shutil.rmtree(root)
+    sentence = refused(make(init="gan", out="dmd", teacher="teacher"))
+    assert (
+        f"teacher=teacher does not exist (looked for {there / 'teacher'}), and this run began with {root}" in sentence
+    )
+    with pytest.raises(
+        UserError, match=f"began with teacher={root / 'models' / 'teacher'}, which is not there any more"
+    ):
+        export_checkpoint("dmd", "exported", 1)
+
+
+@pytest.mark.parametrize("key", ["teacher", "data", "init", "deepspeed"])
+def test_a_wrong_path_is_told_before_the_imports_that_take_seconds(tmp_path, key):
+    code = (
+        "import sys; from fvgen.distill import check_paths, stage_config\n"
+        f"try: check_paths(stage_config('dmd', {{'out': 'out', '{key}': 'nowhere'}}))\n"
+        "except ValueError as error: print(error)\n"
+        "print({'diffusers', 'transformers', 'deepspeed'} & sys.modules.keys())"
+    )
+    words = [sys.executable, "-c", code]
+    outcome = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path, check=True)
+    sentence, loaded = outcome.stdout.splitlines()
+    assert "nowhere" in sentence and loaded == "set()"
 
 
 def test_the_folder_of_a_run_at_work(stage, tmp_path):
@@ -353,7 +443,7 @@ def test_a_folder_with_something_else(stage, name):
     file = Path(config.run.out) / name
     file.parent.mkdir(parents=True)
     file.write_text("precious")
-    assert "is not empty and holds no run; choose another out=DIR" in refused(config)
+    assert "is not empty and holds no run; choose another output folder" in refused(config)
     assert files_of(Path(config.run.out)) == [file] and file.read_text() == "precious"
 
 

@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 
 from fvgen.errors import Stopped, UserError
+from fvgen.pipelines.presets import model_folder
 
 QUIET_SECONDS = 10.0
 
@@ -104,6 +105,7 @@ def inspect(
 
 def _prepare(sources: list[Path], out: Path, size: str | None, part: str, options: dict) -> None:
     existing(*sources)
+    model_folder(options["teacher"])
     both = numbers(size, "x", "size", "320x512") if size else None
     share = numbers(part, "/", "part", "2/8")
 
@@ -131,6 +133,8 @@ def _prepare(sources: list[Path], out: Path, size: str | None, part: str, option
 
 def _inspect(path: str, out: Path, clips: int | None, teacher: str | None) -> None:
     existing(path)
+    if teacher is not None:
+        model_folder(teacher)
     from fvgen.reports.contact_sheet import inspect as run_inspect  # takes seconds to import
 
     print(run_inspect(path, out, clips, teacher))
@@ -171,6 +175,7 @@ def _convert(
 
 def _demo(out: Path, data: str | None, seed: int, device: str, size: str | None, options: dict[str, Any]) -> None:
     existing(*(path for path in (data, options["held_out"]) if path))
+    model_folder(options["teacher"])
     both = numbers(size, "x", "size", "320x512") if size else None
     from fvgen.reports.demo import demo as run_demo  # takes seconds to import
     from fvgen.reports.demo import print_table

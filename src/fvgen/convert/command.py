@@ -34,8 +34,9 @@ from fvgen.models.viewcrafter.conditioning import Conditioning
 from fvgen.models.viewcrafter.encoders import EMPTY_IDS, PROMPT, PROMPT_IDS, FixedPrompts, encode_tokens, padded_ids
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.pipelines.card import write_card
-from fvgen.pipelines.folders import model_folder, quiet
+from fvgen.pipelines.folders import quiet
 from fvgen.pipelines.hub import fetch_file
+from fvgen.pipelines.presets import model_folder
 from fvgen.system.files import atomic_path
 
 __all__ = ["COMPONENTS", "LEFTOVERS", "check_shapes", "convert", "convert_back", "expected_shapes", "newer_name"]

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from fvgen.distill.config import RunConfig, changed, read_stage_config, read_yaml, run_config, stage_config
     from fvgen.distill.export import export_checkpoint
     from fvgen.distill.guards import stopped_by_sigterm
-    from fvgen.distill.run_folder import read_metrics
+    from fvgen.distill.run_folder import check_paths, read_metrics
     from fvgen.distill.settings import StageConfig
     from fvgen.distill.trainer import Trainer, run
 
@@ -21,6 +21,7 @@ __all__ = [
     "StageConfig",
     "Trainer",
     "changed",
+    "check_paths",
     "export_checkpoint",
     "read_metrics",
     "read_stage_config",
@@ -34,6 +35,7 @@ _HOMES = {
     "StageConfig": "settings",
     "Trainer": "trainer",
     "run": "trainer",
+    "check_paths": "run_folder",
     "read_metrics": "run_folder",
     "export_checkpoint": "export",
     "stopped_by_sigterm": "guards",

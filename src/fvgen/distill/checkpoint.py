@@ -84,7 +84,7 @@ def load_checkpoint(
     Raises UserError for a checkpoint that is damaged (every checksum is verified first, by the main process alone: the
     files are tens of gigabytes), of another run (``facts`` differ) or of other networks.
     """
-    cure = f"delete {folder} to start from an earlier one or again, or choose another out=DIR"
+    cure = f"delete {folder} to start from an earlier one or again, or choose another output folder"
     index = read_index(folder, cure)
     for key, mine in (facts or {}).items():
         theirs = index["facts"].get(key)

@@ -9,6 +9,7 @@ import torch
 from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint_part
 from fvgen.distill.methods.written import write_student
 from fvgen.distill.run_folder import read_run_config
+from fvgen.distill.sources import is_path
 from fvgen.errors import UserError
 from fvgen.models.family import family_of
 from fvgen.pipelines.folders import load_pipeline, model_kind
@@ -32,7 +33,7 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
     """
     run, out = Path(run), Path(out)
     if not (run / "config.yaml").is_file():
-        raise UserError(f"{run} is no run's folder (it has no config.yaml); give the out=DIR of a stage")
+        raise UserError(f"{run} is no run's folder (it has no config.yaml); give the output folder of a stage")
     config = read_run_config(run)
     checkpoints = CheckpointFolder(run / "checkpoints", config.log.keep_checkpoints)
     kept = checkpoints.iterations()
@@ -42,6 +43,11 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
         raise UserError(f"{run} keeps no checkpoint of iteration {iteration}; it has {', '.join(map(str, kept))}")
     if out.exists() and not _replaceable(out):
         raise UserError(f"{out} is no earlier student and not empty; choose another --out")
+    if is_path("teacher", config.run.teacher) and not Path(config.run.teacher).is_dir():
+        raise UserError(
+            f"the run in {run} began with teacher={config.run.teacher}, which is not there any more; put it back, or "
+            "resume the run once with teacher=DIR of an equal one"
+        )
     weights = load_checkpoint_part(checkpoints.path(iteration or kept[-1]), "ema")["module"]
     base = load_pipeline(config.run.teacher, TeacherPipeline)
     writable_folder(out.parent)

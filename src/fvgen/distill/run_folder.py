@@ -14,6 +14,7 @@ from fvgen import __version__
 from fvgen.distill.checkpoint import CheckpointFolder
 from fvgen.distill.config import read_yaml, stage_config
 from fvgen.distill.settings import StageConfig
+from fvgen.distill.sources import SOURCES, check_source, contents, located, moved
 from fvgen.errors import UserError
 from fvgen.system.files import TEMPORARY, atomic_path, locked, recover, remove, writable_folder, write_json
 
@@ -21,6 +22,7 @@ LOCK = ".lock"  # held while a run is at work
 SUMMARY = "summary.json"  # there if and only if the stage is done
 LOG = "metrics.jsonl"
 WRITTEN_BY = "fvgen"  # key of config.yaml: the version that wrote it
+CONTENTS = "contents"  # ... and what was in its sources then
 
 
 class RunFolder:
@@ -34,23 +36,30 @@ class RunFolder:
         """Raises UserError where it holds anything but this very run, or where that run is at work."""
         file = self.root / "config.yaml"
         if file.exists():
-            theirs, ours = read_run_config(self.root).words(), self.config.words()
-            for key in {**ours, **theirs}:
-                if key not in self.config.resumable() and theirs.get(key) != ours.get(key):
+            theirs, ours = located(read_run_config(self.root, follow=False).words()), located(self.config.words())
+            differing = [key for key in {**ours, **theirs} if theirs.get(key) != ours.get(key)]
+            if any(key in SOURCES for key in differing):  # one moved is still the same
+                before, now = read_yaml(file).get(CONTENTS) or {}, contents(ours)
+                differing = [key for key in differing if key not in now or now[key] != before.get(key)]
+            for key in differing:
+                if key not in self.config.resumable():
                     raise UserError(
                         f"output folder {self.root} holds another run ({key} is {theirs.get(key)!r} there and "
-                        f"{ours.get(key)!r} here); choose another out=DIR or delete it"
+                        f"{ours.get(key)!r} here); choose another output folder or delete it"
                     )
             with self.lock():
                 pass
         elif self.root.is_dir() and any(TEMPORARY not in p.name and p.name != LOCK for p in self.root.iterdir()):
-            raise UserError(f"output folder {self.root} is not empty and holds no run; choose another out=DIR")
+            raise UserError(f"output folder {self.root} is not empty and holds no run; choose another output folder")
 
     def claim(self) -> None:
         """Make it ours. Raises UserError where it cannot be written."""
         writable_folder(self.root)
+        words = self.config.words()
+        out = {"out": str(self.root.resolve())}  # where sources are from here, should all be moved
+        settings = {WRITTEN_BY: __version__, **located(words), **out, CONTENTS: contents(words)}
         with atomic_path(self.root / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump({WRITTEN_BY: __version__, **self.config.words()}, sort_keys=False))
+            temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
 
     def lock(self) -> AbstractContextManager[None]:
         """Held inside; raises UserError where another run has it."""
@@ -85,7 +94,7 @@ class RunFolder:
         if not _are_rows(lines, done):
             raise UserError(
                 f"{log} lacks rows of the {done} iterations that the checkpoint stands at; "
-                f"delete {self.root} to start this stage again, or choose another out=DIR"
+                f"delete {self.root} to start this stage again, or choose another output folder"
             )
         with atomic_path(log) as temporary:
             temporary.write_text("".join(line + "\n" for line in lines))
@@ -101,17 +110,20 @@ class RunFolder:
         return scores
 
 
-def read_run_config(folder: Path) -> StageConfig:
-    """The settings that a run was started with. Raises UserError for a folder that an older fvgen wrote."""
+def read_run_config(folder: Path, follow: bool = True) -> StageConfig:
+    """The settings that a run was started with; ``follow``: its sources where they are if all was moved together.
+
+    Raises UserError for a folder that an older fvgen wrote.
+    """
     file = folder / "config.yaml"
     words = read_yaml(file)
-    version = words.pop(WRITTEN_BY, None)
+    version, _ = words.pop(WRITTEN_BY, None), words.pop(CONTENTS, None)
     if version is None and "stage" in words:
         raise UserError(
             f"{folder} was written by fvgen 0.1, whose settings and checkpoints this version ({__version__}) does not "
-            "read; finish it with that one, or choose another out=DIR"
+            "read; finish it with that one, or choose another output folder"
         )
-    return stage_config(str(words.get("method")), words, str(file))
+    return stage_config(str(words.get("method")), moved(words, folder) if follow else words, str(file))
 
 
 def read_metrics(stage_folder: str | Path) -> list[dict[str, float]]:
@@ -125,6 +137,20 @@ def _are_rows(lines: Sequence[str], count: int) -> bool:
         return [json.loads(line)["iteration"] for line in lines] == list(range(1, count + 1))
     except (ValueError, KeyError, TypeError):
         return False
+
+
+def check_paths(config: StageConfig) -> None:
+    """Judge the paths that the settings name. Raises UserError for the first that is not there: before seconds are
+    spent on imports, and minutes on reading."""
+    words, file = config.words(), Path(config.run.out) / "config.yaml"
+    before = read_yaml(file) if file.is_file() else {}
+    for key in SOURCES:
+        if words[key]:
+            check_source(key, words[key], before.get(key))
+    if config.run.init:
+        finished_stage(config.run.init)
+    if config.memory.deepspeed and not Path(config.memory.deepspeed).is_file():
+        raise UserError(f"DeepSpeed settings {config.memory.deepspeed} do not exist; give a JSON file")
 
 
 def finished_stage(folder: str) -> Path:

@@ -32,11 +32,12 @@ from fvgen.distill.learners import Learner, make_learner
 from fvgen.distill.methods import METHODS
 from fvgen.distill.methods.base import MONITOR, Method, Metrics, Setup
 from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
-from fvgen.distill.run_folder import LOG, RunFolder, finished_stage
+from fvgen.distill.run_folder import LOG, RunFolder, check_paths, finished_stage
 from fvgen.distill.settings import StageConfig
 from fvgen.errors import Stopped, UserError, did_you_mean
 from fvgen.models.family import family_of
-from fvgen.pipelines.folders import check_device, load_pipeline, model_folder, model_kind
+from fvgen.pipelines.folders import check_device, load_pipeline, model_kind
+from fvgen.pipelines.presets import model_folder
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.shards.order import ClipLoader
 from fvgen.shards.reader import ShardSet, holds_shards
@@ -76,6 +77,7 @@ class Trainer:
 
     def __init__(self, config: StageConfig) -> None:
         self.config = config
+        check_paths(config)
         self.folder = RunFolder(config)
         self.out = self.folder.root
         self.world = join_world(config)

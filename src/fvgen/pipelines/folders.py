@@ -18,20 +18,11 @@ from fvgen.errors import UserError, first_line
 from fvgen.models.family import Blueprint, Family, family_of
 from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
-from fvgen.pipelines.hub import SHIPPED
+from fvgen.pipelines.presets import model_folder
 from fvgen.system.files import atomic_path
 
 DAMAGE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 P = TypeVar("P", bound=NovelViewPipeline)
-
-
-def model_folder(name: str | Path) -> Path:
-    """The folder of a shipped preset ("tiny") or of a path; raises UserError when neither exists."""
-    for folder in (Path(name), SHIPPED / str(name)):
-        if (folder / "model_index.json").is_file():
-            return folder
-    presets = ", ".join(sorted(p.name for p in SHIPPED.glob("*") if p.is_dir()))
-    raise UserError(f"{name} is no model folder (it has no model_index.json); give one, or a preset: {presets}")
 
 
 def load_pipeline(name: str | Path, kind: type[P], **parts: torch.nn.Module | None) -> P:

@@ -20,11 +20,11 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from fvgen.errors import UserError, first_line
 from fvgen.pipelines.card import write_card
+from fvgen.pipelines.presets import SHIPPED
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-SHIPPED = Path(__file__).parents[1] / "weights"
 DECODERS = {"taesd": "madebyollin/taesd"}
 HUB = "https://huggingface.co/"
 FAILURES = (OSError, ValueError, HfHubHTTPError, HFValidationError)

@@ -21,7 +21,8 @@ from rich.table import Table
 from fvgen.distill.config import changed
 from fvgen.distill.settings import StageConfig
 from fvgen.models.family import Blueprint, Family, Size, published
-from fvgen.pipelines.folders import folder_blueprint, model_folder
+from fvgen.pipelines.folders import folder_blueprint
+from fvgen.pipelines.presets import model_folder
 from fvgen.planning.simulate import Profile, simulate
 
 GB = 1e9

@@ -14,7 +14,8 @@ from rich.table import Table
 from fvgen.clips.clip import Clip
 from fvgen.distill import RunConfig, read_metrics, read_yaml, run, run_config
 from fvgen.errors import UserError
-from fvgen.pipelines.folders import check_device, load_pipeline, model_folder
+from fvgen.pipelines.folders import check_device, load_pipeline
+from fvgen.pipelines.presets import model_folder
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.posing.sources import Source, find_sources

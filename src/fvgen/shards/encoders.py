@@ -11,7 +11,8 @@ import torch
 from fvgen.errors import UserError
 from fvgen.geometry.pointcloud import point_radius
 from fvgen.pipelines.base import NovelViewPipeline
-from fvgen.pipelines.folders import folder_blueprint, load_pipeline, model_folder, model_kind
+from fvgen.pipelines.folders import folder_blueprint, load_pipeline, model_kind
+from fvgen.pipelines.presets import model_folder
 
 
 class RenderNeeds(NamedTuple):
