@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shlex
 from io import StringIO
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import REPOSITORY
 from rich.console import Console
 from small_models import small_teacher
 from typer.testing import CliRunner
 
 from fvgen.cli import app
-from fvgen.distill import StageConfig, stage_config
+from fvgen.distill import StageConfig, read_stage_config, stage_config
 from fvgen.models.family import Size
 from fvgen.models.viewcrafter.family import FAMILY
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
+from fvgen.planning import cache
+from fvgen.planning import plan as planning
 from fvgen.planning import simulate as simulation
 from fvgen.planning.plan import (
     BUCKET,
@@ -28,7 +33,7 @@ from fvgen.planning.plan import (
     print_plan,
     teacher_blueprint,
 )
-from fvgen.planning.simulate import Allocations, Profile, simulate
+from fvgen.planning.simulate import Allocations, Profile, outline, simulate
 
 GB = 1e9
 SMALL = {k: v for k, v in small_teacher().unet.config.items() if not k.startswith("_")}
@@ -92,6 +97,44 @@ def test_parameters_are_counted(profile):
     shared = simulate(config(share_backbone=True, student_lora=True, lora_rank=2), *MODEL, SIZE)
     assert shared.parameters["teacher"] == unet and shared.parameters["student"] < unet / 2
     assert "fake_score" not in simulate(config(method="gan"), *MODEL, SIZE).parameters
+
+
+def test_further_critic_updates_take_what_the_first_one_takes():
+    one, two, three = (simulate(config(method="gan", critic_updates=count), *MODEL, SIZE) for count in (1, 2, 3))
+    assert three.flops - two.flops == two.flops - one.flops > 0  # the third update was not followed
+    assert three.timeline == two.timeline
+
+
+@pytest.mark.parametrize("share", [0.01, 0.125, 1.0])
+def test_the_outline_has_the_peak(share):
+    generator = torch.Generator().manual_seed(0)
+    timeline = tuple(map(tuple, torch.randint(0, 1000, (500, 2), generator=generator).tolist()))
+    small = outline(timeline)
+    assert len(small) < 50
+    assert Profile(0.0, small, {}).peak(share) == Profile(0.0, timeline, {}).peak(share)
+
+
+def test_profiles_are_followed_once(profile, tmp_path, monkeypatch):
+    monkeypatch.setenv("FVGEN_CACHE", str(tmp_path))
+    followed = []
+    monkeypatch.setattr(cache, "simulate", lambda *which: followed.append(which) or profile)
+    settings = config(checkpoint_activations=True)
+    assert cache.remembered(settings, *MODEL, SIZE) == profile
+    for same in (settings, changed(settings, student_lr=1e-6, out="elsewhere", deepspeed="zero1.json", iterations=7)):
+        assert cache.remembered(same, *MODEL, SIZE) == profile and len(followed) == 1
+    others = [config(), changed(settings, guidance=3.0), changed(settings, accumulation=2), config(method="gan")]
+    for count, other in enumerate(others, 2):
+        cache.remembered(other, *MODEL, SIZE)
+        assert len(followed) == count
+    cache.remembered(settings, *MODEL, Size(1, 4, 16, 24))
+    assert len(followed) == count + 1 == len(list((tmp_path / "profiles").iterdir()))
+    for file in (tmp_path / "profiles").iterdir():
+        file.write_text(file.read_text()[:-9])  # damaged
+    assert cache.remembered(settings, *MODEL, SIZE) == profile and len(followed) == count + 2
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    monkeypatch.setenv("FVGEN_CACHE", str(blocked))
+    assert cache.remembered(settings, *MODEL, SIZE) == profile
 
 
 def test_checkpointing_trades_memory_for_work(profile):
@@ -185,18 +228,47 @@ def settings_file(tmp_path, teacher_folder, clip_folder):
     return file
 
 
+def printed_line(output: str) -> tuple[list[str], list[str]]:
+    """The words of the command that was recommended: those before its settings, and these. Its files exist."""
+    line = shlex.split(output.partition("Recommended")[2].splitlines()[1])
+    files = [word for word in line if word.endswith((".py", ".yaml", ".json"))]
+    assert len(files) >= 2 and all(Path(file).is_file() for file in files)
+    return [word for word in line if "=" not in word], [word for word in line if "=" in word]
+
+
+def test_the_command_prints_a_table_and_the_line_that_trains(settings_file, profile, tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "remembered", lambda *_: profile)
+    words = ["plan", "--config", str(settings_file), "--gpus", "2", "seed=3", "share_backbone=true", "deepspeed=x.json"]
+    for folder in (REPOSITORY, tmp_path):
+        monkeypatch.chdir(folder)
+        outcome = CliRunner().invoke(app, words, env={"COLUMNS": "80"})
+        assert outcome.exit_code == 0, outcome.output
+        line, settings = printed_line(outcome.output)
+        assert line[:3] == ["deepspeed", "--num_gpus", "2"] and line[3].endswith("recipes/stage2_dmd.py")
+        assert set(settings) == {"seed=3", "share_backbone=false", "device=cuda", "init=STAGE_1", "out=OUT"}
+        read_stage_config("dmd", line[5], [*settings, f"deepspeed={line[7]}"])
+    outcome = CliRunner().invoke(app, [*words, "--gpus", "1", "--stage", "gan", "batch_size=1", "out=runs/a b"])
+    line, settings = printed_line(outcome.output)
+    assert line[0] == "python" and line[1].endswith("recipes/stage1_gan.py") and len(line) == 4
+    assert "deepspeed=" in settings and "out=runs/a b" in settings
+    assert read_stage_config("gan", line[3], settings).memory.share_backbone is False
+
+
 @pytest.mark.slow
-def test_the_command_prints_a_table_and_a_recommendation(settings_file):
-    outcome = CliRunner().invoke(app, ["plan", "--config", str(settings_file), "--gpus", "2"], env={"COLUMNS": "80"})
-    assert outcome.exit_code == 0, outcome.output
-    assert "Recommended: ZeRO-" in outcome.output and "--deepspeed recipes/deepspeed/zero" in outcome.output
+def test_a_second_plan_is_there_at_once(settings_file, tmp_path, monkeypatch):
+    words = ["plan", "--config", str(settings_file), "--gpus", "2"]
+    first, second = (
+        CliRunner().invoke(app, words, env={"COLUMNS": "80", "FVGEN_CACHE": str(tmp_path / "cache")}) for _ in range(2)
+    )
+    assert first.exit_code == 0 and first.output == second.output
+    assert len(list((tmp_path / "cache" / "profiles").iterdir())) == 6
 
 
 def test_the_table_has_a_line_for_each_choice_in_80_columns():
     hardware, text = Hardware(8), StringIO()
     found = {(share, again): BIG for share in SHARES for again in (False, True)}
     estimates = plan(config(precision="bfloat16"), found, hardware)
-    print_plan(estimates, hardware, Console(file=text, width=80))
+    print_plan(estimates, hardware, Console(file=text, width=80), lambda choice: choice.describe())
     lines = text.getvalue().splitlines()
     rows = [line.split() for line in lines if line.split()[-1:] in (["yes"], ["no"])]
     assert len(rows) == len(choices(hardware)) and all(len(row) >= 12 for row in rows)

@@ -215,9 +215,11 @@ def plan(
     utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of it that is reached.")] = 0.35,
     settings: Annotated[list[str] | None, typer.Argument(help="key=value that differ from the file")] = None,
 ) -> None:
-    """Predict memory and seconds per iteration for every way to train, and recommend one; nothing is trained.
+    """Predict memory and seconds per iteration for every way to train, and print the command of the best one; nothing
+    is trained.
 
-    teacher=viewcrafter plans for the published model without its weights.
+    teacher=viewcrafter plans for the published model without its weights. What was followed once is kept in fvgen's
+    cache.
     """
     guarded(partial(_plan, config, gpus, gpu_memory, stage, (frames, height, width), (tflops, utilisation), settings))
 
@@ -234,7 +236,7 @@ def _plan(
     from fvgen.distill import read_stage_config
     from fvgen.distill.methods import METHODS
     from fvgen.models.family import Size
-    from fvgen.planning.plan import Hardware, clip_size, print_plan, profiles, teacher_blueprint
+    from fvgen.planning.plan import Hardware, clip_size, command, print_plan, profiles, teacher_blueprint
     from fvgen.planning.plan import plan as make_plan
 
     if stage not in METHODS:
@@ -249,7 +251,8 @@ def _plan(
     size = Size(clips // parts, frames, height, width)
     blueprint.example(size)  # judges the size
     hardware = Hardware(gpus, memory, *rate)
-    print_plan(make_plan(config, profiles(config, family, blueprint, size), hardware), hardware, Console())
+    estimates = make_plan(config, profiles(config, family, blueprint, size), hardware)
+    print_plan(estimates, hardware, Console(), lambda choice: command(choice, hardware, config, file, words or ()))
 
 
 def guarded(call: Callable[[], object]) -> None:

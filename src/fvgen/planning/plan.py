@@ -7,7 +7,8 @@ rates: they rank choices, and are no promise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -18,12 +19,14 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+import fvgen
 from fvgen.distill.config import changed
 from fvgen.distill.settings import StageConfig
 from fvgen.models.family import Blueprint, Family, Size, published
 from fvgen.pipelines.folders import folder_blueprint
 from fvgen.pipelines.presets import model_folder
-from fvgen.planning.simulate import Profile, simulate
+from fvgen.planning.cache import remembered
+from fvgen.planning.simulate import Profile
 
 GB = 1e9
 MASTER = MOMENT = 4  # bytes of a float32: a master weight, and each of AdamW's two moments
@@ -32,6 +35,8 @@ LIVE = 500_000_000  # most elements that ZeRO-3 gathers at once, as in recipes/d
 FITS = 0.95  # of the memory: the allocator needs some room
 RUNTIME_GB = 1.5  # CUDA context, kernels and communication on a GPU
 CPU_RUNTIME_GB = 0.09  # what libraries keep from their first use on: benchmarks/memory.py --channels 32
+RECIPES = {"gan": "stage1_gan.py", "dmd": "stage2_dmd.py"}
+A_MACHINE = 8  # GPUs at most; more are several machines, which a hostfile names
 SHARES = {"three models": (False, False), "LoRA fake score": (True, False), "LoRA both": (True, True)}
 
 
@@ -166,7 +171,7 @@ def profiles(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
     found: Profiles = {}
     for share, checkpointing in track(list(product(SHARES, (False, True))), "following iterations"):
         changes = Choice(0, checkpointing, share).settings()
-        found[share, checkpointing] = simulate(changed(config, **changes), family, blueprint, size)
+        found[share, checkpointing] = remembered(changed(config, **changes), family, blueprint, size)
     return found
 
 
@@ -214,8 +219,41 @@ def clip_size(data: str, frames: int | None, height: int | None, width: int | No
     return frames or found[0], height or found[1], width or found[2]
 
 
-def print_plan(estimates: list[Estimate], hardware: Hardware, console: Console) -> None:
-    """The table, and the recommendation below it."""
+def command(
+    choice: Choice, hardware: Hardware, config: StageConfig, file: str | Path, words: Sequence[str] = ()
+) -> str:
+    """The line that trains so. ``file`` and ``words`` were planned with and make ``config``; what differs from them
+    follows, and names in capitals are to be filled in."""
+    settings = choice.settings()
+    zero = settings.pop("deepspeed")
+    said = dict(word.partition("=")[::2] for word in words)
+    said |= {key: str(value).lower() for key, value in settings.items() if value != getattr(config.memory, key)}
+    said.pop("deepspeed", None)
+    if not zero and config.memory.deepspeed:
+        said["deepspeed"] = ""
+    if published(config.run.teacher):
+        said["teacher"] = "FOLDER"  # a name to plan with; to train its weights are needed
+    if not config.run.device.startswith("cuda"):
+        said["device"] = "cuda"
+    if config.name == "dmd" and not config.run.init:
+        said["init"] = "STAGE_1"
+    said.setdefault("out", "OUT")
+    launcher = ["python"]
+    if zero:
+        launcher = ["deepspeed", *(["--num_gpus", str(hardware.gpus)] if hardware.gpus <= A_MACHINE else [])]
+    line = [*launcher, recipe_file(RECIPES[config.name]), "--config", str(file)]
+    line += ["--deepspeed", recipe_file(f"deepspeed/{Path(zero).name}")] if zero else []
+    return shlex.join([*line, *(f"{key}={value}" for key, value in said.items())])
+
+
+def recipe_file(name: str) -> str:
+    """A file of fvgen's recipes, as seen from here or, elsewhere, in the checkout that runs."""
+    near, checkout = Path("recipes") / name, Path(fvgen.__file__).parents[2] / "recipes" / name
+    return str(checkout if checkout.exists() and not near.exists() else near)
+
+
+def print_plan(estimates: list[Estimate], hardware: Hardware, console: Console, line: Callable[[Choice], str]) -> None:
+    """The table, and the recommendation below it with the ``line`` that trains so."""
     columns = ("ZeRO", "LoRA", "ckpt", "on CPU", *"WGOAB", "sum", "s", "fits")
     table = Table(*columns, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))  # 80 columns wide
     table.caption = "GB on one GPU: Weights, Gradients, Optimiser, Activations, Buffers; s per iteration"
@@ -233,8 +271,5 @@ def print_plan(estimates: list[Estimate], hardware: Hardware, console: Console) 
             "Take fewer frames, a smaller batch_size, or more GPUs."
         )
         return
-    settings = best.choice.settings()
-    words = [f"--deepspeed {settings['deepspeed']}"] if best.choice.zero else []
-    words += [f"{key}=true" for key, value in settings.items() if value is True]
     console.print(f"Recommended: {best.choice.describe()} ({best.total:.1f} GB of {hardware.memory_gb:g} GB).")
-    console.print(f"  {' '.join(words)}" if words else "  no further settings")
+    console.print(f"  {line(best.choice)}", soft_wrap=True, markup=False, highlight=False)

@@ -8,7 +8,7 @@ a kernel's scratch space are not.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_iter
 
 from fvgen.clips.latents import LatentBatch
+from fvgen.distill.config import changed
 from fvgen.distill.draws import Draws
 from fvgen.distill.learners import Learner
 from fvgen.distill.methods import METHODS
@@ -36,7 +37,8 @@ from fvgen.system.work import Work
 class Profile:
     """What one iteration of one process takes. Bytes, and floating point operations.
 
-    ``timeline`` holds the bytes of (activations, gradients) at every allocation. Weights and optimisers are not in it.
+    ``timeline`` holds the bytes of (activations, gradients) at every moment that may be the peak, in order. Weights and
+    optimisers are not in it.
     """
 
     flops: float
@@ -127,10 +129,24 @@ class LastStep(Draws):
         return LastStep(self.generator)
 
 
+def outline(timeline: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
+    """The moments at which no other has more of both, in order: one of them is the peak at any share of gradients."""
+    kept, most = set(), -1
+    for activations, gradients in sorted(set(timeline), reverse=True):
+        if gradients > most:
+            kept.add((activations, gradients))
+            most = gradients
+    return tuple(dict.fromkeys(moment for moment in timeline if moment in kept))
+
+
 def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Size) -> Profile:
     """One iteration of ``config``'s method on the blueprint's network, in one process and without ZeRO. ``size.batch``
     clips pass at a time, in one part."""
-    allocations = Allocations()
+    allocations, dealt = Allocations(), []
+    # Two updates of the critics behave as any number of them: the further ones take what the first one takes.
+    critics = getattr(config.method, "critic_updates", 1)
+    if critics > 2:
+        config = changed(config, critic_updates=2)
 
     def learner(
         name: str, module: nn.Module, average: bool = False, start_at: Mapping[str, Tensor] | None = None
@@ -155,12 +171,18 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
             )
             # Two parts behave as any number of them: the second one's work is counted out again.
             parts = [Part(batch, LastStep(torch.Generator())) for _ in range(min(config.memory.accumulation, 2))]
+
+            def deal() -> list[Part]:
+                dealt.append(allocations.flops)
+                return parts
+
             with allocations:
-                method.iterate(config.run.iterations, lambda: parts)
+                method.iterate(config.run.iterations, deal)
+    flops = allocations.flops + (critics - 2) * (dealt[1] - dealt[0]) if critics > 2 else allocations.flops
     counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
     counts["teacher"] = sum(p.numel() for p in teacher.network.parameters())
     counts["teacher"] -= sum(counts[name] for name in networks if isinstance(_inner(networks[name]), Role))
-    return Profile(allocations.flops / len(parts), allocations.timeline(), counts)
+    return Profile(flops / len(parts), outline(allocations.timeline()), counts)
 
 
 def _inner(module: nn.Module) -> nn.Module | None:
