@@ -3,9 +3,9 @@
     python recipes/stage1_gan.py --config recipes/configs/tiny.yaml out=runs/gan iterations=200 [key=value ...]
     deepspeed recipes/stage1_gan.py --config ... --deepspeed recipes/deepspeed/zero2.json [key=value ...]
 
-Writes out/metrics.jsonl (a line per iteration), out/checkpoints, and at the end out/student (a pipeline folder) and
-out/head (the discriminator). The same command again resumes. Settings: `fvgen.distill.settings`, and the method's own
-in `fvgen.distill.methods.dmd`.
+Writes out/metrics.jsonl (a line per iteration), out/log.txt (how far it is), out/checkpoints, and at the end
+out/student (a pipeline folder) and out/head (the discriminator). The same command again resumes. Settings:
+`fvgen.distill.settings`, and the method's own in `fvgen.distill.methods.dmd`.
 """
 
 from __future__ import annotations

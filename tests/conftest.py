@@ -12,6 +12,9 @@ import pytest
 # Before anything imports torch: on tensors this small a second thread only waits for the first, and long where the
 # machine is busy. Subprocesses inherit it, so that their numbers are the same bits.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Nobody is at a terminal here, so that a stage would tell on stderr how far it is, where tests, those of subprocesses
+# too, look for what went wrong and expect nothing else. test_progress.py asks for these lines.
+os.environ["FVGEN_PROGRESS"] = "0"
 
 if TYPE_CHECKING:  # importing diffusers takes seconds, and most test files need none of it
     from fvgen.distill import StageConfig

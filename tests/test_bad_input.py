@@ -253,7 +253,8 @@ def test_a_full_disk(stage, settings, tmp_path, clip_folder, name):
         assert not new
     elif name == "metrics.jsonl":
         curves = {path for path in new if path.startswith("run/tensorboard")}  # where it is installed
-        assert new - curves == {"run", "run/.lock", "run/config.yaml", "run/metrics.jsonl", "run/monitor.jsonl"}
+        names = (".lock", "config.yaml", "log.txt", "metrics.jsonl", "monitor.jsonl")
+        assert new - curves == {"run", *(f"run/{file}" for file in names)}
     if name in ("metrics.jsonl", "checkpoints"):
         rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
         assert 0 < len(rows) < 12

@@ -242,6 +242,13 @@ def test_prompts_take_the_place_of_the_fixed_one(talking, render):
     assert not torch.equal(talking(render, prompt="a", negative_prompt="b"), talking(render, prompt="a"))
 
 
+def test_all_but_the_network_may_leave_the_gpu_while_training(talking):
+    idle = {id(part) for part in talking.idle_parts()}
+    parts = {name: part for name, part in talking.components.items() if isinstance(part, torch.nn.Module)}
+    assert {name for name, part in parts.items() if id(part) in idle} == parts.keys() - {"unet"}
+    assert "text_encoder" in parts
+
+
 def test_text_tower_and_tokenizer_survive_the_disk(talking, render, tmp_path):
     save_model(talking, tmp_path / "model")
     again = ViewCrafterPipeline.from_pretrained(tmp_path / "model")

@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import get_console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
 from fvgen.clips.builtin import builtin_clips
@@ -32,6 +30,7 @@ from fvgen.distill.learners import Learner, make_learner
 from fvgen.distill.methods import METHODS
 from fvgen.distill.methods.base import MONITOR, Method, Metrics, Setup
 from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
+from fvgen.distill.progress import ProgressLines, brief, progress_bar
 from fvgen.distill.run_folder import LOG, RunFolder, check_paths, finished_stage
 from fvgen.distill.settings import StageConfig
 from fvgen.errors import Stopped, UserError, did_you_mean
@@ -129,7 +128,8 @@ class Trainer:
             rows = self.world.tell(self.folder.rows() if self.world.is_main else [])
             guard = SkipGuard(self.config.log.max_skips, rows)
             monitor = self._start_monitor()
-            with _progress(self.world.is_main) as bar:
+            lines = ProgressLines(self.out, self.config.name, done, total)
+            with progress_bar(self.world.is_main) as bar:
                 critics = getattr(self.config.method, "critic_updates", 1)
                 shown = {"total": total, "completed": done, "critics": done * critics, "losses": ""}
                 task = bar.add_task(f"stage {self.config.name}", **shown)
@@ -140,8 +140,11 @@ class Trainer:
                         row = self.iterate(iteration)
                     self.log(iteration, row, monitor)
                     guard.judge(row, iteration)
-                    bar.update(task, advance=1, critics=iteration * critics, losses=_brief(row, guard.total))
+                    losses = brief(row, guard.total)
+                    bar.update(task, advance=1, critics=iteration * critics, losses=losses)
                     stopping = self.world.any(stop.requested, self.config.run.device)
+                    if self.world.is_main:
+                        lines.tell(iteration, losses, last=iteration == total or stopping)
                     if iteration % self.config.log.checkpoint_every == 0 or iteration == total or stopping:
                         self.save(iteration)
                     if stopping and iteration < total:
@@ -289,25 +292,3 @@ def _reduction(name: str) -> int:
     if name.startswith("grad_norm"):
         return 3
     return {"min": 0, "max": 2}.get(name[-3:], 1)
-
-
-def _brief(row: dict[str, Any], skipped: int) -> str:
-    names = {"loss_head": "D", "loss_student_gan": "G", "loss_student_dmd": "M", "loss_fake_score": "F"}
-    losses = " ".join(f"{short} {row[key]:.2f}" for key, short in names.items() if key in row)
-    return f"{losses} skipped {skipped}" if skipped else losses
-
-
-def _progress(visible: bool) -> Progress:
-    """Both time scales: the student's updates and, where there is room, the critics'; time so far and time left."""
-    wide = get_console().width >= 100
-    columns: Sequence = (
-        TextColumn("{task.description}"),
-        BarColumn(None if wide else 4),
-        MofNCompleteColumn(),
-        *([TextColumn("(critics {task.fields[critics]})")] if wide else []),
-        TextColumn("{task.fields[losses]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    return Progress(*columns, disable=not visible)
