@@ -217,7 +217,8 @@ def short(monkeypatch):
     def settings(file: str) -> dict:
         few = {"iterations": 2}
         read = read_yaml(file)
-        return read | {"batch_size": 2, "head_channels": 8, "gan": read["gan"] | few, "dmd": read["dmd"] | few}
+        gan, dmd = read["gan"] | few | {"head_warmup": 0}, read["dmd"] | few
+        return read | {"batch_size": 2, "head_channels": 8, "gan": gan, "dmd": dmd}
 
     monkeypatch.setattr("fvgen.reports.demo.read_yaml", settings)
 
