@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: env demo test test-all lint clean
+.PHONY: env demo test test-all gpu-check lint clean
 
 env: $(READY)
 
@@ -23,6 +23,13 @@ test: $(READY)
 
 test-all: $(READY)
 	$(VENV)/bin/python -m pytest
+
+# All that wants to be known of a GPU, in nine minutes at most: benchmarks/results/gpu. Installs nothing: it takes the
+# environment that is there, or PYTHON. `make gpu-check DEVICE=cpu SIZE=tiny` rehearses it.
+DEVICE ?= cuda
+SIZE ?= full
+gpu-check:
+	PYTHONPATH=src:$$PYTHONPATH $(or $(wildcard $(VENV)/bin/python),$(PYTHON)) benchmarks/gpu_check.py --device $(DEVICE) --size $(SIZE)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -15,8 +15,9 @@ from __future__ import annotations
 import json
 import platform
 import resource
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -79,17 +80,20 @@ def inputs(unet: ViewCrafterUNet, size: tuple[int, int, int], device: str) -> tu
     return sample, torch.tensor([500], device=device), context
 
 
-def measured(what: str, call: Callable[[], object], device: str) -> dict:
-    """Seconds of a call and the peak of memory up to its end."""
+def measured(what: str, call: Callable[[], object], device: str, repeats: int = 1) -> dict:
+    """Median seconds of a call and the peak of memory up to its end."""
     cuda = device.startswith("cuda")
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    start = time.perf_counter()
-    call()
-    if cuda:
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - start
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        if cuda:
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    seconds = statistics.median(times)
     peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     row = {"what": what, "seconds": round(seconds, 3), "peak_gib": round(peak / GIB, 2)}
     print(row, flush=True)
@@ -100,6 +104,8 @@ def any_device(unet: ViewCrafterUNet, size: tuple[int, int, int], device: str) -
     """A forward pass, and a forward and backward pass with activation checkpointing."""
     arguments = inputs(unet, size, device)
     with torch.no_grad():
+        if device.startswith("cuda"):  # whose first pass loads kernels; a CPU's takes minutes
+            unet(*arguments)
         rows = [measured("forward", lambda: unet(*arguments), device)]
     unet.enable_gradient_checkpointing()
     unet.requires_grad_(True)
@@ -116,20 +122,29 @@ def any_device(unet: ViewCrafterUNet, size: tuple[int, int, int], device: str) -
 
 
 @torch.no_grad()
-def on_cuda(unet: ViewCrafterUNet, vae: AutoencoderKL, preset: dict, device: str) -> list[dict]:
-    """The large forward pass eager and compiled; seconds per clip of teacher and student."""
-    arguments = inputs(unet, preset["large"], device)
+def eager_and_compiled(
+    unet: ViewCrafterUNet, size: tuple[int, int, int], device: str, backend: str = "inductor"
+) -> Iterator[dict]:
+    """The forward pass either way; the first compiled one compiles."""
+    arguments = inputs(unet, size, device)
     unet(*arguments)
-    rows = [measured("large forward, eager", lambda: unet(*arguments), device)]
-    compiled = torch.compile(unet, fullgraph=True)
-    rows.append(measured("large forward, first compiled", lambda: compiled(*arguments, return_dict=False), device))
-    rows.append(measured("large forward, compiled", lambda: compiled(*arguments, return_dict=False), device))
+    yield measured("forward, eager", lambda: unet(*arguments), device)
+    compiled = torch.compile(unet, fullgraph=True, backend=backend)
+    for which in ("first compiled", "compiled"):
+        yield measured(f"forward, {which}", lambda: compiled(*arguments, return_dict=False), device)
 
+
+@torch.no_grad()
+def seconds_per_clip(
+    unet: ViewCrafterUNet, vae: AutoencoderKL, size: tuple[int, int, int], steps: tuple[int, int], device: str
+) -> Iterator[dict]:
+    """What teacher and student take for a clip, decoding included."""
+    arguments = inputs(unet, size, device)
     schedule = NoiseSchedule.viewcrafter(0.3).to(device)
     text, image = arguments[2].tensor_split([unet.config.text_tokens], dim=1)
     condition = Condition(render_latents=arguments[0][:, 4:].float(), text_tokens=text, image_tokens=image)
     noise = torch.randn(condition["render_latents"].shape, generator=torch.Generator().manual_seed(2)).to(device)
-    teacher_steps, student_steps = preset["steps"]
+    teacher_steps, student_steps = steps
 
     def decode(latents: Tensor) -> None:
         for frame in latents.transpose(1, 2).flatten(0, 1).to(vae.dtype).split(1):
@@ -145,9 +160,8 @@ def on_cuda(unet: ViewCrafterUNet, vae: AutoencoderKL, preset: dict, device: str
         decode(few_step(student, noise, schedule, student_steps, generator=torch.Generator().manual_seed(3)))
 
     study()
-    rows.append(measured(f"clip of the teacher, {teacher_steps} guided steps", teach, device))
-    rows.append(measured(f"clip of the student, {student_steps} steps", study, device))
-    return rows
+    yield measured(f"clip of the student, {student_steps} steps", study, device)
+    yield measured(f"clip of the teacher, {teacher_steps} guided steps", teach, device)
 
 
 def note(result: dict) -> str:
@@ -181,13 +195,14 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     preset = PRESETS[args.preset]
     with torch.device("meta"):
-        unet = ViewCrafterUNet(**preset["unet"])
-        vae = AutoencoderKL(**vae_config(preset["vae"]))
+        unet, vae = ViewCrafterUNet(**preset["unet"]), AutoencoderKL(**vae_config(preset["vae"]))
     rows = [measured("building", lambda: cheap_weights(unet, args.device), args.device)]
     rows += any_device(unet, preset["small"], args.device)
     cuda = args.device.startswith("cuda")
     if cuda:
-        rows += on_cuda(unet, cheap_weights(vae, args.device), preset, args.device)
+        large = preset["large"]
+        rows += [row | {"what": f"large {row['what']}"} for row in eager_and_compiled(unet, large, args.device)]
+        rows += seconds_per_clip(unet, cheap_weights(vae, args.device), large, preset["steps"], args.device)
     result = {
         "preset": args.preset,
         "parameters": sum(parameter.numel() for parameter in unet.parameters()),

@@ -6,10 +6,11 @@
 
 What is measured, on random clips of 16 frames at 320x512 (--frames, --height, --width): iterations of `fvgen.distill`'s
 own updates and engines, one critic update each, bfloat16 with activation checkpointing, guidance 7.5, unless key=value
-settings say otherwise; the median of --iterations after two for warming up. Utilisation is the model's work (without
-what checkpointing computes again) per second over --tflops, the GPU's peak. Why: FVGen says that memory kept it to 16
-frames on eight such GPUs. --channels 32 makes a small network of the same shape, for trying this out on a CPU. The last
-line of the output is JSON.
+settings say otherwise; the median of --iterations after two for warming up; and what `fvgen plan` predicts of the
+memory (without the 1.5 GB that a GPU keeps for itself). Utilisation is the model's work (without what checkpointing
+computes again) per second over --tflops, the GPU's peak. Why: FVGen says that memory kept it to 16 frames on eight such
+GPUs. --channels 32 makes a small network of the same shape, for trying this out on a CPU. The last line of the output
+is JSON.
 """
 
 from __future__ import annotations
@@ -35,17 +36,30 @@ from fvgen.distill.methods import METHODS
 from fvgen.distill.methods.base import Method, Part, Setup
 from fvgen.distill.monitor import peak_memory_gb
 from fvgen.distill.settings import StageConfig
-from fvgen.distill.zero_settings import clips_at_a_time
+from fvgen.distill.zero_settings import clips_at_a_time, zero_settings
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Teacher
 from fvgen.models.family import Blueprint, Size, named
 from fvgen.pipelines.folders import check_device
-from fvgen.planning.simulate import simulate
+from fvgen.planning.cache import remembered
+from fvgen.planning.plan import CPU_RUNTIME_GB, SHARES, Choice, Hardware, estimate
 from fvgen.system.files import write_json
 from fvgen.system.processes import World
 
 WARM_UP = 2
+COMMON = {
+    "batch_size": 1,
+    "critic_updates": 1,
+    "guidance": 7.5,
+    "precision": "bfloat16",
+    "checkpoint_activations": True,
+}
 FAMILY = named("viewcrafter")
+
+
+def settings(device: str, **given: Any) -> StageConfig:
+    """Of an iteration, unless they are given otherwise."""
+    return stage_config("dmd", {"out": "unused", "device": device} | COMMON | given)
 
 
 def blueprint_of(channels: int) -> Blueprint:
@@ -96,6 +110,20 @@ def measure(config: StageConfig, world: World, blueprint: Blueprint, size: Size,
     }
 
 
+def predict(config: StageConfig, world: World, blueprint: Blueprint, size: Size) -> dict[str, Any]:
+    """GB of one GPU that `fvgen plan` predicts, and the model's TFLOP: without what checkpointing computes again."""
+    memory = config.memory
+    share = next(name for name, way in SHARES.items() if way == (memory.share_backbone, memory.student_lora))
+    zero = zero_settings(config, world)["zero_optimization"] if memory.deepspeed else {"stage": 0}
+    offloads = ("offload_optimizer" in zero, memory.offload_teacher)
+    choice = Choice(zero["stage"], memory.checkpoint_activations, share, *offloads)
+    runtime = 0.0 if config.run.device.startswith("cuda") else CPU_RUNTIME_GB  # allocated tensors alone are measured
+    profile = remembered(config, FAMILY, blueprint, size)
+    predicted = estimate(config, profile, choice, Hardware(world.size, runtime_gb=runtime)).total
+    once = remembered(changed(config, checkpoint_activations=False, deepspeed=""), FAMILY, blueprint, size)
+    return {"predicted_gb": round(predicted, 2), "tflop": round(once.flops / 1e12, 4)}
+
+
 def iterate(method: Method, batch: LatentBatch, number: int) -> None:
     """The method's own iteration on one batch, all clips at once."""
     method.iterate(number, lambda: [Part(batch, Draws(torch.Generator().manual_seed(number)))])
@@ -117,8 +145,7 @@ def main() -> None:
     args = parser.parse_intermixed_args()
 
     given = parse_overrides(deepspeed_setting(args.deepspeed) + args.settings)
-    common = {"out": "unused", "batch_size": 1, "critic_updates": 1, "guidance": 7.5, "device": args.device}
-    config = stage_config("dmd", common | {"precision": "bfloat16", "checkpoint_activations": True} | given)
+    config = settings(args.device, **given)
     blueprint = blueprint_of(args.channels)
     check_device(config.run.device)
     world = join_world(config)
@@ -126,11 +153,10 @@ def main() -> None:
     row = measure(config, world, blueprint, size, args.iterations)
     if not world.is_main:
         return
-    once = changed(config, checkpoint_activations=False, deepspeed="")
-    tflop = simulate(once, FAMILY, blueprint, size).flops / 1e12
-    row |= {"tflop": round(tflop, 4), "utilisation": round(tflop / row["seconds"] / args.tflops, 4)}
+    row |= predict(config, world, blueprint, size)
+    row["utilisation"] = round(row["tflop"] / row["seconds"] / args.tflops, 4)
     row |= {"frames": args.frames, "height": args.height, "width": args.width, "channels": args.channels}
-    row["settings"] = {key: value for key, value in config.words().items() if key in common | given}
+    row["settings"] = {key: value for key, value in config.words().items() if key in COMMON | given}
     if args.out:
         write_json(args.out, row)
     print(json.dumps(row))

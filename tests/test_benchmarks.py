@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from importlib import import_module
 
@@ -30,6 +31,64 @@ def test_full_size_runs_at_tiny_size(tmp_path, monkeypatch, capsys):
     assert [row["what"] for row in result["rows"]][1:] == ["forward", "forward and backward, activation checkpointing"]
     assert all(row["seconds"] > 0 and row["peak_gib"] > 0 for row in result["rows"])
     assert f"{result['parameters']:,} parameters" in out.with_suffix(".md").read_text()
+
+
+def gpu_check(out, monkeypatch, *words: str) -> int:
+    """Its exit code, rehearsed on the CPU."""
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--size", "tiny", "--out", str(out), *words])
+    try:
+        import_module("gpu_check").main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def test_the_gpu_check_leaves_rows_and_a_page(tmp_path, monkeypatch, capsys):
+    assert gpu_check(tmp_path, monkeypatch, "--parts", "forward", "gaussians") == 0
+    summary = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["state"] for row in summary["parts"]["overview"]] == ["done", "skipped"]
+    forward = json.loads((tmp_path / "forward.json").read_text())
+    assert [row["clip"] for row in forward["rows"]] == ["2x64x64", "3x64x128", "2x64x64"]
+    assert all(row["seconds"] > 0 and row["peak_gb"] > 0 for row in forward["rows"]) and forward["rows"][0]["tflop"] > 0
+    page = (tmp_path / "README.md").read_text()
+    assert "| 3x64x128 |" in page and "gsplat is not installed" in page
+
+
+def test_a_part_that_is_cut_leaves_what_it_had(tmp_path, monkeypatch):
+    check = import_module("gpu_check")
+    monkeypatch.setitem(check.PARTS, "renderer", check.Part(check.renderer, 0))
+    assert gpu_check(tmp_path, monkeypatch, "--parts", "renderer") == 1
+    cut = json.loads((tmp_path / "renderer.json").read_text())
+    assert (cut["state"], cut["why"], cut["rows"]) == ("cut", "not done after 0 s", [])
+    report = check.Report(tmp_path / "x.json", "cpu", "tiny")
+    report.add(seconds=1.0)
+    assert json.loads((tmp_path / "x.json").read_text()) == {"state": "running", "rows": [{"seconds": 1.0}]}
+
+
+def test_the_gpu_check_compares_with_what_was_predicted(tmp_path):
+    check = import_module("gpu_check")
+    row = {"clip": "16x320x512", "seconds": 2.0, "peak_gb": 10.0}
+    for name, rows in (
+        ("iteration", [row]),
+        ("predictions", [{"clip": row["clip"], "predicted_gb": 9.5, "tflop": 989}]),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"state": "done", "rows": rows}))
+    parts = check.summary(tmp_path, {"peak_tflops": 989.0})["parts"]
+    assert parts["iteration"][0]["error"] == "-5.0 %" and parts["iteration"][0]["utilisation"] == "50.0 %"
+
+
+def test_the_gpu_check_is_over_within_nine_minutes():
+    check = import_module("gpu_check")
+    assert sum(part.limit for part in check.PARTS.values()) < 540 > max(part.limit for part in check.BESIDE.values())
+
+
+@pytest.mark.slow
+def test_the_gpu_check_as_it_is_started():
+    command = ["make", "gpu-check", "DEVICE=cpu", "SIZE=tiny", f"PYTHON={sys.executable}"]
+    outcome = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    states = {row["part"]: row["state"] for row in json.loads(outcome.stdout.splitlines()[-1])["parts"]["overview"]}
+    assert outcome.returncode == 0, outcome.stdout
+    assert states.pop("gaussians") == "skipped" and set(states.values()) == {"done"} and len(states) == 9
 
 
 @pytest.mark.parametrize("name", ["prepare", "points"])
