@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, look_at, pinhole
-from fvgen.geometry.pointcloud import render_points, unproject
+from fvgen.geometry.pointcloud import RENDERERS, _backend, render_points, unproject
 
 HEIGHT, WIDTH = 12, 16
 RADIUS = 0.4  # 2.4 pixels: the short side of 12 pixels spans 2
@@ -269,6 +271,21 @@ def test_unknown_and_missing_backends_are_one_sentence():
     if find_spec("pytorch3d") is None:
         with pytest.raises(UserError, match="install PyTorch3D or choose the renderer 'torch'"):
             render_points(*arguments, "pytorch3d")
+
+
+@pytest.mark.parametrize(
+    ("package", "name"),
+    [
+        (SimpleNamespace(_C=SimpleNamespace(rasterize_points=None, knn_check_version=None)), "pytorch3d"),
+        (SimpleNamespace(_C=SimpleNamespace(rasterize_points=None)), "torch"),
+        (None, "torch"),
+    ],
+    ids=["with CUDA", "without CUDA", "not installed"],
+)
+def test_auto_takes_a_pytorch3d_that_can_draw_on_a_gpu(monkeypatch, package, name):
+    monkeypatch.setitem(sys.modules, "pytorch3d", package)
+    assert _backend("auto", torch.device("cuda")) is RENDERERS[name]
+    assert _backend("auto", torch.device("cpu")) is RENDERERS["torch"]
 
 
 @pytest.mark.skipif(find_spec("pytorch3d") is None, reason="PyTorch3D is not installed")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -54,7 +53,8 @@ def render_points(
 
     ``radius`` is in normalised device units: the image's short side spans 2. ``background`` [C] shows where there is
     no point at all; None is black. ``backend`` is a key of `RENDERERS` or "auto": PyTorch3D for a cloud on a GPU if it
-    is installed, else torch; on a CPU PyTorch3D is a hundred times slower and gives the same bits.
+    is installed and compiled with CUDA, else torch; on a CPU PyTorch3D is hundreds of times slower and gives the same
+    bits in float32.
     Returns image [V, H, W, C], visibility [V, H, W] (opacity in [0, 1] up to rounding) and depth [V, H, W] of the
     nearest point (0 where there is none). Views are rendered one by one, so working memory does not grow with their
     number. Differentiable in the colours. Raises UserError for an unknown backend and one that is not installed.
@@ -77,10 +77,19 @@ def render_points(
 
 def _backend(name: str, device: torch.device) -> Rasterizer:
     if name == "auto":
-        name = "pytorch3d" if device.type == "cuda" and find_spec("pytorch3d") else "torch"
+        name = "pytorch3d" if device.type == "cuda" and _pytorch3d_has_cuda() else "torch"
     if name not in RENDERERS:
         raise UserError(f"unknown renderer {name!r}{did_you_mean(name, [*RENDERERS, 'auto'])}")
     return RENDERERS[name]
+
+
+def _pytorch3d_has_cuda() -> bool:
+    """Its setup leaves the CUDA kernels out, without a word, on a machine that has no nvcc or shows no GPU."""
+    try:
+        from pytorch3d import _C
+    except ImportError:
+        return False
+    return hasattr(_C, "knn_check_version")  # compiled with CUDA only, in every version since 0.2
 
 
 def _pytorch3d(
