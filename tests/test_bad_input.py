@@ -154,7 +154,7 @@ def test_a_damaged_cache_of_latents(stage, stage1, clip_folder, tmp_path):
     distill(stage(iterations=1))
     folder = tmp_path / "clips"
     shutil.copytree(clip_folder, folder)
-    cut(next(folder.glob("latents-*")))
+    cut(next(folder.glob("encoded-*")))
     expect(stage1(f"data={folder}"), "the latent cache", "delete it and run again")
 
 
