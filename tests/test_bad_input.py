@@ -232,7 +232,7 @@ PHASES = {"config.yaml": 700, "latents": 20_000, "metrics.jsonl": 3_000, "checkp
 @pytest.mark.parametrize("name", PHASES)
 def test_a_full_disk(stage, settings, tmp_path, clip_folder, name):
     data = tmp_path / "clips"
-    shutil.copytree(clip_folder, data, ignore=shutil.ignore_patterns("latents-*"))
+    shutil.copytree(clip_folder, data, ignore=shutil.ignore_patterns("encoded-*"))
     changes = {"data": str(data), "iterations": 12 if name == "metrics.jsonl" else 2}
     out = tmp_path / "run"
     words = [GAN, "--config", settings, *words_of(stage(out=str(out), **changes))]
