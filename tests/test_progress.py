@@ -11,7 +11,7 @@ import processes
 import pytest
 import yaml
 
-from fvgen.distill import run
+from fvgen.distill import changed, run
 from fvgen.distill.progress import ProgressLines, brief
 
 LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d stage gan (\d+)/(\d+) D \d\.\d\d G \d\.\d\d \d:\d\d:\d\d left \d:\d\d:\d\d"
@@ -65,7 +65,7 @@ def test_a_stage_tells_how_far_it_is_and_goes_on_telling(stage, clock, capsys, m
     run(config)
     err = capsys.readouterr().err
     assert told(err) == [(1, 3), (3, 3)]
-    run(config.changed(iterations=5))
+    run(changed(config, iterations=5))
     log = (Path(config.run.out) / "log.txt").read_text()
     assert told(log) == [(1, 3), (3, 3), (4, 5), (5, 5)] and log == err + capsys.readouterr().err
 
