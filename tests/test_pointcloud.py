@@ -288,11 +288,69 @@ def test_auto_takes_a_pytorch3d_that_can_draw_on_a_gpu(monkeypatch, package, nam
     assert _backend("auto", torch.device("cpu")) is RENDERERS["torch"]
 
 
-@pytest.mark.skipif(find_spec("pytorch3d") is None, reason="PyTorch3D is not installed")
-def test_both_backends_draw_the_same_bits():
-    ours = render_points(*cloud(500), camera(2), RADIUS, 4, torch.ones(3), "torch")
-    theirs = render_points(*cloud(500), camera(2), RADIUS, 4, torch.ones(3), "pytorch3d")
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+@pytest.fixture(scope="module")
+def pytorch3d() -> None:
+    pytest.importorskip("pytorch3d", reason="PyTorch3D is not installed")
+
+
+def check_same_bits(points: Tensor, colors: Tensor, cameras: Cameras, *options) -> None:
+    """Image, visibility, depth and the colours' gradient, of both renderers."""
+    results = []
+    for backend in ("torch", "pytorch3d"):
+        leaf = colors.clone().requires_grad_()
+        image, visible, depth = render_points(points, leaf, cameras, *options, backend)
+        weight = torch.linspace(-1, 1, image.numel()).reshape(image.shape)
+        loss = (image * weight).sum() + leaf.sum()  # an image without any point has no gradient
+        results.append((image.detach(), visible, depth, *torch.autograd.grad(loss, leaf)))
+    for ours, theirs in zip(*results, strict=True):
+        assert ours.dtype == theirs.dtype and torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("pytorch3d")
+@pytest.mark.parametrize("name", SCENES)
+def test_both_backends_draw_the_same_bits(request, name):
+    """The recordings' scenes; and PyTorch3D as it is installed still gives what was recorded."""
+    recorded = recording(name, request)
+    size, radius = tuple(recorded["image_size"].tolist()), recorded["radius"].item()
+    kept, count = recorded["points_per_pixel"].item(), len(recorded["points"])
+    for view, ndc in enumerate(recorded["points_ndc"]):
+        point, depth, distance = (layer.movedim(0, -1) for layer in RENDERERS["pytorch3d"](ndc, size, radius, kept))
+        assert torch.equal(torch.where(point >= 0, point + view * count, -1), recorded["idx"][view])
+        assert torch.equal(depth, recorded["zbuf"][view]) and torch.equal(distance, recorded["dists"][view])
+    scene = (recorded["points"], recorded["features"], recorded_cameras(recorded), radius, kept)
+    check_same_bits(*scene, None)
+    check_same_bits(*scene, recorded["background"])
+
+
+@pytest.mark.usefixtures("pytorch3d")
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    count=st.sampled_from([0, 1, 150]),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    radius=st.sampled_from([0.01, 0.25, 1, 3.0]),  # an int is a number, too
+    kept=st.sampled_from([1, 4, 200]),
+    exact=st.booleans(),
+)
+def test_both_backends_draw_the_same_bits_of_any_cloud(seed, count, size, radius, kept, exact):
+    """Any aspect, empty clouds, more points in a pixel than are kept and fewer; `exact`: many ties of depth."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(count, 3, generator=generator)
+    if exact:
+        points = (points * 4).round() / 4
+    poses = look_at(torch.randn(2, 3, generator=generator), torch.zeros(2, 3), torch.tensor([0.0, 0.0, 1.0]))
+    cameras = Cameras(poses, pinhole(2, *size, 60), *size)
+    check_same_bits(points, torch.rand(count, 3, generator=generator), cameras, radius, kept, torch.ones(3))
+
+
+@pytest.mark.usefixtures("pytorch3d")
+def test_pytorch3d_draws_float64_in_float32():
+    points, colors = cloud(500)
+    cameras = Cameras(torch.eye(4).double()[None], torch.eye(3).double()[None], HEIGHT, WIDTH)
+    arguments = (points.double(), colors.double(), cameras, RADIUS, 4, torch.ones(3))
+    for ours, theirs in zip(render_points(*arguments), render_points(*arguments, "pytorch3d"), strict=True):
+        assert ours.dtype == theirs.dtype == torch.float64
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(

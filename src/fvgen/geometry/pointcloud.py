@@ -106,7 +106,8 @@ def _pytorch3d(
     if not len(points):  # PyTorch3D fails on a batch of empty clouds
         return rasterize_view(points, image_size, radius, points_per_pixel)
     # bin_size=0, as ViewCrafter: the faster one may drop points where many fall together.
-    layers = rasterize_points(Pointclouds([points.float()]), image_size, radius, points_per_pixel, bin_size=0)
+    # It takes an int for a wrong type of radius.
+    layers = rasterize_points(Pointclouds([points.float()]), image_size, float(radius), points_per_pixel, bin_size=0)
     point, depth, distance = (layer[0].movedim(-1, 0) for layer in layers)
     return point, depth.to(points.dtype), distance.to(points.dtype)
 
