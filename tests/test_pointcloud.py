@@ -12,11 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch3d_recordings import SCENES, recorded_cameras, recording
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, look_at, pinhole
-from fvgen.geometry.pointcloud import RENDERERS, _backend, render_points, unproject
+from fvgen.geometry.pointcloud import RENDERERS, _backend, _pytorch3d_has_cuda, render_points, unproject
 
 HEIGHT, WIDTH = 12, 16
 RADIUS = 0.4  # 2.4 pixels: the short side of 12 pixels spans 2
@@ -341,6 +342,15 @@ def test_both_backends_draw_the_same_bits_of_any_cloud(seed, count, size, radius
     poses = look_at(torch.randn(2, 3, generator=generator), torch.zeros(2, 3), torch.tensor([0.0, 0.0, 1.0]))
     cameras = Cameras(poses, pinhole(2, *size, 60), *size)
     check_same_bits(points, torch.rand(count, 3, generator=generator), cameras, radius, kept, torch.ones(3))
+
+
+@pytest.mark.usefixtures("pytorch3d")
+def test_pytorch3d_compiled_without_cuda_is_one_sentence_on_a_gpu():
+    if _pytorch3d_has_cuda():
+        pytest.skip("PyTorch3D was compiled with CUDA here")
+    with FakeTensorMode(), pytest.raises(UserError, match="compiled without CUDA here"):
+        points = torch.ones(5, 3, device="cuda")
+        render_points(points, points, camera().to("cuda"), backend="pytorch3d")
 
 
 @pytest.mark.usefixtures("pytorch3d")

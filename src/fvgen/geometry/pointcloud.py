@@ -103,6 +103,10 @@ def _pytorch3d(
             f"the renderer 'pytorch3d' cannot be imported ({error}); install PyTorch3D or choose the renderer 'torch', "
             "which gives the same pixels"
         ) from error
+    if points.is_cuda and not _pytorch3d_has_cuda():
+        raise UserError(
+            "PyTorch3D was compiled without CUDA here and cannot draw on a GPU; choose the renderer 'torch' or 'auto'"
+        )
     if not len(points):  # PyTorch3D fails on a batch of empty clouds
         return rasterize_view(points, image_size, radius, points_per_pixel)
     # bin_size=0, as ViewCrafter: the faster one may drop points where many fall together.
