@@ -358,9 +358,10 @@ class Child:
 
 def facts_of(device: str, size: str) -> dict[str, Any]:
     """The settings of the page: on which machine, with what."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
-    )
+    commit = "unknown"
+    with suppress(OSError, subprocess.CalledProcessError):  # a machine without git, a copy without its history
+        git = ["git", "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, cwd=REPOSITORY, capture_output=True, text=True, check=True).stdout.strip()
     script = (
         "import torch, json; print(json.dumps([torch.__version__, torch.version.cuda, torch.cuda.get_device_name()"
         " if torch.cuda.is_available() else '']))"
@@ -371,7 +372,7 @@ def facts_of(device: str, size: str) -> dict[str, Any]:
         raise UserError("there is no GPU that torch can use; rehearse with DEVICE=cpu SIZE=tiny")
     hardware = gpu if device.startswith("cuda") else platform.machine()
     peak = next((peak for name, peak in PEAKS.items() if name in hardware), None)
-    facts = {"command": f"make gpu-check DEVICE={device} SIZE={size}", "commit": commit.stdout.strip()}
+    facts = {"command": f"make gpu-check DEVICE={device} SIZE={size}", "commit": commit}
     return facts | {"hardware": hardware, "peak_tflops": peak, "torch": version, "cuda": cuda}
 
 
