@@ -7,8 +7,8 @@ What is measured is what `PARTS` says, each part in a process of its own with a 
 DIR/PART.json as soon as they are known, so that a cut leaves results; at the end, and after every part, DIR/README.md
 shows all that are there (--parts measures some of them again). DIR is benchmarks/results/gpu, for a rehearsal
 runs/gpu-check. Nothing is installed or fetched: a part whose packages are missing says so. What `fvgen plan` predicts
-is computed beside the other parts, on the CPU. Weights are random; only time and memory mean something, and in the
-parts "tests" and "demo" numbers.
+is computed beside the other parts, on the CPU; compiling goes on there as well. Weights are random; only time and
+memory mean something, and in the parts "tests" and "demo" numbers.
 
 Columns: peak_gb, most that tensors took (GB); predicted_gb, what the plan says of that, and error, by how much it is
 off; tflop, the model's work without what checkpointing computes again; utilisation, that per second over the GPU's
@@ -171,13 +171,18 @@ def clips(report: Report) -> None:
 
 
 def compiled(report: Report) -> None:
-    """The forward pass at 16 frames of 320x512, eager and compiled, and what compiling takes."""
+    """The forward pass at 16 frames of 320x512, eager and compiled, from the cache that "compiling" has filled."""
     import full_size
 
     frames, height, width = report.clips[0]
     size, backend = (frames, height // 8, width // 8), "inductor" if report.full else "eager"
     for row in full_size.eager_and_compiled(random_unet(report), size, report.device, backend):
         report.add(clip=clip_name(report.clips[0]), backend=backend, **timed(row))
+
+
+def compiling(report: Report) -> None:
+    """Compiling the UNet for the part "compiled", beside the parts before it."""
+    compiled(report)
 
 
 def renderer(report: Report) -> None:
@@ -247,12 +252,13 @@ def iteration_settings(report: Report) -> Any:
 
 def blueprint_of(report: Report) -> Any:
     """The published network, or the tiny preset's."""
+    import full_size
     import stage2_iteration
 
     if report.full:
         return stage2_iteration.blueprint_of(320)
     files = dict(stage2_iteration.FAMILY.published["viewcrafter"])
-    return stage2_iteration.FAMILY.blueprint(files | {"unet": stage2_iteration.PRESETS["tiny"]["unet"]})
+    return stage2_iteration.FAMILY.blueprint(files | {"unet": full_size.PRESETS["tiny"]["unet"]})
 
 
 def clip_name(clip: tuple[int, int, int]) -> str:
@@ -278,14 +284,16 @@ PARTS = {
     "forward": Part(forward, 50),
     "iteration": Part(iteration, 60),
     "iteration_large": Part(iteration_large, 70),
-    "tests": Part(tests, 55),
-    "clips": Part(clips, 70),
-    "demo": Part(demo, 75),
+    "clips": Part(clips, 95),
     "renderer": Part(renderer, 20),
     "gaussians": Part(gaussians, 25),
-    "compiled": Part(compiled, 105),
+    "tests": Part(tests, 95),
+    "demo": Part(demo, 55),
+    "compiled": Part(compiled, 60),
 }
-BESIDE = {"predictions": Part(predictions, 530)}  # of the CPU alone, while the others are at work
+# Of the CPU alone (but for a pass or two), while the others are at work.
+BESIDE = {"predictions": Part(predictions, 530), "compiling": Part(compiling, 470)}
+NEEDED_BY = {"predictions": "iteration", "compiling": "compiled"}  # the parts whose names start so
 
 
 # --- One part, in this process ---
@@ -323,6 +331,8 @@ class Child:
         command = [sys.executable, __file__, "--part", name, "--device", device, "--size", size, "--out", str(out)]
         paths = [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+        if device == "cpu":
+            environment["OMP_NUM_THREADS"] = "1"  # several parts at once: their threads would wait for each other
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, cwd=REPOSITORY, env=environment, stdout=log, stderr=log, start_new_session=True
@@ -388,7 +398,7 @@ def summary(out: Path, facts: dict[str, Any]) -> dict[str, Any]:
     ]
     parts = {"overview": overview}
     for name, part in found.items():
-        if name in BESIDE or not part["rows"]:
+        if name == "predictions" or not part["rows"]:
             continue
         known = predicted if name.startswith("iteration") else {}
         rows = [row | known.get(row.get("clip"), {}) for row in part["rows"]]
@@ -424,16 +434,18 @@ def check(device: str, size: str, names: list[str], minutes: float, out: Path) -
     facts = facts_of(device, size)
     out.mkdir(parents=True, exist_ok=True)
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the parts, in sessions of their own, end too
-    wanted = any(name.startswith("iteration") for name in names)
-    beside = [Child(name, device, size, out) for name in BESIDE if wanted]
+    wanted = [beside for beside, start in NEEDED_BY.items() if any(name.startswith(start) for name in names)]
+    beside = {name: Child(name, device, size, out) for name in wanted}
     try:
         for name in names:
+            if name == "compiled":
+                tell("compiling", beside["compiling"].finish(end))
             tell(name, Child(name, device, size, out).finish(end))
             write_page(out, facts)
-        for child in beside:
-            tell(child.name, child.finish(end))
+        if "predictions" in beside:
+            tell("predictions", beside["predictions"].finish(end))
     finally:
-        for child in beside:
+        for child in beside.values():
             child.end()
         signal.signal(signal.SIGTERM, before)
     return write_page(out, facts)

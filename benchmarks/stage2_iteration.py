@@ -78,7 +78,8 @@ def make_method(config: StageConfig, blueprint: Blueprint, size: Size, world: Wo
     network = cheap_weights(network, config.run.device, getattr(torch, config.memory.precision))
     _, condition = blueprint.example(size)
     nulls = [{name: condition[name][:1] for name in ("text_tokens", "image_tokens")}]
-    teacher = Teacher(network, blueprint.schedule(), FAMILY.call, nulls, config.method.guidance).to(config.run.device)
+    schedule = blueprint.schedule().to(config.run.device)
+    teacher = Teacher(network, schedule, FAMILY.call, nulls, config.method.guidance).to(config.run.device)
     setup = Setup(config, FAMILY, teacher, partial(make_learner, config, world), world=world)
     method = METHODS[config.name].method.build(setup)
     shard_frozen(teacher, config, world)

@@ -257,7 +257,11 @@ class ViewCrafterUNet(ModelMixin, ConfigMixin):
 
     def _sinusoid(self, value: Tensor | int, sample: Tensor) -> Tensor:
         """[B] or one number -> [B, model_channels]: cosines first, then sines, in the type of `sample`."""
-        values = torch.as_tensor(value, device=sample.device).expand(sample.shape[0])
+        batch = sample.shape[0]
+        if isinstance(value, Tensor):
+            values = value.to(sample.device).expand(batch)
+        else:  # filled there: the copy of a number would wait for the GPU at every step
+            values = torch.full((batch,), value, device=sample.device)
         width = self.config.model_channels
         return get_timestep_embedding(values, width, flip_sin_to_cos=True, downscale_freq_shift=0).to(sample.dtype)
 
