@@ -30,6 +30,7 @@ def test_what_differs_between_equal_runs_stands_apart(stage):
     for row, metrics in zip(rows, read_metrics(config.run.out), strict=True):
         assert row["seconds"] > 0 and row["peak_memory_gb"] > 0.1 and row["logit_abs"] > 0
         assert row["clips_per_second"] == pytest.approx(config.data.batch_size / row["seconds"], rel=0.05)
+        assert 0 < row["data_seconds"] < row["seconds"]
         assert not row.keys() & metrics.keys() - {"iteration"} and not any("/" in key for key in metrics)
 
 

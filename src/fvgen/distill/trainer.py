@@ -154,9 +154,10 @@ class Trainer:
         return self.export(max(done, total))
 
     def iterate(self, iteration: int) -> dict[str, Any]:
-        """One iteration of the method; returns its row of metrics."""
-        deal = Dealer(self.loader, self.config, self.world, iteration)
-        return finite_row(self.reduce(self.method.iterate(iteration, deal)))
+        """One iteration of the method; returns its row of metrics, and the seconds that this process waited for data."""
+        deal, before = Dealer(self.loader, self.config, self.world, iteration), self.loader.waited
+        row = finite_row(self.reduce(self.method.iterate(iteration, deal)))
+        return row | {MONITOR + "data_seconds": self.loader.waited - before}
 
     def reduce(self, rows: list[Metrics]) -> dict[str, float]:
         """Means (or extremes, by name) over parts and processes, in one transfer from the device."""

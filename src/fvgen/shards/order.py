@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import multiprocessing
+import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -79,6 +80,7 @@ class ClipLoader:
         self.clips, self.batch_size, self.seed, self.window = clips, batch_size, seed, window
         self.rank, self.world_size, self.parts, self.workers = rank, world_size, parts, workers
         self.consumed, self._given = 0, 0
+        self.waited = 0.0  # seconds in all that `next` took: what reading ahead did not hide
         self._shard_of = getattr(clips, "shard_of", [0] * len(clips))
         self._ahead: Iterator[LatentBatch] | None = None
 
@@ -86,10 +88,12 @@ class ClipLoader:
         return self
 
     def __next__(self) -> LatentBatch:
+        start = time.perf_counter()
         if self._ahead is None:
             indices = self._indices(self.consumed)
             self._ahead = self._by_workers(indices) if self.workers else _by_a_thread(self.clips, indices)
         batch = next(self._ahead)
+        self.waited += time.perf_counter() - start
         self._given += 1
         self.consumed += self.batch_size // self.parts
         return batch
