@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 
+from fvgen.clips.worlds import is_builtin
 from fvgen.errors import Stopped, UserError
 from fvgen.pipelines.presets import model_folder
 
@@ -142,9 +143,9 @@ def _inspect(path: str, out: Path, clips: int | None, teacher: str | None) -> No
 
 def existing(*paths: str | Path) -> None:
     """Judge paths before anything is imported that takes seconds. Raises UserError for the first that is not there;
-    addresses (s3://...) and the word "builtin" pass."""
+    addresses (s3://...) and the words for built-in clips pass."""
     for path in paths:
-        if str(path) != "builtin" and "://" not in str(path) and not Path(path).exists():
+        if not is_builtin(path) and "://" not in str(path) and not Path(path).exists():
             raise UserError(f"data folder {path} does not exist; check the path")
 
 

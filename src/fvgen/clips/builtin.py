@@ -16,7 +16,8 @@ from rich.progress import track
 
 from fvgen.clips.clip import Clip
 from fvgen.clips.folder import ClipFolder, save_clips
-from fvgen.clips.rooms import GENERATION, synthetic_clip
+from fvgen.clips.rooms import GENERATION, USUAL, synthetic_clip
+from fvgen.clips.worlds import World
 
 FRAMES, HEIGHT, WIDTH = 8, 48, 64  # the tiny preset's size
 DATA_SEED = 0  # the data set is one data set: seeds of runs do not change it
@@ -29,17 +30,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("FVGEN_CACHE") or usual / "fvgen")
 
 
-def builtin_clips(split: str, count: int, workers: int | None = None) -> ClipFolder:
+def builtin_clips(split: str, count: int, workers: int | None = None, world: World = USUAL) -> ClipFolder:
     """The first ``count`` clips of a split ("train" or "test"), from the cache or made now (0.2 s each on one core)."""
-    path = cache_folder() / f"builtin-{GENERATION}-{split}-{count}"
+    name = f"{world.name}-{split}" if world.name else split
+    path = cache_folder() / f"builtin-{GENERATION}-{name}-{count}"
     if not (path / "index.json").exists():
-        clips = list(track(_make(split, count, workers or os.cpu_count() or 1), f"scenes ({split})", total=count))
-        save_clips(path, clips, {"kind": "builtin", "generation": GENERATION, "split": split, "seed": DATA_SEED})
+        made = _make(split, count, workers or os.cpu_count() or 1, world)
+        clips = list(track(made, f"scenes ({name})", total=count))
+        save_clips(path, clips, {"kind": "builtin", "generation": GENERATION, "split": name, "seed": DATA_SEED})
     return ClipFolder(path)
 
 
-def _make(split: str, count: int, workers: int) -> Iterator[Clip]:
-    job = partial(_one, split)
+def _make(split: str, count: int, workers: int, world: World) -> Iterator[Clip]:
+    job = partial(_one, split, world)
     if workers == 1 or count < 8:
         yield from map(job, range(count))
         return
@@ -47,5 +50,5 @@ def _make(split: str, count: int, workers: int) -> Iterator[Clip]:
         yield from pool.map(job, range(count), chunksize=4)
 
 
-def _one(split: str, index: int) -> Clip:
-    return synthetic_clip(split, DATA_SEED, index, FRAMES, HEIGHT, WIDTH)
+def _one(split: str, world: World, index: int) -> Clip:
+    return synthetic_clip(split, DATA_SEED, index, FRAMES, HEIGHT, WIDTH, world)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from fvgen.clips.clip import Clip, render_clip
 from fvgen.clips.textures import PATTERNS, Texture, color_at
+from fvgen.clips.worlds import WORLDS, World
 from fvgen.geometry.cameras import Cameras, look_at, pinhole, pixel_rays
 from fvgen.geometry.pointcloud import unproject
 
 GENERATION = 3  # raise it when a change here alters any clip: cached ones are then made anew
 FAR = 1e4
-RADIUS = 0.06  # normalised device units: 1.44 pixels at 48 rows, the reach that ViewCrafter's 0.01 has at 288
+USUAL = WORLDS["builtin"]
+SHARP = ("bricks", "checker", "dots", "stripes", "tiles")  # patterns with hard edges that repeat
 CLEARANCE = 0.1  # metres that a camera keeps from every object
 SUPERSAMPLES = ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
 
@@ -62,21 +65,25 @@ def scene_generator(split: str, seed: int, index: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
 
-def synthetic_clip(split: str, seed: int, index: int, frames: int, height: int, width: int) -> Clip:
-    """Clip ``index`` of the built-in data set: one scene, one path, a thinned and slightly wrong cloud of its ends.
+def synthetic_clip(
+    split: str, seed: int, index: int, frames: int, height: int, width: int, world: World = USUAL
+) -> Clip:
+    """Clip ``index`` of a built-in data set: one scene, one path, a thinned and slightly wrong cloud of known frames.
 
-    Between 10 % and 60 % of the points survive (log-uniform) and depths are off by up to 1.5 %, so that renders range
-    from the scattered dots of a structure-from-motion cloud to the nearly closed surface of a dense one. Objects in
-    the camera's way are taken out of the scene.
+    What is drawn from is the ``world``'s. Objects in the camera's way are taken out of the scene. No two worlds share a
+    scene.
     """
-    generator = scene_generator(split, seed, index)
-    scene = make_scene(generator, f"{split}-{seed}-{index:05d}")
-    cameras = make_path(generator, scene, frames, height, width)
+    whole = f"{world.name}-{split}" if world.name else split
+    generator = scene_generator(whole, seed, index)
+    scene = make_scene(generator, f"{whole}-{seed}-{index:05d}", world)
+    cameras = make_path(generator, scene, frames, height, width, world)
     scene = clear_the_way(scene, cameras)
     images, depth = render_scene(scene, cameras)
-    keep = math.exp(_uniform(generator, math.log(0.1), math.log(0.6)))
-    depth_noise = _uniform(generator, 0.0, 0.015)
-    return depth_clip(scene.name, images, depth, cameras, RADIUS, keep, depth_noise, generator)
+    keep = math.exp(_uniform(generator, *map(math.log, world.keep)))
+    depth_noise = _uniform(generator, *world.depth_noise)
+    first_alone = world.first_alone > 0 and _uniform(generator, 0.0, 1.0) < world.first_alone
+    known = [0] if first_alone else [0, frames - 1]
+    return depth_clip(scene.name, images, depth, cameras, world.radius, keep, depth_noise, generator, known)
 
 
 def depth_clip(
@@ -88,39 +95,43 @@ def depth_clip(
     keep: float,
     depth_noise: float,
     generator: torch.Generator,
+    known: Sequence[int] | None = None,
 ) -> Clip:
-    """A clip whose cloud comes from the depth [F, H, W] of its first and last frame (FVGen, section 5.1).
+    """A clip whose cloud comes from the depth [F, H, W] of its ``known`` frames, the first and the last one if not
+    given (FVGen, section 5.1).
 
     ``keep`` is the share of points that survive and ``depth_noise`` the relative standard deviation of a smooth
     depth error: the built-in scenes know their depth exactly, an estimator would not.
     """
-    ends = [0, truth.shape[0] - 1]
-    coarse = torch.randn(2, 1, 4, 5, generator=generator)
+    known = [0, truth.shape[0] - 1] if known is None else list(known)
+    coarse = torch.randn(len(known), 1, 4, 5, generator=generator)
     error = torch.nn.functional.interpolate(coarse, size=depth.shape[1:], mode="bicubic", align_corners=True)[:, 0]
-    points, colors = unproject(depth[ends] * (1 + depth_noise * error), truth[ends], cameras[ends])
+    points, colors = unproject(depth[known] * (1 + depth_noise * error), truth[known], cameras[known])
     chosen = torch.rand(points.shape[0], generator=generator) < keep
-    return render_clip(name, truth, cameras, points[chosen], colors[chosen], ends, radius)[0]
+    return render_clip(name, truth, cameras, points[chosen], colors[chosen], known, radius)[0]
 
 
-def make_scene(generator: torch.Generator, name: str) -> SyntheticScene:
+def make_scene(generator: torch.Generator, name: str, world: World = USUAL) -> SyntheticScene:
     """Draw a room of 4 to 7 m with 3 to 7 objects standing on its floor or hanging in the air."""
     half_x, half_y = _uniform(generator, 2.0, 3.5), _uniform(generator, 2.0, 3.5)
     height = _uniform(generator, 2.4, 3.4)
     room = Room(
         low=torch.tensor([-half_x, -half_y, 0.0]),
         high=torch.tensor([half_x, half_y, height]),
-        textures=tuple(_texture(generator, 0.6, 2.0) for _ in range(6)),
+        textures=tuple(_texture(generator, 0.6, 2.0, world.sharp) for _ in range(6)),
     )
-    solids = tuple(_solid(generator, room) for _ in range(3 + _integer(generator, 5)))
+    solids = tuple(_solid(generator, room, world.sharp) for _ in range(3 + _integer(generator, 5)))
     light = torch.tensor([_uniform(generator, -1.2, 1.2), _uniform(generator, -1.2, 1.2), height * 0.92])
     return SyntheticScene(name, room, solids, light, _uniform(generator, 0.35, 0.6))
 
 
-def make_path(generator: torch.Generator, scene: SyntheticScene, frames: int, height: int, width: int) -> Cameras:
+def make_path(
+    generator: torch.Generator, scene: SyntheticScene, frames: int, height: int, width: int, world: World = USUAL
+) -> Cameras:
     """A smooth path of ``frames`` views: camera and look-at point both move, with a slight bow, inside the room."""
     radius = torch.minimum(scene.room.high[0], scene.room.high[1]) * _uniform(generator, 0.7, 0.92)
     start = _uniform(generator, 0, 2 * math.pi)
-    sweep = _uniform(generator, 0.35, 1.1) * (1 if _integer(generator, 2) else -1)
+    sweep = _uniform(generator, *world.sweep) * (1 if _integer(generator, 2) else -1)
     s = torch.linspace(0, 1, frames)
     angle = start + sweep * s
     reach = radius * (1 - _uniform(generator, -0.05, 0.35) * s)
@@ -250,27 +261,28 @@ def _nonzero(x: Tensor) -> Tensor:
     return torch.where(x.abs() < 1e-9, torch.full_like(x, 1e-9), x)
 
 
-def _solid(generator: torch.Generator, room: Room) -> Solid:
+def _solid(generator: torch.Generator, room: Room, sharp: bool) -> Solid:
     shape = "box" if _integer(generator, 3) else "ellipsoid"
     half = torch.tensor([_uniform(generator, 0.18, 0.55) for _ in range(3)])
     limit = 0.55 * room.high
     center = torch.tensor([_uniform(generator, -limit[i].item(), limit[i].item()) for i in range(2)] + [0.0])
     floating = _integer(generator, 4) == 0
     center[2] = _uniform(generator, 1.0, 1.8) if floating else half[2].item()
-    return Solid(shape, center, half, _uniform(generator, 0, math.pi), _texture(generator, 0.25, 0.8))
+    return Solid(shape, center, half, _uniform(generator, 0, math.pi), _texture(generator, 0.25, 0.8, sharp))
 
 
-def _texture(generator: torch.Generator, smallest: float, largest: float) -> Texture:
-    """Two colours of one hue family, far enough apart in brightness that the pattern shows."""
-    names = sorted(PATTERNS)
+def _texture(generator: torch.Generator, smallest: float, largest: float, sharp: bool) -> Texture:
+    """Two colours of one hue family, far enough apart in brightness that the pattern shows; ``sharp``: far apart."""
+    names = SHARP if sharp else sorted(PATTERNS)
     base = torch.rand(3, generator=generator) * 0.75 + 0.2
-    other = (base * _uniform(generator, 0.25, 0.75) + 0.12 * torch.rand(3, generator=generator)).clamp(0, 1)
+    contrast = (0.1, 0.35) if sharp else (0.25, 0.75)
+    other = (base * _uniform(generator, *contrast) + 0.12 * torch.rand(3, generator=generator)).clamp(0, 1)
     colors = torch.stack([other, base] if _integer(generator, 2) else [base, other])
     return Texture(
         pattern=names[_integer(generator, len(names))],
         scale=_uniform(generator, smallest, largest),
         colors=colors,
-        grain=_uniform(generator, 0.1, 0.9),
+        grain=_uniform(generator, *((0.0, 0.1) if sharp else (0.1, 0.9))),
         seed=_wide_integer(generator) % (1 << 30),
     )
 

@@ -7,6 +7,7 @@ A component at a time, so that never more than one is in memory. What no network
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -171,13 +172,15 @@ def _write_index(lvdm: LvdmConfig, only: Sequence[str], folder: Path) -> None:
 
 @torch.no_grad()
 def _prompts(folder: Path, conditioning: Conditioning) -> FixedPrompts | None:
-    """The model's own prompt and the empty one; None if it sees no text, or its tower has another vocabulary."""
+    """The model's own prompt and the empty one; None if it sees no text. A tower with fewer words than CLIP, as tests
+    have, reads others in their place, which is said: so every converted model can be sampled and scored."""
     if not conditioning.has_text:
         return None
     encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", local_files_only=True).float().eval()
-    ids = [IDS[conditioning.prompt], EMPTY_IDS]
-    if encoder.config.vocab_size <= max(max(row) for row in ids):
-        return None
+    ids, words = [IDS[conditioning.prompt], EMPTY_IDS], encoder.config.vocab_size
+    if words <= max(max(row) for row in ids):
+        print(f"fvgen: the text encoder knows {words} words, not CLIP's: the prompt becomes others", file=sys.stderr)
+        ids = [[number % words for number in row] for row in ids]
     positive, negative = encode_tokens(encoder, padded_ids(ids, encoder.config.max_position_embeddings)).split(1)
     return FixedPrompts.encoded(positive, negative)
 

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fvgen.clips.worlds import is_builtin
 from fvgen.errors import UserError
 from fvgen.pipelines.presets import SHIPPED, model_folder
 
@@ -33,7 +34,7 @@ PIECES = 64
 
 def is_path(key: str, name: str) -> bool:
     """Whether a source's name is a path: no preset, no word, no address."""
-    if not name or "://" in name or (key == "data" and name == "builtin"):
+    if not name or "://" in name or (key == "data" and is_builtin(name)):
         return False
     return key != "teacher" or Path(name).exists() or not (SHIPPED / name).is_dir()
 

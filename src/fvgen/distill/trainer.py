@@ -21,6 +21,7 @@ from torch import Tensor
 from fvgen.clips.builtin import builtin_clips
 from fvgen.clips.folder import ClipFolder
 from fvgen.clips.latents import LatentSet, load_latents
+from fvgen.clips.worlds import WORLDS
 from fvgen.distill.checkpoint import Stateful, load_checkpoint, save_checkpoint
 from fvgen.distill.config import RunConfig
 from fvgen.distill.deal import Dealer
@@ -154,7 +155,7 @@ class Trainer:
         return self.export(max(done, total))
 
     def iterate(self, iteration: int) -> dict[str, Any]:
-        """One iteration of the method; returns its row of metrics, and the seconds that this process waited for data."""
+        """One iteration of the method; returns its row, with the seconds that this process waited for clips."""
         deal, before = Dealer(self.loader, self.config, self.world, iteration), self.loader.waited
         row = finite_row(self.reduce(self.method.iterate(iteration, deal)))
         return row | {MONITOR + "data_seconds": self.loader.waited - before}
@@ -270,8 +271,8 @@ def stage_data(config: StageConfig, base: TeacherPipeline) -> ClipFolder | Shard
     """The clips to train on; shards are encoded already. Raises UserError for a folder that holds none, clips that
     ``base`` cannot take, and shards that another teacher's encoders made."""
     data = config.data.data
-    if data == "builtin":
-        clips: ClipFolder | ShardSet = builtin_clips("train", config.data.clips)
+    if data in WORLDS:
+        clips: ClipFolder | ShardSet = builtin_clips("train", config.data.clips, world=WORLDS[data])
     elif holds_shards(data):
         clips = ShardSet(data)
         clips.check_encoder(base.encoder_fingerprint(), config.run.teacher)

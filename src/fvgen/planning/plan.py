@@ -20,6 +20,7 @@ from rich.progress import track
 from rich.table import Table
 
 import fvgen
+from fvgen.clips.worlds import is_builtin
 from fvgen.distill.config import changed
 from fvgen.distill.settings import StageConfig
 from fvgen.models.family import Blueprint, Family, Size, published
@@ -206,7 +207,7 @@ def clip_size(data: str, frames: int | None, height: int | None, width: int | No
     """Frames, height and width as given, or those of the prepared clips."""
     if frames and height and width:
         return frames, height, width
-    if data == "builtin":
+    if is_builtin(data):
         from fvgen.clips.builtin import FRAMES, HEIGHT, WIDTH
 
         found = FRAMES, HEIGHT, WIDTH

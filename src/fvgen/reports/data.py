@@ -12,6 +12,7 @@ from rich.progress import Progress
 
 from fvgen.clips.builtin import builtin_clips
 from fvgen.clips.folder import ClipFolder
+from fvgen.clips.worlds import WORLDS, is_builtin
 from fvgen.errors import UserError
 from fvgen.posing.sources import find_sources
 from fvgen.shards.prepare import prepare
@@ -26,7 +27,7 @@ T = TypeVar("T")
 
 def kind_of(data: str | Path) -> Kind:
     """What a user's word for data means, told by its files without reading them. Raises UserError for nothing known."""
-    if str(data) == "builtin":
+    if is_builtin(data):
         return "builtin"
     if holds_shards(data):
         return "shards"
@@ -40,7 +41,7 @@ def open_clips(data: str | Path, prepared: str | Path, model: str, **choices: An
     """The clips of ``data`` with their pixels.
 
     Args:
-        data: "builtin" (the test split), or a path of any `kind_of`; shards may be at an address, too.
+        data: a word of `WORLDS` (the test split), or a path of any `kind_of`; shards may be at an address, too.
         prepared: a folder for the shards of scenes; what is there already is taken as it is.
         model: preset or folder of the model whose needs decide how scenes are prepared, see `render_needs`.
         choices: for scenes, of `fvgen.shards.prepare.prepare`.
@@ -49,7 +50,7 @@ def open_clips(data: str | Path, prepared: str | Path, model: str, **choices: An
     """
     kind = kind_of(data)
     if kind == "builtin":
-        return builtin_clips("test", BUILTIN_CLIPS)
+        return builtin_clips("test", BUILTIN_CLIPS, world=WORLDS[str(data)])
     if kind == "clips":
         return ClipFolder(data)
     if kind == "scenes":

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fvgen.clips.clip import Clip
+from fvgen.clips.worlds import is_builtin
 from fvgen.distill import RunConfig, read_metrics, read_yaml, run, run_config
 from fvgen.errors import UserError
 from fvgen.pipelines.folders import check_device, load_pipeline
@@ -100,7 +101,7 @@ def demo(
     order = ("render", "teacher", "teacher_few", "gan_init", "student")
     report = {
         "data": found.name,
-        "scenes": sorted({clip.name if found.test == "builtin" else clip.name.rsplit("-", 1)[0] for clip in clips}),
+        "scenes": sorted({clip.name if is_builtin(str(found.test)) else clip.name.rsplit("-", 1)[0] for clip in clips}),
         "frames": test.frames,
         "height": test.height,
         "width": test.width,
@@ -135,8 +136,8 @@ def judged(data: str | Path | None, held_out: str | Path | None) -> DemoData:
     elif held_out is None and kind != "builtin":
         raise UserError(f"{data} is prepared and cannot be split; say with --held-out which clips judge")
     else:
-        train = kind if kind == "builtin" else str(data)
-    test = str(held_out or kind)
+        train = str(data or kind)
+    test = str(held_out or data or kind)
     if kind_of(test) != "scenes":
         open_clips(test, "unused", "unused")
     return DemoData(name, train, test)

@@ -163,9 +163,9 @@ class _ViewCrafterParts(NovelViewPipeline):
             return self.prompts.negative
         if prompt is None or self.text_encoder is None or self.tokenizer is None:
             missing = [name for name in ("text_encoder", "tokenizer") if getattr(self, name) is None]
-            wanted = "no prompt was given and the model has no encoded one" if prompt is None else f"prompt {prompt!r}"
+            wrong = "the model has no encoded prompt" if prompt is None else f"prompt {prompt!r} cannot be encoded"
             cure = f"load the model with {' and '.join(missing)}" if missing else "give a prompt"
-            raise UserError(f"{wanted} cannot be encoded; {cure}")
+            raise UserError(f"{wrong}; {cure}")
         texts = [prompt] if isinstance(prompt, str) else list(prompt)
         return encode_tokens(self.text_encoder, token_ids(self.tokenizer, texts, self.unet.config.text_tokens))
 
