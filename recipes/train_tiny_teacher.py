@@ -27,7 +27,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from fvgen.clips.folder import ClipFolder
 from fvgen.distill.checkpoint import load_checkpoint, save_checkpoint
-from fvgen.distill.trainer import iteration_generator
+from fvgen.distill.deal import iteration_generator
 from fvgen.models.viewcrafter.encoders import FixedPrompts
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 from fvgen.models.viewcrafter.projector import ImageProjector
@@ -40,11 +40,13 @@ DROPOUT = 0.1  # u < p drops the text, p <= u < 2p both, 2p <= u < 3p the image 
 EMA_DECAY = 0.998
 
 
-def build_teacher(vae: AutoencoderKL, seed: int) -> ViewCrafterPipeline:
+def build_teacher(vae: AutoencoderKL, seed: int, channels: int = 32) -> ViewCrafterPipeline:
     """The published architecture in small: two levels, one residual block each, 16 image tokens a frame."""
     torch.manual_seed(seed)
     unet = ViewCrafterUNet(
-        model_channels=32,
+        in_channels=2 * vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        model_channels=channels,
         channel_mult=(1, 2),
         num_res_blocks=1,
         attention_resolutions=(2,),

@@ -26,14 +26,14 @@ LEARNING_RATE = 2e-3
 KL_WEIGHT = 1e-6
 
 
-def build_vae() -> AutoencoderKL:
+def build_vae(widths: tuple[int, ...] = (16, 32, 64), latent_channels: int = 4) -> AutoencoderKL:
     """The tiny preset's VAE, 0.6 M parameters; no attention, so that it takes images of any size."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(16, 32, 64),
+        block_out_channels=widths,
         layers_per_block=1,
-        latent_channels=4,
+        latent_channels=latent_channels,
         norm_num_groups=4,
         mid_block_add_attention=False,
     )
