@@ -168,7 +168,7 @@ def loss_of(
 
 
 def train_teacher(
-    clips: dict[str, Tensor], vae: AutoencoderKL, seconds: float, device: str, seed: int
+    clips: dict[str, Tensor], vae: AutoencoderKL, seconds: float, device: str, seed: int, graph: bool
 ) -> tuple[ViewCrafterPipeline, dict]:
     """The average of the weights of a training of so many seconds."""
     pipeline = build_teacher(vae.cpu(), seed, UNET_CHANNELS).to(device)
@@ -178,7 +178,7 @@ def train_teacher(
     parameters = [p for part in trained for p in part.parameters()]
     averages = [p for part in averaged for p in part.parameters()]
     generator = torch.Generator(device).manual_seed(seed)
-    velocity, graphed = as_graph(pipeline, data, device)
+    velocity, graphed = as_graph(pipeline, data, device) if graph else (Velocity(pipeline.unet), False)
     optimizer = build_optimizer(parameters, 4e-3)
     rates = [group["lr"] for group in optimizer.param_groups]
     budget, iteration, recent = Budget(seconds, device), 0, torch.zeros((), device=device)
@@ -223,10 +223,12 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=8.0, help="for both networks, without making clips")
     parser.add_argument("--clips", type=int, default=3072)
     parser.add_argument("--workers", type=int, default=os.cpu_count())
+    parser.add_argument("--no-graph", action="store_true", help="no CUDA graph, where it fails")
     parser.add_argument("--vae", type=Path, help="a VAE that is there already")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    torch.set_float32_matmul_precision("high")  # TensorFloat-32 where there is any, as convolutions use it
     start = time.perf_counter()
     clips = read_clips(args.clips, args.workers)
     print(f"{args.clips} clips after {time.perf_counter() - start:.0f} s", flush=True)
@@ -239,8 +241,8 @@ def main() -> None:
         save_model(vae, args.out / "vae")
         seconds *= 1 - VAE_SHARE
     args.out.mkdir(parents=True, exist_ok=True)
-    pipeline, log["teacher"] = train_teacher(clips, vae, seconds, args.device, args.seed)
-    save_model(pipeline, args.out / "teacher")
+    pipeline, log["teacher"] = train_teacher(clips, vae, seconds, args.device, args.seed, not args.no_graph)
+    save_model(pipeline.to(dtype=torch.float16), args.out / "teacher")
     (args.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     print(json.dumps(log))
 
