@@ -28,6 +28,17 @@ def test_one_logit_per_place_and_time():
     assert head_of()(features()).shape == (2, 9, 9, 10)
 
 
+def test_how_features_lie_in_memory_makes_no_difference():
+    """Channels last, as those of token sequences do: there torch 2.6 itself crashes."""
+    last = features().contiguous(memory_format=torch.channels_last_3d)
+    gradients = []
+    for tapped in (features(), last):
+        head = head_of()
+        head(tapped).square().mean().backward()
+        gradients.append(head.layers[0].weight.grad)
+    assert torch.equal(*gradients)
+
+
 @torch.no_grad()
 def test_half_precision_features_are_judged_in_full_precision():
     logits = head_of()(features(dtype=torch.bfloat16))

@@ -34,7 +34,8 @@ class DiscriminatorHead(ModelMixin, ConfigMixin):
         """Logits [B, F, h, w] of the features at the one tap; of several, all their logits in a row, [B, N]."""
         dtype = next(self.parameters()).dtype
         towers = (self.layers, *self.others)
-        logits = [tower(x.to(dtype)).squeeze(1) for tower, x in zip(towers, features, strict=True)]
+        # Contiguous: with channels last, torch 2.6's GroupNorm crashes where its input needs no gradient.
+        logits = [tower(x.to(dtype).contiguous()).squeeze(1) for tower, x in zip(towers, features, strict=True)]
         return logits[0] if len(logits) == 1 else torch.cat([each.flatten(1) for each in logits], dim=1)
 
 
