@@ -111,6 +111,7 @@ class Trainer:
             parts=config.memory.accumulation,
             workers=config.data.workers,
         )
+        self.waited = 0.0  # for clips, until the last row
         self.things = things(self.method) | {"clock": self.clock, "data": self.loader}
 
     def train(self) -> Path:
@@ -155,10 +156,9 @@ class Trainer:
         return self.export(max(done, total))
 
     def iterate(self, iteration: int) -> dict[str, Any]:
-        """One iteration of the method; returns its row, with the seconds that this process waited for clips."""
-        deal, before = Dealer(self.loader, self.config, self.world, iteration), self.loader.waited
-        row = finite_row(self.reduce(self.method.iterate(iteration, deal)))
-        return row | {MONITOR + "data_seconds": self.loader.waited - before}
+        """One iteration of the method; returns its row of metrics."""
+        deal = Dealer(self.loader, self.config, self.world, iteration)
+        return finite_row(self.reduce(self.method.iterate(iteration, deal)))
 
     def reduce(self, rows: list[Metrics]) -> dict[str, float]:
         """Means (or extremes, by name) over parts and processes, in one transfer from the device."""
@@ -177,6 +177,8 @@ class Trainer:
         What only monitor.jsonl takes leaves ``row``.
         """
         watched = {key: row.pop(key) for key in list(row) if key.startswith(MONITOR)}
+        watched[MONITOR + "data_seconds"] = self.loader.waited - self.waited
+        self.waited = self.loader.waited
         every = self.config.log.sample_every
         clips = None
         if every and iteration % every == 0:
