@@ -222,7 +222,7 @@ def clips_of(
     scene: Scene, monkeypatch, count: int, frames: int, height: int, width: int, points: str
 ) -> list[SceneClip]:
     """`scene_clips` on a scene that is open already, nothing filtered."""
-    monkeypatch.setattr("fvgen.clips.from_scene.open_source", lambda path, points: Opened(scene, "test"))
+    monkeypatch.setattr("fvgen.clips.from_scene.open_source", lambda path, points: Opened(scene, "test", {}))
     settings = ClipSettings(
         frames, height, width, max_stride=4, known_views=2, points=points, clips_per_scene=count, seed=3,
         radius=point_radius(height, width), half_pixel_shift=False, limits=dict.fromkeys(LIMITS, 0.0),

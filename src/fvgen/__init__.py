@@ -7,3 +7,15 @@ __version__ = "0.2.0.dev0"
 # accelerate imports an installed DeepSpeed as soon as a model is saved; without a GPU that writes a warning to stdout,
 # in the middle of what a command prints.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+
+def __getattr__(name):  # imported when first used: torch and diffusers take seconds
+    if name == "generate":
+        from fvgen.walks.run import generate
+
+        return generate
+    if name in ("open_scene", "walk"):
+        from fvgen.walks import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module 'fvgen' has no attribute {name!r}")

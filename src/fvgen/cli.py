@@ -104,6 +104,56 @@ def inspect(
     guarded(partial(_inspect, path, out, clips, teacher))
 
 
+@app.command()
+def generate(
+    photographs: Annotated[list[Path], typer.Argument(help="1 to 50, a folder of them, a video, or a posed scene.")],
+    out: Annotated[Path, typer.Option(help="Folder for the walk-through; run again to resume.")],
+    model: Annotated[str, typer.Option(help="Preset, model folder, or ORGANISATION/NAME on the Hub.")] = "tiny",
+    trajectory: Annotated[
+        str | None, typer.Option(help="through, orbit, spiral, dolly, pan (orbit:30), or a file or folder of cameras.")
+    ] = None,
+    frames: Annotated[int | None, typer.Option(help="A clip from photograph to photograph if not given.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Of the sampler; the model's own if not given.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; the model's own if not given.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    points: Annotated[str, typer.Option(help="auto, depth, stereo, ...")] = "auto",
+    views: Annotated[int, typer.Option(help="Photographs that give points and are visited.")] = 5,
+    seams: Annotated[str | None, typer.Option(help="How clips are chained; see docs/generate.md.")] = None,
+    scene: Annotated[bool, typer.Option("--scene", help="Fit 3D Gaussians at the end.")] = False,
+    dataparser: Annotated[Path | None, typer.Option(help="dataparser_transforms.json of a nerfstudio path.")] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Make a walk-through video of photographs, and a data set of all its views."""
+    options = {
+        "model": model, "trajectory": trajectory, "frames": frames, "steps": steps, "seed": seed, "points": points,
+        "views": views, "scene": scene, "dataparser_transforms": dataparser, "device": device,
+    } | ({} if seams is None else {"seams": seams})  # fmt: skip
+    guarded(partial(_generate, photographs, out, size, options))
+
+
+def _generate(photographs: list[Path], out: Path, size: str | None, options: dict[str, Any]) -> None:
+    existing(*photographs)
+    both = numbers(size, "x", "size", "320x512") if size else None
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fvgen.walks.run import generate as run_generate  # takes seconds to import
+    from fvgen.walks.run import say
+
+    columns = (TextColumn("clips"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        made = run_generate(
+            photographs,
+            out,
+            size=both,
+            told=say,
+            on_progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **options,
+        )
+    print(f"{made / 'video.mp4'}, {made / 'run.html'}")
+
+
 def _prepare(sources: list[Path], out: Path, size: str | None, part: str, options: dict) -> None:
     existing(*sources)
     model_folder(options["teacher"])

@@ -33,13 +33,20 @@ FARTHEST = 1e4  # metres: the processor's own limit
 BENT = 0.01  # share of pixels behind infinity above which the shift is given up
 
 
-def lacks(scene: Scene) -> str | None:
+def lacks(scene: Scene | None) -> str | None:
+    """None in place of a scene asks for the network alone; one photograph needs no anchors: its unit is the metre."""
     if not find_spec("transformers.models.depth_pro"):
         return "this transformers has no Depth Pro: `pip install -U transformers`"
     cached = isinstance(try_to_load_from_cache(REPOSITORY, "model.safetensors"), str)
     if not (os.environ.get("FVGEN_DEPTH_PRO") or cached or os.environ.get("FVGEN_DOWNLOAD") == "1"):
         return f"the weights of {REPOSITORY} are not here: name their folder in FVGEN_DEPTH_PRO or set FVGEN_DOWNLOAD=1"
-    return lacks_anchors(scene)
+    return None if scene is None or _alone(scene) else lacks_anchors(scene)
+
+
+def _alone(scene: Scene) -> bool:
+    """One photograph that nobody posed (`fvgen.posing.two_views.pose_single`): its camera is the world."""
+    alone = len(scene) == 1 and lacks_anchors(scene) is not None
+    return alone and bool((scene.cameras.world_from_cam[0] == torch.eye(4)).all())
 
 
 def run(scene: Scene, views: Sequence[int], height: int, width: int) -> Tensor:
@@ -47,6 +54,10 @@ def run(scene: Scene, views: Sequence[int], height: int, width: int) -> Tensor:
     network, processor = _network(_weights())
     out = []
     for view in views:
+        if _alone(scene):
+            focal = scene.cameras.intrinsics[view, 0, 0].item()
+            out.append(fit_depth(1 / metric_inverse_depth(network, processor, scene.image(view), focal), height, width))
+            continue
         pixels, true = anchors(scene, view)
         if len(true) < FEWEST:
             raise UserError(

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fvgen.geometry.cameras import Cameras
+from fvgen.geometry.cameras import Cameras, project
 from fvgen.geometry.stereo import stereo_depth, triangulated_features
 from fvgen.scenes.images import fit_depth, fit_image
 from fvgen.scenes.scene import Scene
@@ -18,15 +18,23 @@ FEATURE_SIDE = 512  # the same for single features, which are cheap
 
 
 def lacks(scene: Scene) -> str | None:
-    if len(scene) < 3:
-        return "stereo needs three posed photographs"
+    if len(scene) < 2:
+        return "stereo needs two posed photographs"
     return None if find_spec("cv2") else "OpenCV is not installed: `pip install fvgen[photos]`"
 
 
 def run(scene: Scene, views: Sequence[int], height: int, width: int) -> Tensor:
     names = [f"image {path}" for path in scene.image_paths]
-    depth = stereo_depth(*_small(scene, height, width, STEREO_SIDE), views, names)
+    depth = stereo_depth(*_small(scene, height, width, STEREO_SIDE), views, names, _found(scene))
     return torch.stack([fit_depth(one, height, width) for one in depth])
+
+
+def _found(scene: Scene) -> dict[int, Tensor]:
+    """Depths of the scene's own points by view."""
+    if scene.points is None or scene.observations is None:
+        return {}
+    depth = project(scene.points, scene.cameras)[1]
+    return {view: depth[view, scene.seen_by(view)] for view in range(len(scene))}
 
 
 def triangulated(scene: Scene, view: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ view's depth contradicts is dropped. Where to look for surfaces is told by trian
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -33,12 +33,18 @@ class TooFewFeatures(UserError):
 
 
 def stereo_depth(
-    images: Tensor, cameras: Cameras, reference: Sequence[int], names: Sequence[str] | None = None
+    images: Tensor,
+    cameras: Cameras,
+    reference: Sequence[int],
+    names: Sequence[str] | None = None,
+    found: Mapping[int, Tensor] | None = None,
 ) -> Tensor:
     """Depth [K, H, W] (camera z, scene units; 0 is unknown) of the ``reference`` views of images [V, 3, H, W].
 
-    Images are in [0, 1]; ``names`` of the views are for error messages. About two seconds on one core for a view of
-    256x168, and for each of the WITNESSES that it is checked against, unless they were needed before. Raises UserError
+    Images are in [0, 1]; ``names`` of the views are for error messages; ``found`` are depths
+    [M] of a view's surfaces that are known already, for views whose features tell too little. About two seconds on one
+    core for a view of 256x168, and for each of the WITNESSES that it is checked against, unless they were needed
+    before. Raises UserError
     where OpenCV is missing, TooFewFeatures where a view shares too little with the others.
     """
     names = names or [f"view {number}" for number in range(len(images))]
@@ -49,7 +55,7 @@ def stereo_depth(
 
     def depth_of(view: int) -> Tensor:
         if view not in maps:
-            ranges[view] = _depth_range(grey, cameras, view, features, names[view])
+            ranges[view] = _depth_range(grey, cameras, view, features, names[view], (found or {}).get(view))
             others = _neighbours(cameras, view, ranges[view])
             maps[view] = _sweep(grey, cameras, view, others, ranges[view])
         return maps[view]
@@ -65,9 +71,14 @@ def stereo_depth(
 # --- Where to look ---
 
 
-def _depth_range(grey: Tensor, cameras: Cameras, view: int, features: dict, name: str) -> tuple[float, float]:
-    """Nearest and farthest depth of the surfaces that a view shows, from features triangulated with its neighbours."""
+def _depth_range(
+    grey: Tensor, cameras: Cameras, view: int, features: dict, name: str, known: Tensor | None
+) -> tuple[float, float]:
+    """Nearest and farthest depth of the surfaces that a view shows, from features triangulated with its neighbours, or
+    from what is known where these are too few."""
     _, found = triangulated_features(grey, cameras, view, features)
+    if len(found) < FEW_MATCHES and known is not None:
+        found = known
     if len(found) < FEW_MATCHES:
         raise TooFewFeatures(
             f"{name} shares {len(found)} features with its neighbours, too few for stereo; add photographs between "

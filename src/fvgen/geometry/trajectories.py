@@ -8,7 +8,6 @@ in `fvgen.geometry.viewcrafter_paths`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -22,7 +21,7 @@ from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, look_at, pose_problem
 from fvgen.geometry.conventions import from_opengl
 from fvgen.geometry.viewcrafter_paths import single_view_target, single_view_txt, sparse_interpolation
-from fvgen.system.files import write_json
+from fvgen.system.files import read_json, write_json
 
 SAME_PLACE = 1e-9  # scene units; nearer centres than this are one
 
@@ -30,8 +29,8 @@ SAME_PLACE = 1e-9  # scene units; nearer centres than this are one
 # --- Through given views ---
 
 
-def interpolate(cameras: Cameras, frames: int) -> Cameras:
-    """A smooth path through V >= 2 views in their order; each of them is met exactly, at `key_frames`.
+def interpolate(cameras: Cameras, frames: int, keys: Sequence[int] | None = None) -> Cameras:
+    """A smooth path through V >= 2 views in their order; each is met exactly, at ``keys`` or `key_frames`.
 
     Centres follow a natural cubic spline, rotations scipy's RotationSpline (continuous angular acceleration),
     intrinsics a curve that never overshoots. Raises UserError for fewer frames than views.
@@ -40,7 +39,7 @@ def interpolate(cameras: Cameras, frames: int) -> Cameras:
     from scipy.spatial.transform import Rotation, RotationSpline
 
     cameras = cameras.to(dtype=torch.float64)
-    keys, times = key_frames(cameras, frames), np.arange(frames)
+    keys, times = list(keys) if keys else key_frames(cameras, frames), np.arange(frames)
     rotations = Rotation.from_matrix(cameras.world_from_cam[:, :3, :3].numpy())
     pose = torch.eye(4, dtype=torch.float64).repeat(frames, 1, 1)
     pose[:, :3, :3] = torch.from_numpy(RotationSpline(keys, rotations)(times).as_matrix())
@@ -142,19 +141,27 @@ def look_at_path(
 # --- From a file ---
 
 
-def read_path(file: str | Path, height: int, width: int) -> Cameras:
+def read_path(file: str | Path, height: int, width: int, dataparser_transforms: str | Path | None = None) -> Cameras:
     """A path from a JSON file, for images of the given size. Two layouts are known.
 
     ``{"world_from_cam": [4x4, ...], "intrinsics": [3x3, ...], "height": h, "width": w}``: ours, OpenCV axes; one
     matrix of intrinsics may serve all. ``{"camera_path": [{"camera_to_world": 16 numbers, "fov": degrees}, ...]}``:
     what nerfstudio's viewer exports, OpenGL axes, ``fov`` vertical. Sizes in the file, where there are any, are fitted
-    by a centred crop. Raises UserError for anything else, and for poses that are no rotations.
+    by a centred crop. nerfstudio's viewer works in a world that was turned, centred and scaled: its poses come back to
+    that of ``transforms.json`` through ``dataparser_transforms``, the file dataparser_transforms.json that is written
+    beside each training. Raises UserError for anything else, for poses that are no rotations, and cameras other than
+    perspective ones.
     """
     file = Path(file)
     try:
-        document = json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"camera path {file} cannot be read as JSON ({error}); export the path again") from error
+        document = read_json(file)
+    except UserError as error:
+        raise UserError(f"camera path {file} cannot be read as JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise UserError(f"camera path {file} is not laid out as docs/data.md says (no object); export the path again")
+    kind = document.get("camera_type", "perspective")
+    if not isinstance(kind, str) or kind.lower() != "perspective":
+        raise UserError(f"camera path {file} has camera_type {str(kind)[:40]!r}; only perspective paths are rendered")
     try:
         cameras = _nerfstudio_path(document, height, width) if "camera_path" in document else _own_path(document)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -162,12 +169,35 @@ def read_path(file: str | Path, height: int, width: int) -> Cameras:
             f"camera path {file} is not laid out as docs/data.md says ({type(error).__name__}: {str(error)[:100]}); "
             "give world_from_cam and intrinsics, or camera_path as nerfstudio exports it"
         ) from error
+    if dataparser_transforms is not None:
+        cameras = replace(cameras, world_from_cam=_dataset_world(cameras.world_from_cam, Path(dataparser_transforms)))
     for number, (pose, matrix) in enumerate(zip(cameras.world_from_cam, cameras.intrinsics, strict=True)):
         if problem := pose_problem(pose):
             raise UserError(f"camera path {file}: pose {number} {problem}; export the path again")
         if not (torch.isfinite(matrix).all() and matrix[0, 0] > 0 and matrix[1, 1] > 0):
             raise UserError(f"camera path {file}: the focal length of view {number} is not positive; give it in pixels")
     return cameras.fitted(height, width)
+
+
+def _dataset_world(poses: Tensor, file: Path) -> Tensor:
+    """The inverse of nerfstudio's dataparser: exported = scale * (transform @ pose) for positions, for rotations
+    without the scale."""
+    document = read_json(file)
+    try:
+        motion = torch.tensor(document["transform"], dtype=torch.float64)
+        scale = float(document["scale"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{file} has no transform (3x4) and scale; give dataparser_transforms.json of the training"
+        ) from error
+    if motion.shape not in ((3, 4), (4, 4)) or not 0 < scale < 1e12 or pose_problem(motion[:3]):
+        why = f"scale {scale:g}" if not 0 < scale < 1e12 else "a transform that is no 3x4 rigid motion"
+        raise UserError(f"{file} holds {why}; give dataparser_transforms.json of the training")
+    turn = motion[:3, :3].T
+    out = poses.clone()
+    out[:, :3, :3] = turn @ poses[:, :3, :3]
+    out[:, :3, 3] = (poses[:, :3, 3] / scale - motion[:3, 3]) @ turn.T
+    return out
 
 
 def write_path(file: str | Path, cameras: Cameras) -> None:

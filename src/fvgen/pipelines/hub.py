@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from fvgen.errors import UserError, first_line
 from fvgen.pipelines.card import write_card
-from fvgen.pipelines.presets import SHIPPED
+from fvgen.pipelines.presets import SHIPPED, model_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -112,6 +112,17 @@ def fetch_folder(repo_id: str, patterns: tuple[str, ...]) -> Path:
         return Path(snapshot_download(repo_id, allow_patterns=list(patterns)))
     except FAILURES as error:
         raise UserError(f"the download of {repo_id} failed ({first_line(error)}); check name and network") from error
+
+
+def find_model(name: str | Path) -> Path:
+    """A model's folder: a preset, a path, or ORGANISATION/NAME on the Hub (its cache, or the network where allowed).
+
+    A name whose first part is a folder here is a path that leads nowhere, and is told so.
+    """
+    named = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(name))
+    if named and not Path(name).exists() and not Path(str(name).split("/")[0]).exists():
+        return model_folder(fetch_folder(str(name), ("*.json", "*.safetensors", "*.txt")))
+    return model_folder(name)
 
 
 def fetch_file(name: str) -> Path:

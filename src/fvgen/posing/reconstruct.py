@@ -4,6 +4,7 @@ by a user's own DUSt3R, which also does with one or two photographs and brings d
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +17,17 @@ import torch
 from fvgen.depth import dust3r
 from fvgen.depth.dust3r_model import missing
 from fvgen.errors import UserError, did_you_mean, first_line
+from fvgen.posing.two_views import pose_pair, pose_single
 from fvgen.scenes.formats import read_scene
 from fvgen.scenes.readers.photographs import Photographs, copy_photograph
 from fvgen.scenes.scene import Scene
-from fvgen.system.files import atomic_path
+from fvgen.system.files import atomic_path, write_json
 
 FEWEST = 3  # views: two can be posed, but by chance
 LEAST_POSED = 0.5  # share of the photographs
 
 POSERS = ("colmap", "dust3r")
+LEFT_OUT = "left_out.json"  # in the folder of a posed scene: photographs that have no pose, and why
 
 
 class Posed(NamedTuple):
@@ -39,12 +42,18 @@ def pose_photographs(
 ) -> Posed:
     """A posed scene in ``folder`` by one of `POSERS`; "auto": COLMAP, and DUSt3R where that fails and this is there.
 
+    One or two photographs, too few for COLMAP, go to DUSt3R where it is there, else to `fvgen.posing.two_views`.
+
     ``in_order`` is for `reconstruct`. Raises UserError where none or not the given one can.
     """
     if backend not in ("auto", *POSERS):
         raise UserError(f"unknown way to pose photographs {backend!r}{did_you_mean(backend, [*POSERS, 'auto'])}")
-    if backend == "dust3r" or (backend == "auto" and not find_spec("pycolmap") and missing() is None):
+    few, brought = len(photographs) < FEWEST, missing() is None
+    if backend == "dust3r" or (backend == "auto" and brought and (few or not find_spec("pycolmap"))):
         return Posed(dust3r.reconstruct(photographs, folder), "dust3r")
+    if backend == "auto" and few:
+        pose = pose_pair if len(photographs) == 2 else pose_single
+        return Posed(pose(photographs, folder), "two views" if len(photographs) == 2 else "one view")
     try:
         return Posed(reconstruct(photographs, folder, in_order), "colmap")
     except UserError:
@@ -85,11 +94,15 @@ def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = F
         posed = best.num_reg_images() if best else 0
         if posed < max(FEWEST, LEAST_POSED * len(photographs)):
             raise UserError(
-                f"only {posed} of the {len(photographs)} photographs of {photographs.name} could be posed; "
-                "take more of them, with more overlap and from different places"
+                f"only {posed} of the {len(photographs)} photographs of {photographs.name} could be posed; take "
+                "more of them, with more overlap and from different places (at least "
+                f"{max(FEWEST, math.ceil(LEAST_POSED * len(photographs)))} must be posed), or bring DUSt3R "
+                "(FVGEN_DUST3R, docs/data.md)"
             )
         (temporary / "sparse" / "0").mkdir(parents=True)
         best.write(temporary / "sparse" / "0")
+        left_out = _left_out(pycolmap, database, {image.name for image in best.images.values() if image.has_pose})
+        write_json(temporary / LEFT_OUT, left_out)
         shutil.rmtree(models)
         for left in [database, *temporary.glob("database.db-*")]:
             left.unlink(missing_ok=True)
@@ -111,6 +124,22 @@ def _run(pycolmap, database: Path, images: Path, models: Path, in_order: bool) -
     match = pycolmap.match_sequential if in_order else pycolmap.match_exhaustive
     match(database, matching_options=matching, verification_options=geometry)
     return pycolmap.incremental_mapping(database, images, models, mapping)
+
+
+def _left_out(pycolmap, database: Path, placed: set[str]) -> dict[str, str]:
+    """Names of the images without a pose, and why."""
+    with pycolmap.Database.open(database) as found:
+        names = {image.image_id: image.name for image in found.read_all_images()}
+        most = dict.fromkeys(names.values(), 0)
+        pairs, geometries = found.read_two_view_geometries()
+        for pair, geometry in zip(pairs, geometries, strict=True):
+            for number in pycolmap.pair_id_to_image_pair(pair):
+                most[names[number]] = max(most[names[number]], len(geometry.inlier_matches))
+    return {
+        name: f"at most {count} points in common with another photograph" if count else "nothing in common with another"
+        for name, count in most.items()
+        if name not in placed
+    }
 
 
 @contextmanager

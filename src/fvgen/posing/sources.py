@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,11 +21,18 @@ from filelock import FileLock
 
 from fvgen.clips.builtin import cache_folder
 from fvgen.errors import CannotWrite, UserError
-from fvgen.posing.reconstruct import pose_photographs
+from fvgen.posing.reconstruct import LEFT_OUT, pose_photographs
 from fvgen.scenes.formats import read_scene, scene_format
-from fvgen.scenes.readers.photographs import VIDEOS, Photographs, extract_video, holds_photographs, read_photographs
+from fvgen.scenes.readers.photographs import (
+    VIDEOS,
+    Photographs,
+    extract_video,
+    holds_photographs,
+    photographs_of,
+    read_photographs,
+)
 from fvgen.scenes.scene import Scene
-from fvgen.system.files import writable_folder
+from fvgen.system.files import read_json, writable_folder
 from fvgen.system.places import sha256_of
 
 VIDEO_FRAMES = 64  # taken of a video at most, evenly spaced: a clip of 16 frames with a stride of 4 needs as many
@@ -39,10 +47,12 @@ class Source:
 
 
 class Opened(NamedTuple):
-    """``format``: a key of `scenes.FORMATS`, or "photographs/colmap", "video/colmap", ... by who found the poses."""
+    """``format``: a key of `scenes.FORMATS`, or "photographs/colmap", "video/colmap", ... by who found the poses.
+    ``left_out``: photographs without a pose, and why."""
 
     scene: Scene
     format: str
+    left_out: dict[str, str]
 
 
 # --- Finding ---
@@ -108,47 +118,59 @@ def open_source(path: str | Path, points: str = "auto") -> Opened:
     does on its own. Raises UserError for whatever is wrong with it, and where it cannot be posed."""
     path = Path(path)
     if path.is_dir() and (scene_format(path) or not _has_photographs(path)):
-        return Opened(read_scene(path), scene_format(path))
+        return Opened(read_scene(path), scene_format(path), {})
+    return _opened(path if path.is_file() else read_photographs(path), points)
+
+
+def open_photographs(files: Sequence[str | Path], points: str = "auto") -> Opened:
+    """The same of single photographs without poses."""
+    paths = [Path(file) for file in files]
+    names = Counter(path.name for path in paths)
+    if twice := [name for name in names if names[name] > 1]:
+        raise UserError(f"two of the photographs are called {twice[0]}; rename one of them")
+    return _opened(photographs_of(paths, paths[0].resolve().parent.name or "photographs"), points)
+
+
+def _opened(what: Path | Photographs, points: str) -> Opened:
     backend = "dust3r" if points == "dust3r" else "auto"
-    posed = _posed(_digest(path, backend), path, backend)
+    posed = _posed(_digest(what, backend), what, backend)
     if isinstance(posed, UserError):
         raise posed
     scene = read_scene(posed)
-    way = "dust3r" if scene.depth_paths else "colmap"
-    return Opened(scene, f"{'video' if path.is_file() else 'photographs'}/{way}")
+    way = "dust3r" if scene.depth_paths else ("one view", "two views", "colmap")[min(len(scene), 3) - 1]
+    left_out = read_json(posed / LEFT_OUT) if (posed / LEFT_OUT).exists() else {}
+    return Opened(scene, f"{'video' if isinstance(what, Path) else 'photographs'}/{way}", left_out)
 
 
 def _has_photographs(folder: Path) -> bool:
     return holds_photographs(folder) or (folder / "images").is_dir()
 
 
-def _digest(path: Path, backend: str) -> str:
+def _digest(what: Path | Photographs, backend: str) -> str:
     """Of all that decides the posed scene."""
-    digest = hashlib.sha256(f"fvgen posed 1 {backend} {VIDEO_FRAMES}".encode())
-    for file in [path] if path.is_file() else read_photographs(path).image_paths:
+    digest = hashlib.sha256(f"fvgen posed 2 {backend} {VIDEO_FRAMES}".encode())
+    for file in [what] if isinstance(what, Path) else what.image_paths:
         digest.update(f"\0{file.name}\0{sha256_of(file)}".encode())
     return digest.hexdigest()[:32]
 
 
 @lru_cache(maxsize=256)
-def _posed(key: str, path: Path, backend: str) -> Path | UserError:
+def _posed(key: str, what: Path | Photographs, backend: str) -> Path | UserError:
     """The folder of the posed scene, or why there is none: a refusal costs minutes and is remembered."""
     place = writable_folder(cache_folder() / "posed" / key)
-    folder = place / path.resolve().name  # the scene's name, in messages
+    name = what.resolve().name if isinstance(what, Path) else what.name
+    folder = place / name  # the scene's name, in messages
     with FileLock(place / "lock"):  # of others who want the same scene, one makes it and the rest wait
         if folder.exists():
             return folder
         try:
             with tempfile.TemporaryDirectory() as frames:
-                photographs = _photographs(path, Path(frames) / path.name)
-                print(f"fvgen: posing {len(photographs)} photographs of {path}, minutes for many", file=sys.stderr)
-                pose_photographs(photographs, folder, backend, in_order=path.is_file())
+                video = isinstance(what, Path)
+                photographs = extract_video(what, Path(frames) / name, VIDEO_FRAMES, at_most=True) if video else what
+                print(f"fvgen: posing {len(photographs)} photographs of {name}, minutes for many", file=sys.stderr)
+                pose_photographs(photographs, folder, backend, in_order=video)
         except CannotWrite:
             raise
         except UserError as error:
             return error
     return folder
-
-
-def _photographs(path: Path, frames: Path) -> Photographs:
-    return extract_video(path, frames, VIDEO_FRAMES, at_most=True) if path.is_file() else read_photographs(path)

@@ -101,7 +101,7 @@ def _of_shards(path: str | Path, clips: int | None, teacher: str | None) -> dict
 
 
 def _of_scene(path: Path, clips: int | None) -> dict:
-    scene, format = open_source(path)
+    scene, format, left_out = open_source(path)
     height, width = _size(scene)
     chosen = torch.linspace(0, len(scene) - 1, min(PHOTOGRAPHS, len(scene))).round().long().tolist()
     shown = torch.stack([fit_image(scene.image(view), THUMBNAIL, _beside(scene)) for view in chosen])
@@ -110,7 +110,8 @@ def _of_scene(path: Path, clips: int | None) -> dict:
         clips_per_scene=clips or SCENE_CLIPS, seed=0, radius=point_radius(height, width), half_pixel_shift=False,
         limits=dict.fromkeys(LIMITS, 0.0),
     )  # fmt: skip
-    rows, lost, clouds = [], [], []
+    rows, clouds = [], []
+    lost = [(f"not posed {name}", reason) for name, reason in left_out.items()]
     entry, numbers = Source(scene.name, path), range(settings.clips_per_scene)
     with one_thread():
         results = list(scene_clips(entry, numbers, settings)) if settings.frames > 2 else []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,6 +62,11 @@ def read_photographs(folder: str | Path) -> Photographs:
     files = sorted(filter(_is_photograph, place.iterdir()), key=_natural)
     if not files:
         raise UserError(f"{place} holds no photographs ({', '.join(PHOTOGRAPHS)}); copy them there")
+    return photographs_of(files, folder.resolve().name or "photographs")
+
+
+def photographs_of(files: Sequence[Path], name: str) -> Photographs:
+    """The given files, in this order; checked as in `read_photographs`."""
     first = image_size(files[0], posed=False)
     kept, duplicates = {}, []
     for file in files:
@@ -77,9 +83,7 @@ def read_photographs(folder: str | Path) -> Photographs:
             kept[digest] = file
     if min(first) < SMALLEST:
         raise UserError(f"image {files[0]} is {first[0]}x{first[1]}, too small to work with; give larger photographs")
-    return Photographs(
-        folder.resolve().name or "photographs", tuple(kept.values()), first[1], first[0], tuple(duplicates)
-    )
+    return Photographs(name, tuple(kept.values()), first[1], first[0], tuple(duplicates))
 
 
 def copy_photograph(path: Path, folder: Path) -> Path:

@@ -1,0 +1,122 @@
+"""A long walk as a chain of clips that share their end views: the end frame of one, as it was generated, is a known
+frame of the next. FVGen walks so from 5 photographs to 56 frames between them: four clips of 16 frames."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fvgen.geometry.pointcloud import unproject
+from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.walks.render import Rendered
+
+SEAMS = ("own_noise", "shared_noise", "overlap", "cloud")
+SEAM = "shared_noise"  # benchmarks/chain.py
+OVERLAP = 4  # frames that two clips share where they are laid over each other
+
+
+class Span(NamedTuple):
+    """Frames start..stop-1 of the walk."""
+
+    start: int
+    stop: int
+
+
+def spans(frames: int, clip: int, shared: int = 1) -> list[Span]:
+    """Clips of ``clip`` frames over a walk, as few as will do, each sharing at least ``shared`` with the one before.
+
+    Their starts are spread evenly, so that walks whose length is no whole number of clips overlap more instead of
+    ending with a short clip; a walk shorter than a clip is one clip of its own length.
+    """
+    if frames <= clip:
+        return [Span(0, frames)]
+    count = math.ceil((frames - shared) / (clip - shared))
+    starts = [round(k * (frames - clip) / (count - 1)) for k in range(count)]
+    return [Span(start, start + clip) for start in starts]
+
+
+def seed_of(seed: int, number: int, seams: str) -> int:
+    """Of a clip: the walk's own where noise is shared."""
+    return seed if seams == "shared_noise" else seed + number
+
+
+def clip_render(rendered: Rendered, span: Span, done: Tensor | None) -> Tensor:
+    """[n, 3, H, W]: the clip's part of the renders; what ``done`` [start + shared, 3, H, W] has generated stands in
+    for the first of its frames that is no photograph."""
+    frames = rendered.frames[span.start : span.stop].clone()
+    if done is not None and not rendered.known[span.start]:
+        frames[0] = done[span.start]
+    return frames
+
+
+def joined(done: Tensor | None, clip: Tensor, span: Span, seams: str) -> Tensor:
+    """The walk so far with one more clip. Frames of both are the earlier clip's, or fade from it to the later."""
+    if done is None:
+        return clip
+    shared = len(done) - span.start
+    if seams != "overlap" or shared < 2:
+        return torch.cat([done, clip[shared:]])
+    weight = torch.linspace(0, 1, shared).view(-1, 1, 1, 1)
+    faded = torch.lerp(done[span.start :], clip[:shared], weight)
+    return torch.cat([done[: span.start], faded, clip[shared:]])
+
+
+def run_clip(pipeline: NovelViewPipeline, render: Tensor, steps: int | None, seed: int) -> Tensor:
+    """[n, 3, H, W] in [0, 1] on the CPU, by as many steps as asked for or the model's own."""
+    generator = torch.Generator().manual_seed(seed)
+    video = pipeline(render[None].to(pipeline.device), generator, steps)
+    return video[0, :, :3].float().cpu().clamp(0, 1).contiguous()
+
+
+def new_points(rendered: Rendered, frame: int, image: Tensor) -> tuple[Tensor, Tensor]:
+    """Points of a generated frame where the cloud showed nothing: at the depth of the nearest pixel with one."""
+    from scipy.ndimage import distance_transform_edt
+
+    depth = rendered.depth[frame]
+    missing = depth <= 0
+    if missing.all() or not missing.any():
+        return torch.empty(0, 3), torch.empty(0, 3)
+    _, (y, x) = distance_transform_edt(missing.numpy(), return_indices=True)
+    near = depth[torch.from_numpy(y).long(), torch.from_numpy(x).long()]
+    only = torch.where(missing, near, 0.0)
+    return unproject(only[None], image[None], rendered.cameras[[frame]])
+
+
+def chain(
+    pipeline: NovelViewPipeline,
+    rendered: Rendered,
+    clip: int,
+    steps: int | None = None,
+    seed: int = 0,
+    seams: str = SEAM,
+    render_again: Callable[[tuple[Tensor, Tensor]], Rendered] | None = None,
+    kept: Callable[[int, Callable[[], Tensor]], Tensor] = lambda number, make: make(),
+) -> Tensor:
+    """The video [F, 3, H, W] of a walk.
+
+    ``seams``: "own_noise": each clip its own; "shared_noise": all the same; "overlap": `OVERLAP` frames are shared and
+    faded; "cloud": what an end frame shows newly joins the points, and ``render_again`` (points) draws what follows.
+    ``kept`` (number, make) may have a clip already.
+    """
+    done, extra = None, (torch.empty(0, 3), torch.empty(0, 3))
+    for number, span in enumerate(spans(len(rendered.frames), clip, OVERLAP if seams == "overlap" else 1)):
+        render = clip_render(rendered, span, done)
+        made = kept(number, lambda render=render, number=number: run_clip(
+            pipeline, render, steps, seed_of(seed, number, seams)
+        ))  # fmt: skip
+        done = joined(done, made, span, seams)
+        end = span.stop - 1
+        if (
+            seams == "cloud"
+            and render_again is not None
+            and not rendered.known[end]
+            and span.stop < len(rendered.frames)
+        ):
+            new = new_points(rendered, end, done[end])
+            extra = tuple(torch.cat(pair) for pair in zip(extra, new, strict=True))
+            rendered = render_again(extra)
+    return done

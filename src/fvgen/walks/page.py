@@ -1,0 +1,52 @@
+"""run.html: what was given, the path and the cloud from above, renders and video, on one page."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fvgen.geometry.pointcloud import unproject
+from fvgen.reports.contact_sheet import PHOTOGRAPHS, THUMBNAIL, Row, plan_view
+from fvgen.reports.page import data_address, page_template, sheet_of
+from fvgen.system.files import atomic_path
+from fvgen.walks.render import Cloud, Rendered
+
+FILM = 16  # frames shown
+POINTS = 1500
+
+
+def write_page(out: Path, title: str, facts: list[tuple[str, str]], left_out: dict[str, str], parts: Parts) -> None:
+    """The page of a walk at ``out``."""
+    cloud, rendered, video = parts
+    points, colors = unproject(cloud.depth, cloud.photographs, cloud.cameras)
+    kept = torch.linspace(0, len(points) - 1, min(POINTS, len(points))).long()
+    angle = math.atan(cloud.cameras.width / 2 / cloud.cameras.intrinsics[0, 0, 0].item())
+    plan = plan_view(rendered.cameras.world_from_cam, points[kept], colors[kept], angle)
+    shown = torch.linspace(0, len(video) - 1, min(FILM, len(video))).round().long()
+    films = [("render", _film(rendered.frames[shown])), ("video", _film(video[shown]))]
+    coverage = rendered.coverage
+    about = [
+        ("coverage", f"{coverage.min():.0%} to {coverage.max():.0%}"),
+        ("frames shown", f"{len(shown)} of {len(video)}"),
+    ]
+    photographs = cloud.photographs[:PHOTOGRAPHS]
+    page = {
+        "title": title,
+        "facts": facts,
+        "lost": [(f"left out {name}", reason) for name, reason in left_out.items()],
+        "rows": [Row("walk", about, films, plan)],
+        "photographs": data_address(sheet_of(photographs, 1, {"quality": 80}, min(8, len(photographs)))),
+        "plan": plan_view(cloud.cameras.world_from_cam, points[kept], colors[kept], angle),
+    }
+    with atomic_path(out) as temporary:
+        temporary.write_text(page_template("contact_sheet.html.jinja").render(**page), encoding="utf-8")
+
+
+Parts = tuple[Cloud, Rendered, Tensor]  # the video [F, 3, H, W]
+
+
+def _film(frames: Tensor) -> str:
+    return data_address(sheet_of(frames, max(1, frames.shape[2] // THUMBNAIL), {"quality": 80}, min(8, len(frames))))

@@ -1,0 +1,349 @@
+"""`fvgen generate`: from photographs to a folder with video, renders, points and a data set; run again to resume."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+import fvgen
+from fvgen.clips.clip import to_bytes
+from fvgen.errors import UserError, did_you_mean
+from fvgen.geometry.cameras import Cameras
+from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.pipelines.folders import check_device, load_pipeline
+from fvgen.pipelines.hub import find_model
+from fvgen.scenes.images import fit_image
+from fvgen.shards.encoders import RenderNeeds, render_needs
+from fvgen.system.files import atomic_path, locked, read_json, remove, writable_folder, write_json
+from fvgen.system.places import sha256_of
+from fvgen.walks.chain import SEAM, SEAMS, chain, spans
+from fvgen.walks.dataset import View, save_png, write_dataset
+from fvgen.walks.film import judge_film, write_film
+from fvgen.walks.given import Given, judge, open_given
+from fvgen.walks.page import write_page
+from fvgen.walks.paths import Walk, camera_path, default_trajectory, judge_trajectory, said
+from fvgen.walks.render import Cloud, Rendered, judge_coverage, make_cloud, render_walk
+
+FPS = 10
+VIEWS = 5  # photographs that the path visits and the points come from, as FVGen's, unless told otherwise
+WORK = "work"  # in the output folder while it is made
+Told = Callable[[str], None]
+OnProgress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All that decides a walk beside the photographs: see `generate`."""
+
+    model: str
+    trajectory: str | None
+    frames: int | None
+    steps: int | None
+    size: tuple[int, int] | None
+    seed: int
+    points: str
+    views: int
+    seams: str
+    dataparser_transforms: str | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known before the model runs."""
+
+    given: Given
+    cloud: Cloud
+    walk: Walk
+    rendered: Rendered
+    warning: str | None
+
+
+def generate(
+    photographs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    model: str | Path = "tiny",
+    trajectory: str | Path | None = None,
+    frames: int | None = None,
+    steps: int | None = None,
+    size: tuple[int, int] | None = None,
+    seed: int = 0,
+    points: str = "auto",
+    views: int = VIEWS,
+    seams: str = SEAM,
+    scene: bool = False,
+    dataparser_transforms: str | Path | None = None,
+    device: str = "cpu",
+    told: Told = lambda line: None,
+    on_progress: OnProgress = lambda done, total: None,
+) -> Path:
+    """Photographs to a walk-through in the folder ``out``, which is returned; the same call again resumes.
+
+    Args:
+        photographs: 1 to 50 of them, a folder of them, a video, or a posed scene.
+        model: a preset, a model folder, or ORGANISATION/NAME on the Hub; teacher or student.
+        trajectory: "through" the photographs, "orbit", "spiral", "dolly" or "pan" from the first (with an amount:
+            "orbit:30"), or a file or folder of cameras (docs/generate.md); by default through two or more, round one.
+        frames: of the walk; None: a clip from photograph to photograph, or as many as a file has.
+        steps: of the model's sampler; its own if None. size: height and width; the model's own if None.
+        points: where depth comes from, see `fvgen.depth.maps.point_maps`.
+        views: how many photographs, evenly chosen, give points and are visited; the others join the data set only.
+        seams: how clips are chained, see `fvgen.walks.chain.chain`.
+        scene: fit 3D Gaussians at the end.
+        dataparser_transforms: nerfstudio's file, for a path of its viewer; the one beside the path is found.
+        told, on_progress: are given lines for the user, and clips done of all.
+
+    Raises UserError (one sentence, nothing written) for anything wrong with these.
+    """
+    paths = [photographs] if isinstance(photographs, str | Path) else list(photographs)
+    choices = Choices(
+        str(model), None if trajectory is None else str(trajectory), frames, steps, size, seed, points, views, seams,
+        None if dataparser_transforms is None else str(dataparser_transforms),
+    )  # fmt: skip
+    out, seconds = Path(out), {}
+    judge_choices(paths, choices, device)
+    judge_film()
+    with _timed(seconds, "model"):
+        pipeline = load_walker(choices.model, device)
+        needs = walk_needs(pipeline, choices)
+    settings = _settings(paths, choices, pipeline, needs)
+    if _finished(out, settings):
+        told(f"{out} is complete")
+        return out
+    plan = plan_walk(paths, choices, needs, told, seconds)
+    if plan.warning:
+        told(f"warning: {plan.warning}")
+    writable_folder(out / WORK)
+    with locked(out / WORK / "lock"):
+        write_json(out / WORK / "settings.json", settings)
+        with _timed(seconds, "generate"):
+            video = _video(pipeline, plan, choices, needs, out / WORK, on_progress)
+        with _timed(seconds, "write"):
+            _write(out, plan, video, settings)
+    remove(out / WORK)
+    if scene:
+        with _timed(seconds, "scene"):
+            fit_scene(out)
+    told("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items()))
+    return out
+
+
+def fit_scene(dataset: Path) -> None:
+    """3D Gaussians of a finished walk: the one place where walks and splats meet."""
+    try:
+        from fvgen.splats import reconstruct
+    except ImportError as error:
+        raise UserError(
+            "this fvgen has no fvgen.splats, which --scene needs; update it or leave --scene out"
+        ) from error
+    reconstruct(dataset, out=dataset)
+
+
+# --- Judging ---
+
+
+def judge_choices(paths: list[str | Path], choices: Choices, device: str) -> None:
+    """Raises UserError for what can be told without opening model or photographs."""
+    judge(paths)
+    if choices.trajectory is not None:
+        judge_trajectory(choices.trajectory)
+    for name, value in (("frames", choices.frames), ("steps", choices.steps)):
+        least = 2 if name == "frames" else 1
+        if value is not None and not least <= value <= 1000:
+            raise UserError(f"--{name} {value} is not possible; give {least} to 1000")
+    if choices.views < 1:
+        raise UserError(f"--views {choices.views} is not possible; give 1 or more")
+    if choices.seams not in SEAMS:
+        raise UserError(f"unknown way to chain clips {choices.seams!r}{did_you_mean(choices.seams, SEAMS)}")
+    check_device(device)
+
+
+def load_walker(model: str, device: str = "cpu") -> NovelViewPipeline:
+    """A teacher or student, on the device, without progress bars of its own."""
+    pipeline = load_pipeline(find_model(model), NovelViewPipeline).to(device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def walk_needs(pipeline: NovelViewPipeline, choices: Choices) -> RenderNeeds:
+    """Frames of a clip and their size. Raises UserError for those that the model cannot take."""
+    clip = pipeline.frames if choices.frames is None else min(choices.frames, pipeline.frames)
+    needs = render_needs(pipeline, clip, choices.size, None)
+    if needs.height % 2 or needs.width % 2:
+        raise UserError(f"size {needs.height}x{needs.width} has odd numbers, which videos cannot have; give even ones")
+    return needs
+
+
+def _settings(paths: list, choices: Choices, pipeline: NovelViewPipeline, needs: RenderNeeds) -> dict[str, Any]:
+    """What run.json says: all that is needed to repeat the run."""
+    files = [file for path in map(Path, paths) for file in _files(path)]
+    size = {"size": [needs.height, needs.width], "clip": needs.frames, "half_pixel_shift": needs.half_pixel_shift}
+    chosen = {name: getattr(choices, name) for name in Choices.__dataclass_fields__ if name != "size"}
+    named = [Path(x) for x in (choices.trajectory, choices.dataparser_transforms) if x and Path(x).is_file()]
+    return {
+        "fvgen": fvgen.__version__,
+        "torch": torch.__version__,
+        "photographs": [str(path) for path in paths],
+        "files": {str(file): sha256_of(file) for file in [*files, *named]},
+        "encoder": pipeline.encoder_fingerprint(),
+        "kind": type(pipeline).__name__,
+        "weights": _fingerprint(pipeline),
+        "device": str(pipeline.device.type),
+        **chosen,
+        **size,
+    }
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+
+
+def _fingerprint(pipeline: NovelViewPipeline) -> list[float]:
+    """Sum and sum of squares of the network's weights."""
+    weights = [x.detach().double() for x in pipeline.network.parameters()]
+    return [sum(x.sum().item() for x in weights), sum(x.square().sum().item() for x in weights)]
+
+
+def _finished(out: Path, settings: dict[str, Any]) -> bool:
+    """Whether this very run is there already. Raises UserError where another one, or anything else, is."""
+    if not out.exists():
+        return False
+    if not out.is_dir():
+        raise UserError(f"--out {out} is a file; choose a folder")
+    for file, whole in ((out / WORK / "settings.json", False), (out / "run.json", True)):
+        if file.exists():
+            found = read_json(file)
+            found = {key: found.get(key) for key in settings} if isinstance(found, dict) else {}
+            if different := [key for key in settings if found.get(key) != settings[key]]:
+                raise UserError(f"--out {out} holds another run ({different[0]} differs); choose another folder")
+            return whole
+    if any(out.iterdir()):
+        raise UserError(f"--out {out} holds something other than a run of fvgen generate; choose another folder")
+    return False
+
+
+# --- Stages ---
+
+
+def plan_walk(paths: list, choices: Choices, needs: RenderNeeds, told: Told, seconds: dict[str, float]) -> Plan:
+    """Poses, points, path and renders."""
+    with _timed(seconds, "pose"):
+        given = open_given(paths, choices.points)
+        told(f"{len(given.order)} photographs, {given.format}")
+        for name, reason in given.left_out.items():
+            told(f"left out {name}: {reason}")
+    with _timed(seconds, "points"):
+        views = _evenly(given.order, choices.views)
+        if len(views) < len(given.order):
+            told(f"{len(views)} of {len(given.order)} photographs give points and are visited (--views)")
+        cloud = make_cloud(given.scene, views, needs.height, needs.width, choices.points)
+        told(f"points: {cloud.backend}, {cloud.filled:.0%} of the depth interpolated")
+    with _timed(seconds, "render"):
+        trajectory = choices.trajectory or default_trajectory(len(views))
+        cameras = given.scene.cameras.fitted(needs.height, needs.width)
+        walk = camera_path(
+            trajectory, cameras, views, choices.frames, needs.frames, cloud.typical, choices.dataparser_transforms
+        )
+        told(said(walk, [path.name for path in given.scene.image_paths]))
+        rendered = render_walk(cloud, walk, needs.half_pixel_shift)
+    return Plan(given, cloud, walk, rendered, judge_coverage(rendered))
+
+
+def _evenly(order: list[int], count: int) -> list[int]:
+    if count >= len(order):
+        return list(order)
+    return [order[round(k * (len(order) - 1) / max(1, count - 1))] for k in range(count)]
+
+
+def _video(
+    pipeline: NovelViewPipeline, plan: Plan, choices: Choices, needs: RenderNeeds, work: Path, on_progress: OnProgress
+) -> Tensor:
+    """[F, 3, H, W]; clips that an earlier call made are read."""
+    total = len(spans(len(plan.rendered.frames), needs.frames))
+
+    def kept(number: int, make: Callable[[], Tensor]) -> Tensor:
+        file = work / f"clip-{number:03d}.safetensors"
+        try:
+            clip = load_file(file)["video"]
+        except (OSError, SafetensorError, KeyError):  # not there yet
+            clip = make()
+            with atomic_path(file) as temporary:
+                save_file({"video": clip}, temporary)
+        on_progress(number + 1, total)
+        return clip
+
+    def again(extra: tuple[Tensor, Tensor]) -> Rendered:
+        return render_walk(plan.cloud, plan.walk, needs.half_pixel_shift, extra)
+
+    return chain(pipeline, plan.rendered, needs.frames, choices.steps, choices.seed, choices.seams, again, kept)
+
+
+def _write(out: Path, plan: Plan, video: Tensor, settings: dict[str, Any]) -> None:
+    """Everything; run.json last, which says that all is there."""
+    given, cloud, rendered, walk = plan.given, plan.cloud, plan.rendered, plan.walk
+    height, width = video.shape[2:]
+    (out / "frames").mkdir(exist_ok=True)
+    for number, frame in enumerate(video):
+        save_png(out / "frames" / f"{number:05d}.png", frame)
+    write_film(out / "video.mp4", video, FPS)
+    write_film(out / "render.mp4", rendered.frames, FPS)
+
+    photographs = [fit_image(given.scene.image(view), height, width) for view in given.order]
+    views = [View(f"given_{i:03d}.png", image, False) for i, image in enumerate(photographs)]
+    novel = [frame for frame in range(len(video)) if frame not in walk.known]
+    views += [View(f"frame_{frame:05d}.png", video[frame], True) for frame in novel]
+    fitted = given.scene.cameras.fitted(height, width)[given.order].to(dtype=torch.float64)
+    cameras = Cameras(
+        torch.cat([fitted.world_from_cam, walk.cameras.world_from_cam[novel]]),
+        torch.cat([fitted.intrinsics, walk.cameras.intrinsics[novel]]),
+        height,
+        width,
+    )
+    write_dataset(out, views, cameras, cloud, [given.order.index(view) for view in cloud.views])
+    result = {
+        "format": given.format,
+        "left_out": given.left_out,
+        "given": {view.name: given.scene.image_paths[n].name for view, n in zip(views, given.order, strict=False)},
+        "points": cloud.backend,
+        "filled": cloud.filled,
+        "known": {str(frame): f"given_{given.order.index(view):03d}.png" for frame, view in walk.known.items()},
+        "coverage": [round(value, 4) for value in rendered.coverage.tolist()],
+        "warning": plan.warning,
+    }
+    facts = [
+        ("photographs", f"{len(given.order)}, {given.format}"),
+        ("model", f"{settings['model']} ({settings['kind']}), steps {settings['steps'] or 'its own'}"),
+        ("path", said(walk, [path.name for path in given.scene.image_paths])),
+        ("points from", f"{cloud.backend}, {cloud.filled:.0%} of the depth interpolated"),
+        *([("warning", plan.warning)] if plan.warning else []),
+    ]
+    write_page(out / "run.html", out.resolve().name, facts, given.left_out, (cloud, rendered, video))
+    frames = {"frames": {f"{n:05d}.png": _digest(frame) for n, frame in enumerate(video)}}
+    write_json(out / "run.json", settings | {"result": result | frames})
+
+
+def _digest(frame: Tensor) -> str:
+    import hashlib
+
+    return hashlib.sha256(to_bytes(frame).numpy().tobytes()).hexdigest()[:16]
+
+
+@contextmanager
+def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def say(line: str) -> None:
+    """For `told`: to stderr."""
+    print(f"fvgen: {line}", file=sys.stderr)
