@@ -10,14 +10,15 @@ from typing import Any
 from torch import Tensor
 
 from fvgen.errors import UserError, first_line
-from fvgen.system.weights import DAMAGE, read_weights_file
+from fvgen.system.weights import DAMAGE, other_kind, read_weights_file
 
-DEEPSPEED_PREFIX = 16  # characters of "_forward_module.", which DeepSpeed puts before every name
+PREFIXES = ("_forward_module.", "_orig_mod.", "module.")  # of Lightning with DeepSpeed, torch.compile, DDP
 CURE = "copy or download it again"
 
 
 class CheckpointFile:
-    """A `.safetensors`, or what torch.save wrote: {"state_dict": ...}, DeepSpeed's {"module": ...} or a state dict.
+    """A `.safetensors`, or what torch.save wrote: {"state_dict": ...}, {"module": ...},
+    {"model": ...}, or a state dict.
 
     `tensors` maps the file anew at every call, so that the memory of a component goes with the component.
 
@@ -38,6 +39,8 @@ class CheckpointFile:
         try:
             content = read_weights_file(self.path)
         except DAMAGE as error:
+            if other := other_kind(self.path):
+                raise UserError(f"the checkpoint {self.path} {other}") from error
             raise UserError(_reason(self.path, error)) from error
         state = _state_dict(content, self.path)
         return {name: x for key, x in state.items() if wanted(name := self.normalise(key))}
@@ -46,13 +49,19 @@ class CheckpointFile:
 def _state_dict(content: Any, path: Path) -> Mapping[str, Tensor]:
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         state = content["state_dict"]
-    elif isinstance(content, Mapping) and isinstance(content.get("module"), Mapping):
-        state = {key[DEEPSPEED_PREFIX:]: value for key, value in content["module"].items()}
     else:
-        state = content
+        inner = content if isinstance(content, Mapping) else {}
+        state = next((inner[key] for key in ("module", "model") if isinstance(inner.get(key), Mapping)), content)
     if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{path} holds no state_dict of tensors; give the model's checkpoint file")
-    return state
+    return {_bare(name): value for name, value in state.items()}
+
+
+def _bare(name: str) -> str:
+    """Without what wrappers put before it, however often."""
+    while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), None):
+        name = name.removeprefix(prefix)
+    return name
 
 
 def _reason(path: Path, error: Exception) -> str:

@@ -20,6 +20,7 @@ from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
 from fvgen.pipelines.presets import model_folder
 from fvgen.system.files import atomic_path
+from fvgen.system.weights import other_kind
 
 DAMAGE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 P = TypeVar("P", bound=NovelViewPipeline)
@@ -104,6 +105,9 @@ def check_device(name: str) -> None:
 
 def damaged(folder: str | Path, error: Exception) -> UserError:
     """The sentence for a model folder that cannot be read."""
+    for file in sorted(Path(folder).rglob("*")):
+        if file.is_file() and (other := other_kind(file)):
+            return UserError(f"model file {file} {other}")
     reason = " ".join(str(error).split())[:160]
     return UserError(f"model folder {folder} is damaged or incomplete ({reason}); write or copy it again")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fvgen.errors import UserError
+from fvgen.scenes.images import load_image, rgb, upright
 
 OUTPUT_TYPES = ("pt", "np", "pil", "latent")
 RANGE_TOLERANCE = 1e-3  # renders may overshoot [0, 1] by rounding, not by another scale
@@ -36,14 +38,15 @@ def as_frames(render: Any) -> Tensor:
     """
     if isinstance(render, Tensor):
         return render
-    if isinstance(render, Sequence) and render and isinstance(render[0], Image.Image):
+    if isinstance(render, str | bytes):
+        raise UserError("a render cannot be a name; give a tensor, an array, PIL images or a list of image files")
+    if isinstance(render, Sequence) and render and isinstance(render[0], str | Path | Image.Image):
         render = [render]
     if isinstance(render, Sequence) and render and all(isinstance(clip, Sequence) and clip for clip in render):
-        images = [image for clip in render for image in clip]
-        sizes = {getattr(image, "size", None) for image in images}
-        if len(sizes) > 1 or len({len(clip) for clip in render}) > 1 or None in sizes:
+        clips = [[_pixels(image) for image in clip] for clip in render]
+        if len({image.shape for clip in clips for image in clip}) > 1 or len({len(clip) for clip in clips}) > 1:
             raise UserError("the render's images differ in size or its clips in length; give all the same")
-        render = np.stack([np.stack([np.asarray(image.convert("RGB")) for image in clip]) for clip in render])
+        render = np.stack([np.stack(clip) for clip in clips])
     if not isinstance(render, np.ndarray):
         raise UserError(f"a render cannot be a {type(render).__name__}; give a tensor, an array or PIL images")
     array = render[None] if render.ndim == 4 else render
@@ -51,18 +54,29 @@ def as_frames(render: Any) -> Tensor:
     return frames.movedim(-1, 2) if frames.ndim == 5 else frames
 
 
+def _pixels(image: Any) -> np.ndarray:
+    """[H, W, 3] of an image or of its file, by the one door for pixels: upright, 8 bits, alpha laid on white."""
+    if isinstance(image, str | Path):
+        return load_image(image)
+    if not isinstance(image, Image.Image):
+        raise UserError(f"the render holds a {type(image).__name__} among its images; give PIL images or files")
+    return rgb(upright(image))
+
+
 def with_photographs(render: Tensor, photographs: Mapping[int, Any] | None) -> Tensor:
     """The render [B, F, 3, H, W] with photographs in place of the frames that they show.
 
     Args:
         photographs: frame index (negative ones count from the end) to a photograph of the render's size: [3, H, W] or
-            [B, 3, H, W] in [0, 1], or a PIL image.
+            [B, 3, H, W] in [0, 1], or a PIL image or a file, which are turned upright.
     """
     if not photographs or render.ndim != 5:
         return render
     filled = render.clone()
     for index, photograph in photographs.items():
-        image = as_frames([photograph])[0, 0] if isinstance(photograph, Image.Image) else photograph
+        image = as_frames([photograph])[0, 0] if isinstance(photograph, str | Path | Image.Image) else photograph
+        if isinstance(image, np.ndarray):
+            image = as_frames(image[None])[0, 0] if image.shape[-1:] == (3,) else torch.from_numpy(image)
         if not -render.shape[1] <= index < render.shape[1]:
             raise UserError(f"there is no frame {index} for a photograph; the render has {render.shape[1]} frames")
         if tuple(image.shape[-3:]) != tuple(render.shape[2:]):

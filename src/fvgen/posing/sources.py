@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -118,8 +118,17 @@ def open_source(path: str | Path, points: str = "auto") -> Opened:
     does on its own. Raises UserError for whatever is wrong with it, and where it cannot be posed."""
     path = Path(path)
     if path.is_dir() and (scene_format(path) or not _has_photographs(path)):
-        return Opened(read_scene(path), scene_format(path), {})
+        scene = read_scene(path)
+        for note in scene.notes:
+            _say(f"{path}: {note}")
+        return Opened(scene, scene_format(path), {})
     return _opened(path if path.is_file() else read_photographs(path), points)
+
+
+@cache
+def _say(line: str) -> None:
+    """Once in a process."""
+    print(f"fvgen: {line}", file=sys.stderr)
 
 
 def open_photographs(files: Sequence[str | Path], points: str = "auto") -> Opened:

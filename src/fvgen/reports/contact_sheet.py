@@ -112,6 +112,7 @@ def _of_scene(path: Path, clips: int | None) -> dict:
     )  # fmt: skip
     rows, clouds = [], []
     lost = [(f"not posed {name}", reason) for name, reason in left_out.items()]
+    lost += [("note", note) for note in scene.notes]
     entry, numbers = Source(scene.name, path), range(settings.clips_per_scene)
     with one_thread():
         results = list(scene_clips(entry, numbers, settings)) if settings.frames > 2 else []

@@ -63,11 +63,36 @@ class Point(NamedTuple):
 
 
 def model_folder(folder: Path) -> Path | None:
-    """Where the sparse model of a scene's folder is: ``sparse/0`` or ``sparse``; None if there is none."""
-    for place in (folder / "sparse" / "0", folder / "sparse"):
-        if any((place / f"cameras{suffix}").exists() for suffix in FILES["cameras"]):
-            return place
+    """Where the sparse model of a scene's folder is: the largest of ``sparse/0``, ``sparse/1``, ... by its images, else
+    ``sparse``, else the same below ``colmap`` (nerfstudio's own layout); None if there is none."""
+    for parent in (folder / "sparse", folder / "colmap" / "sparse"):
+        if models := [place for place in _numbered(parent) if _has(place, "cameras")]:
+            return max(models, key=lambda place: _size(place, "images"))
+        if _has(parent, "cameras"):
+            return parent
     return None
+
+
+def other_models(model: Path) -> list[str]:
+    """Names of the models beside this one, which nobody reads."""
+    beside = _numbered(model.parent) if model.name.isdecimal() else []
+    return [place.name for place in beside if place != model and _has(place, "cameras")]
+
+
+def _numbered(parent: Path) -> list[Path]:
+    try:
+        return sorted((x for x in parent.iterdir() if x.name.isdecimal()), key=lambda x: int(x.name))
+    except OSError:
+        return []
+
+
+def _has(place: Path, stem: str) -> bool:
+    return any((place / f"{stem}{suffix}").exists() for suffix in FILES[stem])
+
+
+def _size(place: Path, stem: str) -> int:
+    """Bytes of the file that is read; COLMAP numbers its models by when it made them, not by size."""
+    return next((file.stat().st_size for x in FILES[stem] if (file := place / f"{stem}{x}").exists()), 0)
 
 
 def read_cameras(model: Path) -> list[Camera]:
@@ -153,7 +178,8 @@ def _binary_points(data: bytes) -> Iterator[Point]:
 
 
 def _text_lines(data: bytes) -> Iterator[str]:
-    return (line for line in os.fsdecode(data).split("\n") if not line.startswith("#"))
+    text = os.fsdecode(data.removeprefix(b"\xef\xbb\xbf")).replace("\r\n", "\n")
+    return (line for line in text.split("\n") if not line.startswith("#"))
 
 
 def _text_cameras(data: bytes) -> Iterator[Camera]:
@@ -168,7 +194,20 @@ def _text_images(data: bytes) -> Iterator[Shot]:
         number, qw, qx, qy, qz, tx, ty, tz, camera, name = line.split(maxsplit=9)
         rotation = (float(qw), float(qx), float(qy), float(qz))
         yield Shot(int(number), rotation, (float(tx), float(ty), float(tz)), int(camera), name.strip())
-        next(lines, None)  # the keypoints: one more line, which may be empty
+        points = next(lines, "").split()  # the keypoints: one more line, which may be empty
+        if len(points) == 10 and not _is_number(points[9]):
+            raise UserError(
+                f"images.txt: the line after image {name.strip()!r} is an image where key points belong; leave an "
+                "empty line after each image"
+            )
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def _text_points(data: bytes) -> Iterator[Point]:
@@ -192,6 +231,8 @@ def _records(model: Path, stem: str, optional: bool = False) -> list:
             continue
         try:
             return list(parse(file.read_bytes()))
+        except UserError as error:
+            raise UserError(f"{model / str(error)}") from error
         except OSError as error:
             raise UserError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
         except (struct.error, ValueError) as error:

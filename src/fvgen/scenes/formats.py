@@ -17,7 +17,7 @@ from fvgen.errors import UserError, did_you_mean
 from fvgen.scenes import colmap_files
 from fvgen.scenes.images import load_depth, load_image
 from fvgen.scenes.readers.colmap import read_colmap
-from fvgen.scenes.readers.nerfstudio import read_dl3dv, read_nerfstudio
+from fvgen.scenes.readers.nerfstudio import read_dl3dv, read_nerfstudio, read_splits
 from fvgen.scenes.readers.realestate10k import camera_file, read_realestate10k
 from fvgen.scenes.scene import Scene
 
@@ -34,6 +34,7 @@ class Format(NamedTuple):
 FORMATS: dict[str, Format] = {  # the first that detects its files is meant
     "nerfstudio": Format(lambda folder: (folder / "transforms.json").exists(), read_nerfstudio),
     "dl3dv": Format(lambda folder: (folder / "nerfstudio" / "transforms.json").exists(), read_dl3dv),
+    "synthetic": Format(lambda folder: (folder / "transforms_train.json").exists(), read_splits),
     "colmap": Format(lambda folder: colmap_files.model_folder(folder) is not None, read_colmap),
     "realestate10k": Format(lambda folder: camera_file(folder) is not None, read_realestate10k),
 }

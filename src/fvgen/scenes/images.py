@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import fit_box
+from fvgen.system.weights import other_kind
 
 EXIF_ORIENTATION = 0x0112
 HEIC = (".heic", ".heif", ".hif")
@@ -18,12 +19,19 @@ HEIC = (".heic", ".heif", ".hif")
 LARGEST_ZOOM = 1.6
 
 
-def load_image(path: str | Path) -> np.ndarray:
-    """uint8 [H, W, 3], turned upright by the EXIF tag, whatever the file holds: grey, palette, CMYK, 16 bits.
+def load_image(path: str | Path, upright: bool = True) -> np.ndarray:
+    """uint8 [H, W, 3], turned upright by the EXIF tag, whatever the file holds: see `rgb`.
 
-    Transparent images are laid on white. Raises UserError when the file is missing, cut short or no image.
+    Raises UserError when the file is missing, cut short or no image.
     """
-    image = _decode(Path(path))
+    return rgb(_decode(Path(path), upright), path)
+
+
+def rgb(image: Image.Image, path: str | Path = "") -> np.ndarray:
+    """uint8 [H, W, 3] of an image that is upright already: grey, palette, CMYK, 16 bits, transparent (laid on white).
+
+    The one way from an image to pixels, of files and of what is handed to a pipeline. Raises UserError for floats.
+    """
     if image.mode == "F":
         raise UserError(f"image {path} holds floating-point pixels; save it with 8 or 16 bits per channel")
     if image.mode.startswith("I"):  # 16-bit grey, which PIL's own conversion would clip at 255
@@ -35,20 +43,53 @@ def load_image(path: str | Path) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """As its EXIF tag says, if it has one."""
+    return ImageOps.exif_transpose(image) if _orientation(image) != 1 else image
+
+
 def load_depth(path: str | Path, unit: float) -> Tensor:
-    """float32 [H, W], camera z in scene units, from 16-bit grey in steps of ``unit``; 0 is unknown."""
+    """float32 [H, W], camera z in scene units, from 16-bit grey or a NumPy array in steps of ``unit``; 0 is unknown."""
+    if Path(path).suffix.lower() == ".npy":
+        values = torch.from_numpy(_array(Path(path)).astype(np.float32)) * unit
+        return torch.where(values.isfinite() & (values > 0), values, 0.0)
+    if Path(path).suffix.lower() == ".exr":
+        raise _no_exr(path)
     image = _decode(Path(path))
     if not image.mode.startswith("I"):
         raise UserError(f"depth map {path} has pixels of kind {image.mode}, not 16-bit grey; export it as 16-bit PNG")
     return torch.from_numpy(np.asarray(image).astype(np.float32)) * unit
 
 
-def _decode(path: Path) -> Image.Image:
+def depth_size(path: Path) -> tuple[int, int]:
+    """(width, height) of a depth map."""
+    if path.suffix.lower() == ".exr":
+        raise _no_exr(path)
+    return _array(path).shape[::-1] if path.suffix.lower() == ".npy" else image_size(path)
+
+
+def _array(path: Path) -> np.ndarray:
+    """[H, W] numbers of a .npy file, mapped; pickles in it are not run."""
+    try:
+        values = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(path, error) from error
+    values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
+    if values.ndim != 2 or values.dtype.kind not in "fiu":
+        raise UserError(f"depth map {path} is {values.dtype} {list(values.shape)}; save numbers [height, width]")
+    return values
+
+
+def _no_exr(path: str | Path) -> UserError:
+    return UserError(f"depth map {path} is OpenEXR, which is not read; save it as 16-bit PNG or .npy (docs/data.md)")
+
+
+def _decode(path: Path, upright: bool = True) -> Image.Image:
     if path.suffix.lower() in HEIC:
         register_heic(path)
     try:
         with Image.open(path) as image:
-            turned = _orientation(image) != 1
+            turned = upright and _orientation(image) != 1
             image.load()
             return ImageOps.exif_transpose(image) if turned else image
     except Exception as error:  # PIL's decoders raise nearly anything on damaged bytes
@@ -71,8 +112,8 @@ def is_plain(path: Path) -> bool:
         return False
 
 
-def image_size(path: Path, posed: bool = True) -> tuple[int, int]:
-    """(width, height) after the EXIF turn, from the header.
+def image_size(path: Path, posed: bool = True, upright: bool = True) -> tuple[int, int]:
+    """(width, height) after the EXIF turn (or, not ``upright``, before it), from the header.
 
     With poses a turn must be certain: where the tag does not exchange width and height, sizes cannot tell if
     the camera belongs to the stored or to the turned image, and the image is refused.
@@ -84,7 +125,9 @@ def image_size(path: Path, posed: bool = True) -> tuple[int, int]:
             size, orientation = image.size, _orientation(image)
     except Exception as error:  # as in _decode
         raise _unreadable(path, error) from error
-    turned = size[::-1] if orientation in (5, 6, 7, 8) else size
+    turned = size[::-1] if upright and orientation in (5, 6, 7, 8) else size
+    if not upright:
+        return turned
     if posed and orientation in range(2, 9) and turned == size:
         raise UserError(
             f"image {path} has EXIF orientation {orientation}, which its pose may or may not allow for; "
@@ -97,6 +140,8 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     if not path.exists():
         return UserError(f"image {path} does not exist; put it there or remove its frame")
     empty = path.is_file() and path.stat().st_size == 0
+    if not empty and (other := other_kind(path)):
+        return UserError(f"image {path} {other}")
     reason = "is empty (zero bytes)" if empty else f"cannot be read ({first_line(error)})"
     return UserError(f"image {path} {reason}; copy it again or remove its frame")
 
@@ -139,11 +184,11 @@ def fit_depth(depth: Tensor, height: int, width: int) -> Tensor:
 
 
 def distorted(rays: Tensor, distortion: Tensor) -> Tensor:
-    """[..., 2] where a lens puts the ray (x, y, 1): OpenCV's model with k1, k2, p1, p2 (COLMAP's OPENCV, too)."""
-    k1, k2, p1, p2 = distortion.unbind(-1)
+    """[..., 2] where a lens puts the ray (x, y, 1): OpenCV's model with k1, k2, p1, p2 (COLMAP's OPENCV, too), k3."""
+    k1, k2, p1, p2, k3 = (*distortion.unbind(-1), 0.0)[:5]
     x, y = rays.unbind(-1)
     square = x * x + y * y
-    radial = 1 + square * (k1 + square * k2)
+    radial = 1 + square * (k1 + square * (k2 + square * k3))
     return torch.stack(
         [
             x * radial + 2 * p1 * x * y + p2 * (square + 2 * x * x),
@@ -156,8 +201,8 @@ def distorted(rays: Tensor, distortion: Tensor) -> Tensor:
 def undistorted_zoom(size: tuple[float, float], lens: Tensor) -> float | None:
     """How much larger the focal lengths of the undistorted image must be for it to show only what was photographed.
 
-    size: (width, height); lens: [8] float64, fx, fy, cx, cy, k1, k2, p1, p2. None where the distortion is no lens's: it
-    folds the image over, or would need more than LARGEST_ZOOM.
+    size: (width, height); lens: [9] float64, fx, fy, cx, cy, k1, k2, p1, p2, k3. None where the distortion is no
+    lens's: it folds the image over, or would need more than LARGEST_ZOOM.
     """
     limits = torch.tensor(size, dtype=torch.float64)
     s = torch.linspace(0, 1, 65, dtype=torch.float64)
@@ -178,7 +223,7 @@ def undistorted_zoom(size: tuple[float, float], lens: Tensor) -> float | None:
 def undistorted(image: np.ndarray, lens: Tensor, intrinsics: Tensor) -> np.ndarray:
     """[H, W] (nearest pixel: depths) or uint8 [H, W, 3] (bilinear) as a pinhole camera sees it.
 
-    intrinsics: [3, 3] of the pinhole camera; lens: [8] of the stored image, as in `undistorted_zoom`.
+    intrinsics: [3, 3] of the pinhole camera; lens: [9] of the stored image, as in `undistorted_zoom`.
     """
     height, width = image.shape[:2]
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")

@@ -13,13 +13,16 @@ from torch import Tensor
 
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, pose_problem
-from fvgen.scenes.images import image_size, load_depth, load_image, undistorted, undistorted_zoom
+from fvgen.scenes.images import depth_size, image_size, load_depth, load_image, undistorted, undistorted_zoom
 
 UNDISTORT = "undistort the images first, for example with `colmap image_undistorter`"
 # Cameras farther from the origin (scene units) would lose more than 0.06 units to 32-bit rounding.
 FARTHEST = 1e6
 # Plausible focal lengths in image sizes: others are usually fractions or millimetres by mistake.
 FOCALS = (0.05, 100.0)
+# Of the image's size: farther off its middle a principal point is an offset, a fraction or a focal length by mistake.
+CENTRE = 0.4
+SQUARE = 3.0  # how many times higher than wide pixels may be; anamorphic lenses and old videos reach 2
 # Folders of photographs and how much smaller than the camera's size theirs are.
 IMAGE_FOLDERS = {"images": 1, "images_2": 2, "images_4": 4, "images_8": 8}
 # What a file holds may be of any length; an error message is one sentence.
@@ -46,7 +49,9 @@ class Scene:
         held-out ones; an honest evaluation takes colours from known photographs only, as `fvgen.clips.from_scene` does.
     observations: [M, 2] int64, rows (point, view): the views in which a point was found.
     depth_paths: one map per view, of the image's size, camera z in ``depth_unit`` scene units; or None.
-    lenses: [V, 8] float64, fx, fy, cx, cy, k1, k2, p1, p2 of the stored images where any is distorted, else None.
+    lenses: [V, 9] float64, fx, fy, cx, cy, k1, k2, p1, p2, k3 of the stored images where any is distorted, else None.
+    as_stored: views whose camera is that of the stored pixels, although an EXIF tag says to turn them.
+    notes: what a reader found beside all this and did not use, a sentence each.
 
     ``cameras`` are pinholes in any case: read pixels through `image` and `depth`, which undo the distortion.
     """
@@ -60,13 +65,15 @@ class Scene:
     depth_paths: tuple[Path, ...] | None = None
     depth_unit: float = 0.001
     lenses: Tensor | None = None
+    as_stored: frozenset[int] = frozenset()
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.image_paths)
 
     def image(self, view: int) -> np.ndarray:
         """uint8 [H, W, 3], upright and undistorted. Raises UserError when the file is damaged."""
-        pixels = load_image(self.image_paths[view])
+        pixels = load_image(self.image_paths[view], upright=view not in self.as_stored)
         return pixels if self.lenses is None else undistorted(pixels, self.lenses[view], self.cameras.intrinsics[view])
 
     def depth(self, view: int) -> Tensor:
@@ -103,8 +110,9 @@ class Frame:
     center: tuple[float, float]
     pose: Tensor  # [4, 4] float64 camera-to-world, OpenCV axes
     depth: Path | None = None
-    distortion: tuple[float, float, float, float] = (0.0, 0.0, 0.0, 0.0)  # k1, k2, p1, p2
+    distortion: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)  # k1, k2, p1, p2, k3
     factor: int = 1
+    as_stored: bool = False
 
 
 def posed_scene(folder: Path, frames: list[Frame], depth_unit: float = 0.001) -> Scene:
@@ -138,7 +146,14 @@ def posed_scene(folder: Path, frames: list[Frame], depth_unit: float = 0.001) ->
         depth_paths=_depths(frames),
         depth_unit=depth_unit,
         lenses=lenses if bent else None,
+        as_stored=frozenset(view for view, frame in enumerate(frames) if frame.as_stored),
     )
+
+
+def local(folder: Path, name: str) -> Path:
+    """A file that a scene names; a name with back-slashes that is no file is one of Windows."""
+    path = folder / name
+    return path if "\\" not in name or path.exists() else folder / name.replace("\\", "/")
 
 
 def image_folder(folder: Path, name: str, wanted: str | None) -> tuple[str, int]:
@@ -161,7 +176,7 @@ def _depths(frames: list[Frame]) -> tuple[Path, ...] | None:
     for frame in frames:
         if frame.depth is None:
             raise UserError(f"{frame.where} has no depth_file_path but others have; add it, or remove it everywhere")
-        if image_size(frame.depth) != frame.size:
+        if depth_size(frame.depth) != frame.size:
             raise UserError(f"depth map {frame.depth} has another size than its image; resize it (nearest) to match")
     return tuple(frame.depth for frame in frames)
 
@@ -177,7 +192,10 @@ def _checked(frame: Frame) -> Frame:
         )
     frame = _at_image_size(frame)
     actual = image_size(frame.image)
-    if actual != frame.size:
+    if actual != frame.size and image_size(frame.image, upright=False) == frame.size:
+        # COLMAP ignores the EXIF turn: its camera is that of the stored pixels, as the sizes tell.
+        frame = replace(frame, as_stored=True)
+    elif actual != frame.size:
         raise UserError(
             f"image {frame.image} is {_by(actual)} but its camera says {_by(frame.size)} ({frame.where}); "
             "resize the images or scale the cameras, so that both agree"
@@ -188,11 +206,16 @@ def _checked(frame: Frame) -> Frame:
                 f"{frame.where}: focal length {focal:g} ({axis}) does not suit a {_by(frame.size)} image; "
                 "give it in pixels"
             )
-        if not abs(center - size / 2) <= size:
+        if not abs(center - size / 2) <= CENTRE * size:
             raise UserError(
-                f"{frame.where}: the principal point c{axis} = {center:g} is far outside the image of "
-                f"{_by(frame.size)}; give it in pixels"
+                f"{frame.where}: the principal point c{axis} = {center:g} is far from the middle of the image of "
+                f"{_by(frame.size)}; give it in pixels from the top left corner, about {size / 2:g}"
             )
+    if not 1 / SQUARE <= frame.focal[0] / frame.focal[1] <= SQUARE:
+        raise UserError(
+            f"{frame.where}: focal lengths {frame.focal[0]:g} and {frame.focal[1]:g} do not suit one lens; give both "
+            "in pixels of the stored image"
+        )
     return frame
 
 

@@ -74,7 +74,7 @@ def read_json(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}); check that it is a file you may read") from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no valid JSON ({str(error)[:100]}); correct it or write it again") from error
+        raise UserError(f"{path} is no valid JSON ({str(error)[:100]}); correct it or export it again") from error
 
 
 @contextmanager

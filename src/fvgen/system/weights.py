@@ -15,6 +15,23 @@ from safetensors import SafetensorError, safe_open
 DAMAGE = (OSError, EOFError, SafetensorError, UnpicklingError, RuntimeError, ValueError, LookupError)
 
 
+def other_kind(path: Path) -> str | None:
+    """What a file is by its first bytes, and the cure, where that is a usual mistake; None for all others.
+
+    "git clone" without git-lfs leaves pointers, a browser or `wget` saves pages in place of files.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(64).lstrip().lower()
+    except OSError:
+        return None
+    if head.startswith(b"version https://git-lfs"):
+        return "is a git-lfs pointer, not the file; run `git lfs pull` or download the file itself"
+    if head.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "is a web page, not the file; use the download link, and log in where the site asks for it"
+    return None
+
+
 def read_weights_file(path: Path, allowed: Sequence[type] = ()) -> Any:
     """{name: tensor} of a `.safetensors`, or whatever torch.save wrote in any other file.
 

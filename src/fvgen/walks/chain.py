@@ -15,7 +15,7 @@ from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.walks.render import Rendered
 
 SEAMS = ("own_noise", "shared_noise", "overlap", "cloud")
-SEAM = "shared_noise"  # benchmarks/chain.py
+SEAM = "overlap"  # the best of them: benchmarks/results/chain.json
 OVERLAP = 4  # frames that two clips share where they are laid over each other
 
 
@@ -37,6 +37,15 @@ def spans(frames: int, clip: int, shared: int = 1) -> list[Span]:
     count = math.ceil((frames - shared) / (clip - shared))
     starts = [round(k * (frames - clip) / (count - 1)) for k in range(count)]
     return [Span(start, start + clip) for start in starts]
+
+
+def walk_spans(known: Tensor, clip: int, seams: str, overlap: int = OVERLAP) -> list[Span]:
+    """The clips of a walk whose photographs are ``known`` [F]. Where every seam is a photograph none is to be seen, and
+    nothing overlaps."""
+    plain = spans(len(known), clip)
+    if seams != "overlap" or all(known[span.start] for span in plain[1:]):
+        return plain
+    return spans(len(known), clip, min(overlap, clip - 1))
 
 
 def seed_of(seed: int, number: int, seams: str) -> int:
@@ -93,17 +102,18 @@ def chain(
     steps: int | None = None,
     seed: int = 0,
     seams: str = SEAM,
+    overlap: int = OVERLAP,
     render_again: Callable[[tuple[Tensor, Tensor]], Rendered] | None = None,
     kept: Callable[[int, Callable[[], Tensor]], Tensor] = lambda number, make: make(),
 ) -> Tensor:
     """The video [F, 3, H, W] of a walk.
 
-    ``seams``: "own_noise": each clip its own; "shared_noise": all the same; "overlap": `OVERLAP` frames are shared and
-    faded; "cloud": what an end frame shows newly joins the points, and ``render_again`` (points) draws what follows.
+    ``seams``: "own_noise": each clip its own; "shared_noise": all the same; "overlap": ``overlap`` frames are shared
+    and faded; "cloud": what an end frame shows newly joins the points, and ``render_again`` (points) draws on.
     ``kept`` (number, make) may have a clip already.
     """
     done, extra = None, (torch.empty(0, 3), torch.empty(0, 3))
-    for number, span in enumerate(spans(len(rendered.frames), clip, OVERLAP if seams == "overlap" else 1)):
+    for number, span in enumerate(walk_spans(rendered.known, clip, seams, overlap)):
         render = clip_render(rendered, span, done)
         made = kept(number, lambda render=render, number=number: run_clip(
             pipeline, render, steps, seed_of(seed, number, seams)

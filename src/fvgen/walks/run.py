@@ -26,7 +26,7 @@ from fvgen.scenes.images import fit_image
 from fvgen.shards.encoders import RenderNeeds, render_needs
 from fvgen.system.files import atomic_path, locked, read_json, remove, writable_folder, write_json
 from fvgen.system.places import sha256_of
-from fvgen.walks.chain import SEAM, SEAMS, chain, spans
+from fvgen.walks.chain import SEAM, SEAMS, chain, walk_spans
 from fvgen.walks.dataset import View, save_png, write_dataset
 from fvgen.walks.film import judge_film, write_film
 from fvgen.walks.given import Given, judge, open_given
@@ -268,7 +268,7 @@ def _video(
     pipeline: NovelViewPipeline, plan: Plan, choices: Choices, needs: RenderNeeds, work: Path, on_progress: OnProgress
 ) -> Tensor:
     """[F, 3, H, W]; clips that an earlier call made are read."""
-    total = len(spans(len(plan.rendered.frames), needs.frames))
+    total = len(walk_spans(plan.rendered.known, needs.frames, choices.seams))
 
     def kept(number: int, make: Callable[[], Tensor]) -> Tensor:
         file = work / f"clip-{number:03d}.safetensors"
@@ -284,7 +284,8 @@ def _video(
     def again(extra: tuple[Tensor, Tensor]) -> Rendered:
         return render_walk(plan.cloud, plan.walk, needs.half_pixel_shift, extra)
 
-    return chain(pipeline, plan.rendered, needs.frames, choices.steps, choices.seed, choices.seams, again, kept)
+    chosen = (needs.frames, choices.steps, choices.seed, choices.seams)
+    return chain(pipeline, plan.rendered, *chosen, render_again=again, kept=kept)
 
 
 def _write(out: Path, plan: Plan, video: Tensor, settings: dict[str, Any]) -> None:

@@ -5,13 +5,14 @@ Source: COLMAP documentation, "Output Format" and "Camera Models".
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from fvgen.errors import UserError
 from fvgen.scenes import colmap_files
-from fvgen.scenes.scene import UNDISTORT, Cloud, Frame, Scene, image_folder, posed_scene, short
+from fvgen.scenes.scene import UNDISTORT, Cloud, Frame, Scene, image_folder, local, posed_scene, short
 
 # Where each model's focal lengths (x, y), principal point and k1, k2, p1, p2 are among its parameters.
 LAYOUTS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
@@ -20,6 +21,7 @@ LAYOUTS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
     "SIMPLE_RADIAL": ((0, 0), (3,)),
     "RADIAL": ((0, 0), (3, 4)),
     "OPENCV": ((0, 1), (4, 5, 6, 7)),
+    "FULL_OPENCV": ((0, 1), (4, 5, 6, 7, 8)),  # its k4, k5, k6 must be zero
 }
 
 
@@ -39,7 +41,7 @@ def read_colmap(folder: Path, images: str | None = None) -> Scene:
         raise UserError(f"{model} holds no images, so the scene has no poses; run COLMAP again")
     chosen, factor = image_folder(folder, shots[0].name, images)
     frames = [_frame(folder / chosen, factor, model, cameras, shot) for shot in shots]
-    scene = posed_scene(folder, frames)
+    scene = replace(posed_scene(folder, frames), notes=model_notes(folder, model))
     return scene.with_cloud(model_cloud(model, {shot.number: view for view, shot in enumerate(shots)}))
 
 
@@ -54,17 +56,31 @@ def _frame(
         known = ", ".join(LAYOUTS)
         raise UserError(f"{where}: its camera model {short(camera.model)} is not one of {known}; {UNDISTORT}")
     (x, y), bends = LAYOUTS[camera.model]
+    if camera.model == "FULL_OPENCV" and any(camera.params[9:]):
+        raise UserError(
+            f"{where}: k4, k5 or k6 of its lens are not zero, only k1, k2, p1, p2, k3 are undone; {UNDISTORT}"
+        )
     return Frame(
         where,
-        images / shot.name,
+        local(images, shot.name),
         (camera.width, camera.height),
         (camera.params[x], camera.params[y]),
         (camera.params[y + 1], camera.params[y + 2]),
         colmap_files.world_from_cam(shot),
         None,
-        (*(camera.params[i] for i in bends), 0.0, 0.0, 0.0, 0.0)[:4],
+        (*(camera.params[i] for i in bends), 0.0, 0.0, 0.0, 0.0, 0.0)[:5],
         factor,
     )
+
+
+def model_notes(folder: Path, model: Path) -> tuple[str, ...]:
+    """What lies beside the model and is not used."""
+    notes = []
+    if others := colmap_files.other_models(model):
+        notes.append(f"{model.name} is read, the largest model; {', '.join(others)} of {model.parent} are left aside")
+    if (folder / "masks").is_dir():
+        notes.append(f"masks in {folder / 'masks'} are not used: what they hide counts like all else")
+    return tuple(notes)
 
 
 def model_cloud(model: Path, view_of: dict[int, int]) -> Cloud:

@@ -5,7 +5,6 @@ Source: nerfstudio documentation, "Data conventions"; the DL3DV-10K/Dataset repo
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import replace
@@ -19,12 +18,14 @@ from fvgen.geometry.conventions import from_opengl
 from fvgen.scenes import colmap_files
 from fvgen.scenes.images import image_size
 from fvgen.scenes.readers.colmap import model_cloud
-from fvgen.scenes.scene import UNDISTORT, Cloud, Frame, Scene, image_folder, posed_scene, short
+from fvgen.scenes.scene import UNDISTORT, Cloud, Frame, Scene, image_folder, local, posed_scene, short
+from fvgen.system.files import read_json
 
 SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG", ".webp")
 PERSPECTIVE = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL")
-DISTORTION = ("k1", "k2", "p1", "p2")
-OTHER_DISTORTION = ("k3", "k4", "k5", "k6")
+DISTORTION = ("k1", "k2", "p1", "p2", "k3")
+OTHER_DISTORTION = ("k4", "k5", "k6")
+SPLITS = ("train", "val", "test")  # of NeRF's synthetic scenes and Blender's add-ons: transforms_train.json, ...
 # Largest difference of two poses that are meant to be one: per entry of the rotation, and per scene extent.
 SAME_WORLD = 1e-3
 
@@ -37,17 +38,51 @@ def read_nerfstudio(folder: Path, images: str | None = None) -> Scene:
     are attached if its poses agree with those of transforms.json.
     """
     file = folder / "transforms.json"
-    try:
-        document = json.loads(_read_bytes(file))
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no valid JSON ({error}); correct it or export the poses again") from error
-    listed = document.get("frames") if isinstance(document, dict) else None
-    if not isinstance(listed, list) or not listed:
-        raise UserError(f"{file} has no list of frames, so the scene has no poses; export the poses again")
+    document, listed = _listed(file)
     frames = [_frame(folder, f"{file} frame {i}", document, frame, images) for i, frame in enumerate(listed)]
     unit = _number(document, "depth_unit_scale_factor", str(file), positive=True) or 0.001
     scene = posed_scene(folder, frames, unit)
-    return scene.with_cloud(_cloud_of_same_world(folder, frames))
+    cloud = _cloud_of_same_world(folder, frames, document)
+    return replace(scene.with_cloud(cloud), notes=_notes(folder, document, listed, cloud))
+
+
+def read_splits(folder: Path, images: str | None = None) -> Scene:
+    """NeRF's synthetic layout: the frames of ``transforms_train.json``, ``_val`` and ``_test`` as one scene."""
+    frames, notes = [], []
+    for split in SPLITS:
+        file = folder / f"transforms_{split}.json"
+        if file.exists():
+            document, listed = _listed(file)
+            frames += [_frame(folder, f"{file} frame {i}", document, frame, images) for i, frame in enumerate(listed)]
+            notes.append(f"{len(listed)} of {file.name}")
+    scene = posed_scene(folder, frames)
+    return replace(scene, notes=(f"frames of all splits are used: {', '.join(notes)}",))
+
+
+def _listed(file: Path) -> tuple[dict, list]:
+    """The document and its frames."""
+    try:
+        document = read_json(file)
+    except UserError as error:
+        raise UserError(f"{error}: export the poses again") from error
+    listed = document.get("frames") if isinstance(document, dict) else None
+    if not isinstance(listed, list) or not listed:
+        raise UserError(f"{file} has no list of frames, so the scene has no poses; export the poses again")
+    return document, listed
+
+
+def _notes(folder: Path, document: dict, listed: list, cloud: Cloud) -> tuple[str, ...]:
+    """What the scene has and nobody uses."""
+    notes = []
+    if masked := sum(1 for frame in listed if isinstance(frame, dict) and frame.get("mask_path")):
+        notes.append(f"mask_path of {masked} frames is not used: what masks hide counts like all else")
+    ply = document.get("ply_file_path")
+    if isinstance(ply, str) and cloud.points is None:
+        notes.append(f"the points of {short(ply)} are not used, for it does not say which views show them")
+    model = colmap_files.model_folder(folder)
+    if model is not None and (others := colmap_files.other_models(model)):
+        notes.append(f"{model.name} is read, the largest model; {', '.join(others)} of {model.parent} are left aside")
+    return tuple(notes)
 
 
 def read_dl3dv(folder: Path, images: str | None = None) -> Scene:
@@ -68,7 +103,9 @@ def _frame(folder: Path, where: str, document: dict, frame: object, images: str 
     if model not in PERSPECTIVE or values.get("is_fisheye"):
         raise UserError(f"{where}: the camera model {short(model)} is not perspective; {UNDISTORT}")
     if bent := [key for key in OTHER_DISTORTION if _number(values, key, where)]:
-        raise UserError(f"{where}: lens distortion {bent[0]} is not zero, only k1, k2, p1, p2 are undone; {UNDISTORT}")
+        raise UserError(
+            f"{where}: lens distortion {bent[0]} is not zero, only k1, k2, p1, p2, k3 are undone; {UNDISTORT}"
+        )
 
     image, factor = _find_image(folder, name, images)
     if image is None:
@@ -95,7 +132,7 @@ def _frame(folder: Path, where: str, document: dict, frame: object, images: str 
         (focal_x, focal_y or focal_x),
         center,
         from_opengl(_matrix(frame.get("transform_matrix"), where)),
-        folder / depth if depth else None,
+        local(folder, depth) if depth else None,
         tuple(_number(values, key, where) or 0.0 for key in DISTORTION),
         factor,
     )
@@ -103,6 +140,8 @@ def _frame(folder: Path, where: str, document: dict, frame: object, images: str 
 
 def _find_image(folder: Path, name: str, images: str | None) -> tuple[Path | None, int]:
     """The image of a frame and its factor: as named, or in one of IMAGE_FOLDERS if the name begins with ``images``."""
+    if "\\" in name and not os.path.isfile(folder / name):  # written on Windows
+        name = name.replace("\\", "/")
     parts = Path(name).parts
     for suffix in SUFFIXES:
         if not parts or parts[0] != "images":
@@ -158,20 +197,46 @@ def _matrix(rows: object, where: str) -> Tensor:
     return torch.tensor([*rows, [0, 0, 0, 1]][:4], dtype=torch.float64)
 
 
-def _cloud_of_same_world(folder: Path, frames: list[Frame]) -> Cloud:
-    """The points of the COLMAP model beside transforms.json, once the poses of the images in both agree."""
+def _cloud_of_same_world(folder: Path, frames: list[Frame], document: dict) -> Cloud:
+    """The points of the COLMAP model beside transforms.json, once the poses of the images in both agree: as they are,
+    or after ``applied_transform``, the 3x4 that took COLMAP's world to this one. Images have the same names, or frames
+    say their numbers in ``colmap_im_id``."""
     model = colmap_files.model_folder(folder)
     if model is None:
         return Cloud()
     views = {_name_in_model(folder, frame.image): view for view, frame in enumerate(frames)}
+    numbers = {
+        frame["colmap_im_id"]: view
+        for view, frame in enumerate(document["frames"])
+        if isinstance(frame.get("colmap_im_id"), int)
+    }
+    motion = _applied(document, str(folder / "transforms.json"))
+    try:
+        return _moved_cloud(model, frames, views, numbers, None)
+    except UserError:
+        if motion is None:
+            raise
+        return _moved_cloud(model, frames, views, numbers, motion)
+
+
+def _applied(document: dict, where: str) -> Tensor | None:
+    """[4, 4] of ``applied_transform``, or None."""
+    rows = document.get("applied_transform")
+    return None if rows is None else _matrix(rows, f"{where}, applied_transform")
+
+
+def _moved_cloud(
+    model: Path, frames: list[Frame], views: dict[str, int], numbers: dict[int, int], motion: Tensor | None
+) -> Cloud:
     extent = max((frame.pose - frames[0].pose)[:3, 3].norm().item() for frame in frames) or 1.0
     view_of = {}
     for shot in colmap_files.read_shots(model):
-        view = views.get(os.path.normpath(shot.name))
+        view = views.get(os.path.normpath(shot.name.replace("\\", "/")), numbers.get(shot.number))
         if view is None:
             continue
         view_of[shot.number] = view
-        error = (colmap_files.world_from_cam(shot) - frames[view].pose).abs()
+        pose = colmap_files.world_from_cam(shot)
+        error = ((pose if motion is None else motion @ pose) - frames[view].pose).abs()
         if not (error[:3, :3].max() <= SAME_WORLD and error[:3, 3].max() <= SAME_WORLD * extent):
             raise UserError(
                 f"{model} and transforms.json place image {short(shot.name)} differently, so the points "
@@ -182,16 +247,13 @@ def _cloud_of_same_world(folder: Path, frames: list[Frame]) -> Cloud:
             f"{model} and transforms.json have no image in common, so its points may not fit; "
             "export both from one reconstruction or move one of them away"
         )
-    return model_cloud(model, view_of)
+    cloud = model_cloud(model, view_of)
+    if motion is None or cloud.points is None:
+        return cloud
+    turned = cloud.points.double() @ motion[:3, :3].T + motion[:3, 3]
+    return replace(cloud, points=turned.float())
 
 
 def _name_in_model(folder: Path, image: Path) -> str:
     """COLMAP names images relative to their folder: images/a/1.jpg is a/1.jpg, and so is images_2/a/1.jpg."""
     return os.path.join("", *Path(os.path.relpath(image, folder)).parts[1:])
-
-
-def _read_bytes(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check that it is a file you may read") from error

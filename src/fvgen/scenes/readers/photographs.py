@@ -14,6 +14,7 @@ from PIL import Image
 
 from fvgen.errors import UserError, first_line
 from fvgen.scenes.images import HEIC, image_size, is_plain, load_image
+from fvgen.scenes.transfer import FROM_LIGHT, standard_range
 from fvgen.system.files import atomic_path
 
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", *HEIC)
@@ -134,7 +135,14 @@ def _decode(file: Path):
 
     def upright(frame: av.VideoFrame) -> np.ndarray:
         # Phones store the sensor's image and the angle, counter-clockwise, that turns it upright.
-        return np.ascontiguousarray(np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90)))
+        return np.ascontiguousarray(np.rot90(pixels(frame), round(frame.rotation / 90)))
+
+    def pixels(frame: av.VideoFrame) -> np.ndarray:
+        curve = int(frame.color_trc)
+        if curve not in FROM_LIGHT:
+            return frame.to_ndarray(format="rgb24")
+        coded = frame.to_ndarray(format="rgb48le").astype(np.float32) / 65535
+        return standard_range(coded, FROM_LIGHT[curve])
 
     try:
         with av.open(str(file)) as container:
