@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import re
 import struct
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
@@ -111,6 +112,32 @@ def test_images_txt_of_single_lines(tmp_path):
     assert "is an image where key points belong; leave an empty line after each image" in said
     file.write_text("\r\n".join(["\ufeff# images", *(x for line in lines[1::2] for x in (line, ""))]), encoding="utf-8")
     assert len(read_scene(tmp_path)) == VIEWS  # and lines may end as on Windows, after a byte-order mark
+
+
+def test_a_camera_in_the_first_line_is_not_lost():
+    from fvgen.geometry.conventions import from_realestate10k, to_realestate10k
+
+    cameras = world()[0]
+    text = to_realestate10k(cameras, [1, 2, 3, 4], "https://example.org/clip")
+    assert len(from_realestate10k(text, HEIGHT, WIDTH)[0]) == VIEWS
+    with pytest.raises(ValueError, match="line 1 is a camera where the clip's address belongs"):
+        from_realestate10k(text.split("\n", 1)[1], HEIGHT, WIDTH)
+
+
+def test_masks_are_no_photographs_and_unread_poses_are_said(tmp_path, capsys, monkeypatch):
+    from fvgen.errors import UserError
+    from fvgen.posing.sources import open_source
+    from fvgen.scenes.readers.photographs import read_photographs
+
+    monkeypatch.setenv("FVGEN_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "photographs"
+    write_images(folder, ["0.png", "1.png", "dynamic_mask_0.png"])
+    assert [path.name for path in read_photographs(folder).image_paths] == ["0.png", "1.png"]
+    (folder / "keyframes" / "cameras").mkdir(parents=True)
+    (folder / "keyframes" / "cameras" / "1.json").write_text("{}")
+    with pytest.raises(UserError):
+        open_source(folder)  # noise
+    assert "(Polycam) are not read, new ones are estimated" in capsys.readouterr().err
 
 
 # --- b. Implausible numbers ---
@@ -248,11 +275,26 @@ def test_colours_of_a_phones_film(tmp_path):
     to_2020 = np.array([[0.6274, 0.3293, 0.0433], [0.0691, 0.9195, 0.0114], [0.0164, 0.0880, 0.8956]])
     white = (np.exp((0.75 - 0.55991073) / 0.17883277) + 0.28466892) / 12
     light = linear @ to_2020.T * white
-    coded = np.where(light <= 1 / 12, np.sqrt(3 * light), 0.17883277 * np.log(12 * light - 0.28466892) + 0.55991073)
+    high = 0.17883277 * np.log((12 * light - 0.28466892).clip(1e-6)) + 0.55991073
+    coded = np.where(light <= 1 / 12, np.sqrt(3 * light), high)
     images = np.repeat(patches((coded * 65535).round().astype(np.uint16)), 3, axis=0)
     options = {"pix_fmt": "yuv420p10le", "options": {"x265-params": "crf=4:log-level=none"}, "curve": (18, 9, 9)}
     film(tmp_path / "hlg.mov", images, "libx265", **options)
     assert np.abs(read_back(tmp_path / "hlg.mov", tmp_path / "frames") - PATCHES).max() <= 12
+
+
+def test_pixels_that_are_not_square(tmp_path):
+    av = pytest.importorskip("av")
+    from fvgen.scenes.readers.photographs import extract_video
+
+    with av.open(str(tmp_path / "old.mp4"), "w") as container:
+        out = container.add_stream("libx264", rate=10)
+        out.height, out.width, out.pix_fmt = 48, 64, "yuv420p"
+        out.codec_context.sample_aspect_ratio = Fraction(3, 2)
+        frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), dtype=np.uint8), format="rgb24")
+        container.mux([*out.encode(frame), *out.encode()])
+    found = extract_video(tmp_path / "old.mp4", tmp_path / "frames", 1)
+    assert (found.height, found.width) == (48, 96)
 
 
 # --- d. One door for pixels ---

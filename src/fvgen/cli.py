@@ -132,7 +132,9 @@ def generate(
 
 
 def _generate(photographs: list[Path], out: Path, size: str | None, options: dict[str, Any]) -> None:
-    existing(*photographs)
+    for photograph in photographs:
+        if not photograph.exists():
+            raise UserError(f"photograph {photograph} does not exist; check the path")
     both = numbers(size, "x", "size", "320x512") if size else None
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

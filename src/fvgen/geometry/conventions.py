@@ -194,7 +194,12 @@ def from_realestate10k(text: str, height: int, width: int) -> tuple[list[int], C
     Raises ValueError, which names the line, for one that is not a timestamp and 18 numbers.
     """
     timestamps, rows = [], []
-    for number, line in enumerate(text.splitlines()[1:], start=2):
+    lines = text.removeprefix("\ufeff").splitlines()
+    if lines and len(lines[0].split()) == REALESTATE_COLUMNS:
+        raise ValueError(
+            "line 1 is a camera where the clip's address belongs, and would be left out; put a line before it"
+        )
+    for number, line in enumerate(lines[1:], start=2):
         if not line.strip():
             continue
         fields = line.split()

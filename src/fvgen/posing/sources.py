@@ -38,6 +38,13 @@ from fvgen.system.places import sha256_of
 VIDEO_FRAMES = 64  # taken of a video at most, evenly spaced: a clip of 16 frames with a stride of 4 needs as many
 
 
+UNREAD_POSES = {  # beside photographs; patterns, and whose they are
+    "keyframes/cameras/*.json": "Polycam",
+    "cameras/*.json": "Polycam",
+    "poses_bounds.npy": "LLFF",
+}
+
+
 @dataclass(frozen=True)
 class Source:
     """Where one scene comes from; ``name`` is its own among all."""
@@ -122,6 +129,10 @@ def open_source(path: str | Path, points: str = "auto") -> Opened:
         for note in scene.notes:
             _say(f"{path}: {note}")
         return Opened(scene, scene_format(path), {})
+    if path.is_dir():
+        for pattern, program in UNREAD_POSES.items():
+            if found := next(iter(sorted(path.glob(pattern))), None):
+                _say(f"{path}: the poses in {found.relative_to(path)} ({program}) are not read, new ones are estimated")
     return _opened(path if path.is_file() else read_photographs(path), points)
 
 

@@ -45,8 +45,8 @@ def holds_photographs(folder: Path) -> bool:
 
 
 def _is_photograph(path: Path) -> bool:
-    """Hidden files are none: some systems leave a ._NAME.jpg beside each NAME.jpg."""
-    return path.suffix.lower() in PHOTOGRAPHS and not path.name.startswith(".")
+    """Hidden files are none: some systems leave a ._NAME.jpg beside each NAME.jpg. Nor are instant-ngp's masks."""
+    return path.suffix.lower() in PHOTOGRAPHS and not path.name.startswith((".", "dynamic_mask_"))
 
 
 def read_photographs(folder: str | Path) -> Photographs:
@@ -138,10 +138,12 @@ def _decode(file: Path):
         return np.ascontiguousarray(np.rot90(pixels(frame), round(frame.rotation / 90)))
 
     def pixels(frame: av.VideoFrame) -> np.ndarray:
-        curve = int(frame.color_trc)
+        curve, width = int(frame.color_trc), frame.width
+        if shape := container.streams.video[0].sample_aspect_ratio:  # pixels that are not square, of old cameras
+            width = max(1, round(frame.width * shape))
         if curve not in FROM_LIGHT:
-            return frame.to_ndarray(format="rgb24")
-        coded = frame.to_ndarray(format="rgb48le").astype(np.float32) / 65535
+            return frame.to_ndarray(format="rgb24", width=width)
+        coded = frame.to_ndarray(format="rgb48le", width=width).astype(np.float32) / 65535
         return standard_range(coded, FROM_LIGHT[curve])
 
     try:
