@@ -22,6 +22,7 @@ from scene_files import (
     document,
     world,
     write_colmap,
+    write_depth,
     write_images,
     write_nerfstudio,
 )
@@ -74,16 +75,24 @@ def test_the_largest_model_is_read(tmp_path):
     assert len(scene) == VIEWS and "1 is read, the largest model; 0 of" in scene.notes[0]
 
 
-def test_masks_are_said(tmp_path, capsys):
+def test_masks_are_honoured_and_said(tmp_path, capsys):
+    from fvgen.depth.maps import point_maps
     from fvgen.posing.sources import open_source
 
-    contents = document()
-    for frame in contents["frames"]:
-        frame["mask_path"] = "masks/0.png"
+    contents = document(depth=True)
+    write_depth(tmp_path)
+    (tmp_path / "masks").mkdir()
+    left = np.where(np.arange(WIDTH) < WIDTH // 2, 0, 255).astype(np.uint8)
+    Image.fromarray(np.tile(left, (HEIGHT, 1))).save(tmp_path / "masks" / "0.png")
+    contents["frames"][0]["mask_path"] = "masks/0.png"
     write_nerfstudio(tmp_path, contents)
     scene = open_source(tmp_path).scene
-    assert f"mask_path of {VIEWS} frames is not used" in scene.notes[0]
+    assert "what the masks of 1 frames hide gives no points" in scene.notes[0]
     assert scene.notes[0] in capsys.readouterr().err
+    first, second = point_maps(scene, [0, 1], HEIGHT, WIDTH).depth
+    assert (first[:, : WIDTH // 2] == 0).all() and (first[:, WIDTH // 2 :] > 0).all() and (second > 0).all()
+    Image.new("L", (3, 3)).save(tmp_path / "masks" / "0.png")
+    assert "has another size than its image" in refusal(lambda: read_scene(tmp_path))
 
 
 def test_synthetic_splits_are_one_scene(tmp_path):

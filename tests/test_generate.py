@@ -176,6 +176,7 @@ def test_photographs_that_will_not_do(tmp_path, monkeypatch):
         ({"size": (18, 24)}, "use multiples of 8"),
         ({"seams": "glue"}, "known are cloud, overlap"),
         ({"model": "nobody"}, "nobody is no model folder"),
+        ({"model": "nobody/nothing-of-this-name"}, "set FVGEN_DOWNLOAD=1 to allow its download"),
         ({"model": "src/nobody"}, "src/nobody is no model folder"),
         ({"device": "tpu9"}, "cannot be used here"),
         ({"frames": 3}, "cannot have 3 frames"),
@@ -183,6 +184,7 @@ def test_photographs_that_will_not_do(tmp_path, monkeypatch):
 )
 def test_choices_that_cannot_be(scene_folder, options, tmp_path, monkeypatch, changes, words):
     monkeypatch.chdir(Path(__file__).parents[1])
+    monkeypatch.delenv("FVGEN_DOWNLOAD", raising=False)
     assert words in refused(tmp_path, scene_folder, **options | changes)
 
 

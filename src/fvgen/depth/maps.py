@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fvgen.depth import depth_pro, dust3r, measured, sparse, stereo
 from fvgen.depth.stereo import STEREO_SIDE
 from fvgen.errors import UserError, did_you_mean
 from fvgen.geometry.stereo import TooFewFeatures
+from fvgen.scenes.images import fit_depth
 from fvgen.scenes.scene import Scene
 
 __all__ = ["DEPTHS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps"]
@@ -37,9 +39,24 @@ class PointMaps(NamedTuple):
 def point_maps(scene: Scene, views: Sequence[int], height: int, width: int, backend: str = "auto") -> PointMaps:
     """Depth of the views for images of height x width, as `fit_image` cuts them out.
 
-    "auto" takes the first of `DEPTHS` that can run, and the next where photographs turn out to share too little.
-    Raises UserError where none or not the given one can.
+    Pixels that a view's mask hides have none. "auto" takes the first of `DEPTHS` that can run, and the next
+    where photographs turn out to share too little. Raises UserError where none or not the given one can.
     """
+    maps = _unmasked(scene, views, height, width, backend)
+    return maps._replace(depth=masked(scene, views, maps.depth))
+
+
+def masked(scene: Scene, views: Sequence[int], depth: Tensor) -> Tensor:
+    """Depth [K, H, W] of the views, 0 where their masks hide the scene."""
+    shown = [scene.shows(view) for view in views]
+    if all(mask is None for mask in shown):
+        return depth
+    size = depth.shape[1:]
+    keep = [torch.ones(size) if mask is None else fit_depth(mask.float(), *size) for mask in shown]
+    return torch.where(torch.stack(keep) > 0, depth, 0.0)
+
+
+def _unmasked(scene: Scene, views: Sequence[int], height: int, width: int, backend: str) -> PointMaps:
     if backend == "auto":
         return _best(scene, views, height, width)
     if backend not in DEPTHS:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from reprlib import Repr
 
@@ -51,6 +52,7 @@ class Scene:
     depth_paths: one map per view, of the image's size, camera z in ``depth_unit`` scene units; or None.
     lenses: [V, 9] float64, fx, fy, cx, cy, k1, k2, p1, p2, k3 of the stored images where any is distorted, else None.
     as_stored: views whose camera is that of the stored pixels, although an EXIF tag says to turn them.
+    masks: view -> an image of the photograph's size, black where what it shows is no part of the scene (people).
     notes: what a reader found beside all this and did not use, a sentence each.
 
     ``cameras`` are pinholes in any case: read pixels through `image` and `depth`, which undo the distortion.
@@ -66,6 +68,7 @@ class Scene:
     depth_unit: float = 0.001
     lenses: Tensor | None = None
     as_stored: frozenset[int] = frozenset()
+    masks: Mapping[int, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
@@ -83,6 +86,15 @@ class Scene:
         if self.lenses is None:
             return depth
         return torch.from_numpy(undistorted(depth.numpy(), self.lenses[view], self.cameras.intrinsics[view]))
+
+    def shows(self, view: int) -> Tensor | None:
+        """bool [H, W]: where a view shows the scene, by its mask; None where it has none."""
+        if view not in self.masks:
+            return None
+        mask = load_image(self.masks[view], upright=view not in self.as_stored)[..., 0]
+        if self.lenses is not None:
+            mask = undistorted(mask, self.lenses[view], self.cameras.intrinsics[view])
+        return torch.from_numpy(mask >= 128)
 
     def with_cloud(self, cloud: Cloud) -> Scene:
         """The same scene with these points."""
@@ -113,6 +125,7 @@ class Frame:
     distortion: tuple[float, ...] = (0.0, 0.0, 0.0, 0.0, 0.0)  # k1, k2, p1, p2, k3
     factor: int = 1
     as_stored: bool = False
+    mask: Path | None = None
 
 
 def posed_scene(folder: Path, frames: list[Frame], depth_unit: float = 0.001) -> Scene:
@@ -147,6 +160,7 @@ def posed_scene(folder: Path, frames: list[Frame], depth_unit: float = 0.001) ->
         depth_unit=depth_unit,
         lenses=lenses if bent else None,
         as_stored=frozenset(view for view, frame in enumerate(frames) if frame.as_stored),
+        masks=_masks(frames),
     )
 
 
@@ -179,6 +193,14 @@ def _depths(frames: list[Frame]) -> tuple[Path, ...] | None:
         if depth_size(frame.depth) != frame.size:
             raise UserError(f"depth map {frame.depth} has another size than its image; resize it (nearest) to match")
     return tuple(frame.depth for frame in frames)
+
+
+def _masks(frames: list[Frame]) -> dict[int, Path]:
+    masks = {view: frame.mask for view, frame in enumerate(frames) if frame.mask is not None}
+    for view, mask in masks.items():
+        if image_size(mask, upright=not frames[view].as_stored) != frames[view].size:
+            raise UserError(f"mask {mask} has another size than its image; resize it (nearest) or remove mask_path")
+    return masks
 
 
 def _checked(frame: Frame) -> Frame:

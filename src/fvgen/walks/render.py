@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fvgen.depth.maps import point_maps
+from fvgen.depth.maps import masked, point_maps
 from fvgen.depth.sparse import found_points, lacks
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
@@ -63,6 +63,7 @@ def make_cloud(scene: Scene, views: list[int], height: int, width: int, points: 
     for place, view in enumerate(views):
         if (depth[place] > 0).float().mean() < DENSE:
             depth[place] = _filled(depth[place], scene, cameras, view)
+    depth = masked(scene, views, depth)
     photographs = torch.stack([fit_image(scene.image(view), height, width) for view in views])
     filled = ((depth > 0) & (maps.depth <= 0)).float().mean().item()
     return Cloud(views, photographs, cameras[views], depth, maps.backend, round(filled, 4))

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,8 @@ def generate(
     out, seconds = Path(out), {}
     judge_choices(paths, choices, device)
     judge_film()
+    if scene and not find_spec("fvgen.splats"):
+        raise UserError("this fvgen has no fvgen.splats, which --scene needs; update it or leave --scene out")
     with _timed(seconds, "model"):
         pipeline = load_walker(choices.model, device)
         needs = walk_needs(pipeline, choices)
@@ -139,12 +142,8 @@ def generate(
 
 def fit_scene(dataset: Path) -> None:
     """3D Gaussians of a finished walk: the one place where walks and splats meet."""
-    try:
-        from fvgen.splats import reconstruct
-    except ImportError as error:
-        raise UserError(
-            "this fvgen has no fvgen.splats, which --scene needs; update it or leave --scene out"
-        ) from error
+    from fvgen.splats import reconstruct
+
     reconstruct(dataset, out=dataset)
 
 

@@ -75,7 +75,7 @@ def _notes(folder: Path, document: dict, listed: list, cloud: Cloud) -> tuple[st
     """What the scene has and nobody uses."""
     notes = []
     if masked := sum(1 for frame in listed if isinstance(frame, dict) and frame.get("mask_path")):
-        notes.append(f"mask_path of {masked} frames is not used: what masks hide counts like all else")
+        notes.append(f"what the masks of {masked} frames hide gives no points, and counts as truth all the same")
     ply = document.get("ply_file_path")
     if isinstance(ply, str) and cloud.points is None:
         notes.append(f"the points of {short(ply)} are not used, for it does not say which views show them")
@@ -122,6 +122,9 @@ def _frame(folder: Path, where: str, document: dict, frame: object, images: str 
     x, y = _number(values, "cx", where), _number(values, "cy", where)
     center = (size[0] / 2 if x is None else x, size[1] / 2 if y is None else y)
 
+    mask = frame.get("mask_path")
+    if mask is not None and not isinstance(mask, str):
+        raise UserError(f"{where}: mask_path is {short(mask)}; give the path of an image or remove it")
     depth = frame.get("depth_file_path")
     if depth is not None and not isinstance(depth, str):
         raise UserError(f"{where}: depth_file_path is {short(depth)}; give the path of a 16-bit image or remove it")
@@ -135,6 +138,7 @@ def _frame(folder: Path, where: str, document: dict, frame: object, images: str 
         local(folder, depth) if depth else None,
         tuple(_number(values, key, where) or 0.0 for key in DISTORTION),
         factor,
+        mask=local(folder, mask) if mask and factor == 1 else None,
     )
 
 
