@@ -214,7 +214,8 @@ def test_photographs_as_a_source(shared, tmp_path, monkeypatch):
         Image.fromarray((image * 255).round().byte().numpy()).save(tmp_path / "photos" / f"{i}.png")
     monkeypatch.setenv("FVGEN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(dust3r, "load_dust3r", lambda: played_back(recorded))
-    scene, found = open_source(tmp_path / "photos", "dust3r")
+    scene, found, left_out = open_source(tmp_path / "photos", "dust3r")
+    assert not left_out
     assert found == "photographs/dust3r" and scene.name == "photos"
     torch.testing.assert_close(scene.cameras.world_from_cam, recorded["c2w"], atol=1e-6, rtol=1e-6)
     assert point_maps(scene, [1], 48, 64).backend == "depth"
@@ -228,7 +229,7 @@ def test_one_photograph_is_its_own_neighbour(shared, tmp_path, monkeypatch):
     recorded = recording(shared, "align_viewcrafter_pco_2views_linear")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (128, 96)).save(tmp_path / "photos" / "one.png")
-    monkeypatch.setattr(dust3r, "load_dust3r", lambda: played_back(recorded))
+    monkeypatch.setattr(dust3r, "load_dust3r", lambda: played_back(recorded)._replace(side=128))  # the recording's size
     scene = dust3r.reconstruct(read_photographs(tmp_path / "photos"), tmp_path / "out")
     assert len(scene) == 1 and (scene.depth(0) > 0).all()  # two views or one: nothing is cleaned away
 
