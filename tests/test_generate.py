@@ -65,6 +65,9 @@ def test_all_is_written_and_read_back(walked, scene_folder):
     assert result["known"] == {str(3 * view): f"given_{view:03d}.png" for view in range(4)}
     assert len(result["coverage"]) == frames and result["points"] == "depth"
 
+    page = (walked / "run.html").read_text()
+    assert "coverage" in page and page.count("<svg") >= 2 and "http" not in page.replace("http://www.w3.org", "")
+
     scene, given = read_scene(walked), read_scene(scene_folder).cameras.fitted(HEIGHT, WIDTH)
     assert len(scene) == 4 + frames - 4  # photographs on the path are not there twice
     order = {path.name: view for view, path in enumerate(scene.image_paths)}
@@ -318,6 +321,35 @@ def test_two_photographs_are_posed(tmp_path, monkeypatch):
     x, y = pixels[0, point[here]].floor().long().unbind(-1)
     ratio = z[0, point[here]] * true[:3, 3].norm() / depth[0, y, x]
     assert 0.9 < ratio.median() < 1.1
+
+
+@pytest.mark.slow
+def test_real_pairs(shared, tmp_path, monkeypatch, teacher_folder):
+    """Nine pairs without poses: at least seven give a video, the others say why."""
+    pytest.importorskip("cv2")
+    monkeypatch.setenv("FVGEN_CACHE", str(tmp_path / "cache"))
+    videos = 0
+    for pair in sorted((shared / "data" / "pairs").iterdir()):
+        try:
+            out = fvgen.generate(
+                [pair / "0.jpg", pair / "1.jpg"], tmp_path / pair.name, teacher_folder, steps=1, size=(48, 64)
+            )
+            videos += (out / "video.mp4").is_file()
+        except UserError as error:
+            assert "share only" in str(error)
+    assert videos >= 7
+
+
+@pytest.mark.slow
+def test_a_photograph_that_colmap_cannot_place_is_named(shared, tmp_path, monkeypatch):
+    pytest.importorskip("pycolmap")
+    monkeypatch.setenv("FVGEN_CACHE", str(tmp_path / "cache"))
+    files = sorted((shared / "data" / "scenes" / "lund_door" / "images").iterdir())[:5]
+    noise = np.random.default_rng(0).integers(0, 256, (768, 513, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    given = fvgen.open_scene([*files, tmp_path / "noise.png"]).given
+    assert len(given.order) == 5 and list(given.left_out) == ["noise.png"] and given.left_out["noise.png"]
+    assert [given.scene.image_paths[view].name for view in given.order] == [file.name for file in files]
 
 
 # --- README ---

@@ -118,7 +118,7 @@ def generate(
     with _timed(seconds, "model"):
         pipeline = load_walker(choices.model, device)
         needs = walk_needs(pipeline, choices)
-    settings = _settings(paths, choices, pipeline, needs)
+    settings = _settings(paths, out, choices, pipeline, needs)
     if _finished(out, settings):
         told(f"{out} is complete")
         return out
@@ -182,9 +182,11 @@ def walk_needs(pipeline: NovelViewPipeline, choices: Choices) -> RenderNeeds:
     return needs
 
 
-def _settings(paths: list, choices: Choices, pipeline: NovelViewPipeline, needs: RenderNeeds) -> dict[str, Any]:
+def _settings(
+    paths: list, out: Path, choices: Choices, pipeline: NovelViewPipeline, needs: RenderNeeds
+) -> dict[str, Any]:
     """What run.json says: all that is needed to repeat the run."""
-    files = [file for path in map(Path, paths) for file in _files(path)]
+    files = [file for path in map(Path, paths) for file in _files(path, out.resolve())]
     size = {"size": [needs.height, needs.width], "clip": needs.frames, "half_pixel_shift": needs.half_pixel_shift}
     chosen = {name: getattr(choices, name) for name in Choices.__dataclass_fields__ if name != "size"}
     named = [Path(x) for x in (choices.trajectory, choices.dataparser_transforms) if x and Path(x).is_file()]
@@ -202,8 +204,11 @@ def _settings(paths: list, choices: Choices, pipeline: NovelViewPipeline, needs:
     }
 
 
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+def _files(path: Path, out: Path) -> list[Path]:
+    """The file, or those of a folder, without what the run itself writes."""
+    if path.is_file():
+        return [path]
+    return sorted(file for file in path.rglob("*") if file.is_file() and out not in file.resolve().parents)
 
 
 def _fingerprint(pipeline: NovelViewPipeline) -> list[float]:
