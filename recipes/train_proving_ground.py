@@ -1,6 +1,6 @@
 """Train VAE and teacher of the proving ground: built-in clips of which little is given, mixed with the usual.
 
-    python recipes/train_proving_ground.py --out DIR [--device cuda] [--minutes 7] [--clips 8192] [--seed 0]
+    python recipes/train_proving_ground.py --out DIR [--device cuda] [--minutes 7] [--clips 8192] [--init DIR]
 
 Made for a few minutes of one GPU, where the tiny preset's recipes are for hours of a CPU. Networks this small wait for
 the launches of their kernels, so that each whole update (batch, passes, optimiser, average) is one CUDA graph; clips
@@ -32,7 +32,7 @@ from fvgen.clips.rooms import synthetic_clip
 from fvgen.clips.worlds import WORLDS
 from fvgen.models.viewcrafter.encoders import clip_pixels
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
-from fvgen.pipelines.folders import save_model
+from fvgen.pipelines.folders import load_pipeline, save_model
 
 VAE_WIDTHS, LATENT_CHANNELS, UNET_CHANNELS = (24, 48, 96), 8, 40
 CROP, VAE_BATCH, BATCH = 32, 64, 64
@@ -194,10 +194,10 @@ def for_clip(photographs: Tensor, pipeline: ViewCrafterPipeline) -> Tensor:
 
 
 def train_teacher(
-    clips: dict[str, Tensor], vae: AutoencoderKL, seconds: float, device: str, seed: int
+    clips: dict[str, Tensor], pipeline: ViewCrafterPipeline, seconds: float, device: str, seed: int
 ) -> tuple[ViewCrafterPipeline, dict]:
     """`train_tiny_teacher`'s objective: the squared error of the velocity, conditions dropped now and then."""
-    pipeline = build_teacher(vae.cpu(), seed, UNET_CHANNELS).to(device)
+    pipeline = pipeline.to(device, torch.float32)
     data, schedule = encoded(clips, pipeline, device), pipeline.schedule.to(device)
     prompts, grey = pipeline.prompts, for_clip(torch.zeros(1, 3, HEIGHT, WIDTH, device=device), pipeline)
 
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=7.0, help="for all, the making of clips included")
     parser.add_argument("--clips", type=int, default=8192)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="that make clips")
-    parser.add_argument("--vae", type=Path, help="a VAE that is there already")
+    parser.add_argument("--init", type=Path, help="a teacher of this recipe's to go on from, with its VAE")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
@@ -243,18 +243,19 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")  # TensorFloat-32 where there is any, as convolutions use it
     args.out.mkdir(parents=True, exist_ok=True)
     log: dict[str, dict] = {"clips": {"count": args.clips, "mix": MIX}}
-    if args.vae:
-        vae = AutoencoderKL.from_pretrained(args.vae).eval()
+    if args.init:
+        pipeline = load_pipeline(args.init, ViewCrafterPipeline)
     else:
         first = collected(made[:FIRST])
         print(f"{len(first['truth'])} clips after {time.perf_counter() - start:.0f} s", flush=True)
         vae, log["vae"] = train_vae(first, VAE_SHARE * 60 * args.minutes, args.device, args.seed)
         save_model(vae, args.out / "vae")
+        pipeline = build_teacher(vae.cpu(), args.seed, UNET_CHANNELS)
     clips = collected(made)
     pool.shutdown()
     spent = time.perf_counter() - start
     print(f"{args.clips} clips after {spent:.0f} s", flush=True)
-    pipeline, log["teacher"] = train_teacher(clips, vae, 60 * args.minutes - spent, args.device, args.seed)
+    pipeline, log["teacher"] = train_teacher(clips, pipeline, 60 * args.minutes - spent, args.device, args.seed)
     save_model(pipeline.to(dtype=torch.float16), args.out / "teacher")
     (args.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     print(json.dumps(log))
