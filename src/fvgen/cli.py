@@ -131,6 +131,51 @@ def generate(
     guarded(partial(_generate, photographs, out, size, options))
 
 
+@app.command()
+def reconstruct(
+    dataset: Annotated[Path, typer.Argument(help="Posed views: what generate writes, or any scene that is read.")],
+    out: Annotated[Path | None, typer.Option(help="Folder for scene.ply and scene.html; the data set's own.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the views; their own, at most 512.")] = None,
+    iterations: Annotated[int | None, typer.Option(help="Of the fit.")] = None,
+    gaussians: Annotated[int | None, typer.Option(help="At most so many.")] = None,
+    generated_weight: Annotated[float | None, typer.Option(help="Of generated views; photographs have 1.")] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Fit 3D Gaussians to posed views: scene.ply, and a page to look at it."""
+    chosen = {"iterations": iterations, "most": gaussians, "generated_weight": generated_weight}
+    given = {name: value for name, value in chosen.items() if value is not None}
+    guarded(partial(_reconstruct, dataset, out, size, given, seed, device))
+
+
+def _reconstruct(
+    dataset: Path, out: Path | None, size: str | None, given: dict[str, Any], seed: int, device: str
+) -> None:
+    existing(dataset)
+    both = numbers(size, "x", "size", "48x64") if size else None
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fvgen.splats import FitSettings  # takes seconds to import
+    from fvgen.splats import reconstruct as run_reconstruct
+    from fvgen.walks.run import say
+
+    columns = (TextColumn("fit"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        folder = run_reconstruct(
+            dataset,
+            out,
+            FitSettings(**given),
+            both,
+            seed,
+            device,
+            say,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
+    print(f"{folder / 'scene.ply'}, {folder / 'scene.html'}")
+
+
 def _generate(photographs: list[Path], out: Path, size: str | None, options: dict[str, Any]) -> None:
     for photograph in photographs:
         if not photograph.exists():

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -113,13 +112,13 @@ def generate(
     out, seconds = Path(out), {}
     judge_choices(paths, choices, device)
     judge_film()
-    if scene and not find_spec("fvgen.splats"):
-        raise UserError("this fvgen has no fvgen.splats, which --scene needs; update it or leave --scene out")
     with _timed(seconds, "model"):
         pipeline = load_walker(choices.model, device)
         needs = walk_needs(pipeline, choices)
     settings = _settings(paths, out, choices, pipeline, needs)
     if _finished(out, settings):
+        if scene and not (out / "scene.json").is_file():
+            fit_scene(out, device, told)
         told(f"{out} is complete")
         return out
     plan = plan_walk(paths, choices, needs, told, seconds)
@@ -135,16 +134,16 @@ def generate(
     remove(out / WORK)
     if scene:
         with _timed(seconds, "scene"):
-            fit_scene(out)
+            fit_scene(out, device, told)
     told("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items()))
     return out
 
 
-def fit_scene(dataset: Path) -> None:
+def fit_scene(dataset: Path, device: str, told: Told) -> None:
     """3D Gaussians of a finished walk: the one place where walks and splats meet."""
     from fvgen.splats import reconstruct
 
-    reconstruct(dataset, out=dataset)
+    reconstruct(dataset, device=device, told=told)
 
 
 # --- Judging ---
