@@ -29,8 +29,8 @@ Draw = Callable[[Gaussians, Cameras], Tensor]
 class FitSettings:
     """Rates are Adam's; that of the means is in units of the first scales' median and falls to a hundredth."""
 
-    iterations: int = 800
-    most: int = 6000  # Gaussians
+    iterations: int = 500
+    most: int = 4000  # Gaussians
     growth: float = 0.05  # more of them, as a share, at every move
     ssim_weight: float = 0.2  # the rest is the absolute error
     generated_weight: float = 0.3  # of a generated view beside a photograph's 1
