@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -61,20 +60,10 @@ def recover(path: Path) -> None:
     remove(path.with_name(path.name + TEMPORARY))
 
 
-def write_json(path: str | Path, value: object) -> None:
+def write_json(path: str | Path, value: object, sort_keys: bool = False) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: str | Path) -> Any:
-    """The value in a JSON file, byte-order mark or none. Raises UserError for a file that is missing or no JSON."""
-    try:
-        return json.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check that it is a file you may read") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no valid JSON ({str(error)[:100]}); correct it or export it again") from error
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
 
 
 @contextmanager
