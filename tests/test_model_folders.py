@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -13,9 +15,12 @@ import pytest
 import torch
 from checks import refusal
 from safetensors.torch import load_file, save_file
+from small_models import student_of
 
+from fvgen.distill import run as distill
+from fvgen.distill.trainer import Trainer
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
-from fvgen.pipelines.folders import load_pipeline
+from fvgen.pipelines.folders import load_pipeline, save_model
 from fvgen.pipelines.strict import RANGES
 from fvgen.shards.encoders import load_encoders
 
@@ -129,9 +134,9 @@ def test_what_a_model_folder_must_not_say(folder, case):
     said = refusal(lambda: load_pipeline(folder, ViewCrafterPipeline))
     assert words in said and len(said) < 700, said
     if case != "a class that is a list":
-        said = str(
-            pytest.raises((ValueError, OSError, RuntimeError), ViewCrafterPipeline.from_pretrained, folder).value
-        )
+        with pytest.raises((ValueError, OSError, RuntimeError)) as caught:
+            ViewCrafterPipeline.from_pretrained(folder)
+        said = str(caught.value)
         assert words == "damaged" or words in said, said
     assert not Path("ran").exists()
 
@@ -154,3 +159,43 @@ def test_ranges_hold_the_published_models():
                 {key: value for key, value in defaults.items() if value is not None}, defaults, kind, optional
             )
     assert all(low < high for low, high in RANGES.values())
+
+
+SETTINGS = {
+    "vae/config.json": {"scaling_factor": 0.1, "norm_num_groups": 2, "shift_factor": 0.5},
+    "image_encoder/config.json": {"num_attention_heads": 2, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3},
+    "image_projector/config.json": {"heads": 8, "dim_head": 4},
+}
+
+
+def test_the_fingerprint_covers_settings_that_show_in_no_weight(teacher_folder, tmp_path):
+    """All load, all make other latents or tokens of the same clips, so no cache may serve two of them."""
+    cases = [{}, *({name: {key: value}} for name, values in SETTINGS.items() for key, value in values.items())]
+    both = {"image_projector/config.json": SETTINGS["image_projector/config.json"]}  # one alone changes shapes
+    cases = [case for case in cases if "image_projector/config.json" not in case] + [both]
+    prints = set()
+    for number, case in enumerate(cases):
+        folder = tmp_path / str(number)
+        shutil.copytree(teacher_folder, folder)
+        for name, values in case.items():
+            edit(name, **values)(folder)
+        prints.add(load_pipeline(folder, ViewCrafterPipeline).encoder_fingerprint())
+    assert len(prints) == len(cases)
+
+
+def test_a_student_that_is_no_number_is_never_written(teacher, tmp_path):
+    student = student_of(teacher)
+    with torch.no_grad():
+        student.unet = copy.deepcopy(student.unet)
+        next(student.unet.parameters()).fill_(float("nan"))
+    assert "holds NaN" in refusal(lambda: save_model(student, tmp_path / "student"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("iterations", (1, 2))
+def test_a_run_shorter_than_its_patience_does_not_end_in_a_student(stage, monkeypatch, iterations):
+    """Every update was skipped: the student would be the teacher under another name."""
+    config = stage(iterations=iterations, max_skips=10)
+    monkeypatch.setattr(Trainer, "reduce", lambda self, rows: {"loss_student": math.nan})
+    assert "training diverged" in refusal(lambda: distill(config))
+    assert not (Path(config.run.out) / "student").exists() and not (Path(config.run.out) / "summary.json").exists()

@@ -128,7 +128,7 @@ class Trainer:
         with stop_on_sigterm() as stop:
             done = self.resume()
             rows = self.world.tell(self.folder.rows() if self.world.is_main else [])
-            guard = SkipGuard(self.config.log.max_skips, rows)
+            guard = SkipGuard(min(self.config.log.max_skips, total), rows)
             monitor = self._start_monitor()
             lines = ProgressLines(self.out, self.config.name, done, total)
             with progress_bar(self.world.is_main) as bar:

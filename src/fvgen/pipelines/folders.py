@@ -17,7 +17,7 @@ from fvgen.models.family import Blueprint, Family, family_of
 from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
 from fvgen.pipelines.presets import model_folder
-from fvgen.pipelines.strict import DAMAGE, INDEX, judge_folder, load_alone
+from fvgen.pipelines.strict import DAMAGE, INDEX, check_values, judge_folder, load_alone
 from fvgen.system.doors import other_kind, read_object
 from fvgen.system.files import atomic_path, write_json
 
@@ -53,7 +53,12 @@ def load_pipeline(name: str | Path, kind: type[P], **parts: torch.nn.Module | No
 
 
 def save_model(model: NovelViewPipeline | ModelMixin, folder: str | Path) -> None:
-    """Write a pipeline or a network as a folder, whole or not at all. Raises UserError when the disk is full."""
+    """Write a pipeline or a network as a folder, whole or not at all. Raises UserError when the disk is full, and for a
+    network that diverged: nobody shall find NaN in a finished student."""
+    parts = model.components if isinstance(model, NovelViewPipeline) else {"network": model}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            check_values(part, f"{name} of {folder}, which was not written")
     with quiet(), atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         for file in [*Path(temporary).rglob("config.json"), *Path(temporary).glob("model_index.json")]:

@@ -308,7 +308,9 @@ def check_values(part: nn.Module, place: object) -> None:
     if empty is not None:
         raise UserError(f"{place} has no values for {short(empty)}; write or copy the model again")
     if (name := not_finite(named)) is not None:
-        raise UserError(f"{place}: {short(name)} holds NaN or infinite weights; give an intact model")
+        raise UserError(
+            f"{place}: {short(name)} holds NaN or infinite weights; give an intact model, or train with lower rates"
+        )
 
 
 def load_alone(folder: str | Path, cls: type, **options: Any) -> Any:
