@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 from reprlib import Repr
+from typing import Any
 
 LONGEST = 2000  # characters of a sentence: what a file holds, or a name, may be of any length
 
@@ -52,3 +53,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def first_line(error: BaseException) -> str:
     """The first line of what an error says, or its class where it says nothing (an EOFError does)."""
     return next(iter(str(error).splitlines()), type(error).__name__)[:120]
+
+
+def first_problem(error: Any) -> str:
+    """Where and what a pydantic ValidationError finds wrong first."""
+    problem = error.errors(include_url=False)[0]
+    return f"{'.'.join(str(part) for part in problem['loc'])[:100]}: {problem['msg'].lower()[:120]}"
