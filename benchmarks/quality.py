@@ -31,14 +31,16 @@ def score_model(model: str, clips: list, args: Any) -> list[dict]:
     pipeline = load_pipeline(model, NovelViewPipeline).to(args.device)
     if isinstance(pipeline, TeacherPipeline):
         contestants = {"": teacher_contestant(pipeline, args.steps, args.guidance)}
-        contestants |= few_step_teachers(pipeline, args.few_steps) if args.few_steps else {}
+        for steps in args.few_steps:
+            ways = few_step_teachers(pipeline, steps)
+            contestants |= {(steps, way): contestant for way, contestant in ways.items()}
     else:
         if args.steps:
             pipeline.register_to_config(steps=args.steps)
         contestants = {"": student_contestant(pipeline)}
     results = evaluate(contestants, clips, pipeline, args.seed)
-    ways = {name: {"way": name} if name else {} for name in results}
-    return [{"model": model, **ways[name], **score(result, clips)} for name, result in results.items()]
+    ways = {key: {"way": key[1]} if key else {} for key in results}
+    return [{"model": model, **ways[key], **score(result, clips)} for key, result in results.items()]
 
 
 def main() -> None:
@@ -49,7 +51,9 @@ def main() -> None:
     parser.add_argument("--size", help="of clips made from scenes, HEIGHTxWIDTH; the first model's own if not given")
     parser.add_argument("--frames", type=positive, help="the same, number of frames")
     parser.add_argument("--steps", type=positive, help="sampling steps; the model's own if not given")
-    parser.add_argument("--few-steps", type=positive, help="score teachers also untrained in so many steps")
+    parser.add_argument(
+        "--few-steps", type=positive, nargs="+", default=[], metavar="N", help="also untrained in so many"
+    )
     parser.add_argument("--guidance", type=float, help="of a teacher; its own if not given")
     parser.add_argument("--clips", type=positive, help="at most this many clips")
     parser.add_argument("--seed", type=int, default=0)

@@ -9,7 +9,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fvgen.distill.config import RunConfig, changed, read_stage_config, read_yaml, run_config, stage_config
+    from fvgen.distill.config import (
+        RunConfig,
+        changed,
+        read_stage_config,
+        read_stages,
+        read_yaml,
+        run_config,
+        stage_config,
+    )
     from fvgen.distill.export import export_checkpoint
     from fvgen.distill.guards import stopped_by_sigterm
     from fvgen.distill.run_folder import check_paths, read_metrics
@@ -25,6 +33,7 @@ __all__ = [
     "export_checkpoint",
     "read_metrics",
     "read_stage_config",
+    "read_stages",
     "read_yaml",
     "run",
     "run_config",

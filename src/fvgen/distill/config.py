@@ -118,6 +118,37 @@ def read_stage_config(name: str | None, file: str | Path, overrides: Sequence[st
     return stage_config(name, {**settings, **words}, str(file), words)
 
 
+def read_stages(file: str | Path, overrides: Sequence[str]) -> list[StageConfig]:
+    """The stages of a method file, judged, each starting from the one before: common settings on top, a section by
+    method name for each of ``stages: [gan, dmd]``. ``out`` is the folder of all; stage k gets ``out/stage<k>_<name>``.
+
+    Overrides hold for all stages that know the setting; ``dmd.iterations=20`` is for one. Raises UserError.
+    """
+    where, words, settings = str(file), parse_overrides(overrides), read_yaml(file)
+    names = settings.pop("stages", None)
+    if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
+        raise UserError(f"{where}: stages is {reprlib.repr(names)}; write the methods in order, as stages: [gan, dmd]")
+    for name in names:
+        method_named(name)
+    out = words.pop("out", settings.pop("out", None))
+    if not out:
+        raise UserError(f"{where}: out is not given; add out=DIR")
+    special = {word: value for word, value in words.items() if "." in word and word.partition(".")[0] in names}
+    common = {word: value for word, value in words.items() if word not in special}
+    for word in common:
+        if not any(word in known_words(name) for name in names):
+            raise UserError(f"command line: unknown setting {word!r}; the stages are {', '.join(names)}")
+    configs: list[StageConfig] = []
+    for number, name in enumerate(names, start=1):
+        given = {word: value for word, value in common.items() if word in known_words(name)}
+        given |= {word.partition(".")[2]: value for word, value in special.items() if word.partition(".")[0] == name}
+        before = {"init": configs[-1].run.out} if configs else {}
+        folder = {"out": str(Path(out) / f"stage{number}_{name}")}
+        section = _section(settings, name, where)
+        configs.append(stage_config(name, {**section, **before, **given, **folder}, where, given))
+    return configs
+
+
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """A YAML mapping; raises UserError for a file that is missing or something else."""
     try:

@@ -11,7 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fvgen.distill.methods.base import Method
+from fvgen.distill.methods.controls import FrozenHead, RandomGradient
+from fvgen.distill.methods.data_forcing import DataForcing, DataForcingSettings
 from fvgen.distill.methods.dmd import Dmd, DmdSettings
+from fvgen.distill.methods.dmd2 import Dmd2, Dmd2Settings
+from fvgen.distill.methods.regression import Consistency, ConsistencySettings, OdePairs, OdePairsSettings
 from fvgen.distill.settings import MethodSettings
 from fvgen.errors import UserError, did_you_mean
 
@@ -30,6 +34,15 @@ METHODS: dict[str, Row] = {
     "gan": Row(Dmd, DmdSettings, {"dmd_weight": 0.0}),
     # Section 4.2: softened-reverse-KL distribution matching, in which the adversarial update goes on.
     "dmd": Row(Dmd, DmdSettings),
+    # Rivals: docs/method.md says where each comes from and departs.
+    "dmd2": Row(Dmd2, Dmd2Settings),
+    "f-distill": Row(Dmd2, Dmd2Settings, {"ratio_norm": "batch"}),
+    "data-forcing": Row(DataForcing, DataForcingSettings),
+    "ode-pairs": Row(OdePairs, OdePairsSettings),
+    "consistency": Row(Consistency, ConsistencySettings),
+    # Controls, which must fail.
+    "control-random-gradient": Row(RandomGradient, DmdSettings, {"dmd_weight": 0.0}),
+    "control-frozen-head": Row(FrozenHead, DmdSettings, {"dmd_weight": 0.0}),
 }
 
 

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -44,7 +45,7 @@ from fvgen.objectives import divergences
 from fvgen.objectives.divergences import DIVERGENCES
 from fvgen.objectives.dmd import denoising_loss, dmd_gradient, dmd_loss
 from fvgen.objectives.gan import KINDS, approximate_r1, discriminator_loss, generator_loss
-from fvgen.objectives.ratio import RatioConstant, RatioNormalizer, log_ratio
+from fvgen.objectives.ratio import TINY, RatioConstant, RatioNormalizer, log_ratio
 from fvgen.system.processes import ALONE, World
 
 if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
@@ -52,6 +53,9 @@ if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarte
     from fvgen.distill.settings import StageConfig
     from fvgen.models.critic import Critic
     from fvgen.models.denoiser import Denoiser, Teacher
+
+
+MORE_OF_HEAD = 4  # updates at most that a head below its floor gets more
 
 
 class DmdSettings(MethodSettings):
@@ -77,6 +81,14 @@ class DmdSettings(MethodSettings):
     regression_weight: float = Field(
         0.0, ge=0, description="of the mean squared error to the true latents (noised input only); the paper has none"
     )
+    balance: bool = Field(
+        False,
+        description="divide the adversarial loss by its gradient's mean size at the student's output, as Eq. 8 does "
+        "with the matching one: gan_weight then means the same at every size and age of the head",
+    )
+    head_pair_floor: float = Field(
+        0.0, ge=0, lt=1, description="the head learns again (up to 4 times) from pairs of which it orders fewer rightly"
+    )
     head_channels: int = Field(64, ge=8, multiple_of=8)
     taps: str = Field("", description="where the head looks, names with commas between; '' is the family's own choice")
     t_min: int = Field(20, ge=0, le=999, description="lowest timestep at which samples are noised for the critics")
@@ -87,6 +99,12 @@ class DmdSettings(MethodSettings):
     guidance: float | None = Field(None, ge=0, description="on the real score; null takes the teacher's own")
     ratio_bins: int = Field(10, ge=1, le=1000, description="bins of timesteps with a running mean of the weight each")
     ratio_decay: float = Field(0.99, gt=0, lt=1, description="of those running means")
+    ratio_norm: Literal["running", "batch"] = Field(
+        "running", description="weights are divided by their running means, or by the batch's own (f-distill)"
+    )
+    fake_score_start: Literal["teacher", "student"] = Field(
+        "teacher", description="the fake score starts as the teacher, or as the earlier stage's student (init=...)"
+    )
 
     same_noise: bool = Field(
         False,
@@ -115,9 +133,13 @@ class DmdSettings(MethodSettings):
     def idle(self) -> dict[str, str]:
         idle: dict[str, str] = {}
         if not self.matching:
-            idle |= dict.fromkeys(("divergence", "guidance", "ratio_bins", "ratio_decay"), "where dmd_weight is 0")
+            matching = ("divergence", "guidance", "ratio_bins", "ratio_decay", "ratio_norm", "fake_score_start")
+            idle |= dict.fromkeys(matching, "where dmd_weight is 0")
         if not self.judging:
-            idle |= dict.fromkeys(("gan_kind", "r1_weight", "head_channels", "taps"), "where no head learns")
+            of_head = ("gan_kind", "r1_weight", "head_channels", "taps", "head_pair_floor")
+            idle |= dict.fromkeys(of_head, "where no head learns")
+        if not self.gan_weight:
+            idle["balance"] = "where gan_weight is 0"
         if not self.judging or not self.r1_weight:
             idle["r1_sigma"] = "where r1_weight is 0"
         if not self.judging and not self.matching:
@@ -139,6 +161,10 @@ class DmdSettings(MethodSettings):
         return self
 
     def judge(self, run: Run, data: Data, memory: Memory) -> None:
+        if self.fake_score_start == "student" and not run.init:
+            raise ValueError("fake_score_start=student needs init=..., the earlier stage whose student that is")
+        if self.fake_score_start == "student" and memory.share_backbone:
+            raise ValueError("fake_score_start=student needs a fake score of its own; leave share_backbone out")
         if self.same_noise and memory.accumulation > 1:
             raise ValueError("same_noise=true needs accumulation=1: it keeps the graph of the whole batch")
         if self.head_warmup >= run.iterations:
@@ -171,7 +197,12 @@ class View:
 class Dmd(Method):
     """A student between a teacher and its critics: ``critic`` (with the learner ``head``) and the learner
     ``fake_score``, each None where the settings need none. ``normalizer`` goes with the fake score, ``constant`` with a
-    relativistic head whose logits are to be density ratios."""
+    relativistic head whose logits are to be density ratios.
+
+    head_on: whose features the head sees.
+    """
+
+    head_on: ClassVar[Literal["teacher", "fake_score"]] = "teacher"
 
     def __init__(
         self,
@@ -295,12 +326,17 @@ class Dmd(Method):
         x_tau = self.schedule.add_noise(x0, noise, tau)
         if self.fake_score is None:
             return View(tau, noise, x_tau, self.critic.features(x_tau, tau, condition), None)
-        x0_real, features = self.teacher.judge(x_tau, tau, condition, self.critic.taps if self.critic else ())
+        taps = self.critic.taps if self.critic and self.head_on == "teacher" else ()
+        x0_real, features = self.teacher.judge(x_tau, tau, condition, taps)
         return View(tau, noise, x_tau, features, x0_real)
 
     def update_critics(self, rollout: Rollout, draws: Draws) -> Metrics:
         """The head learns to tell real from student (Eq. 5), the fake score to denoise the student's output (Eq. 2)."""
         metrics = {} if self.critic is None else self.update_head(rollout, draws)
+        for _ in range(MORE_OF_HEAD if self.settings.head_pair_floor and self.critic is not None else 0):
+            if self.world.gather(metrics["head_pair_accuracy"][None]).mean() >= self.settings.head_pair_floor:
+                break
+            metrics = self.update_head(rollout, draws)
         if self.fake_score is not None:
             metrics |= self.update_fake_score(rollout, draws)
         return metrics
@@ -336,7 +372,7 @@ class Dmd(Method):
             penalty = approximate_r1(real_logits, critic.head(*shaken_features), settings.r1_sigma).mean()
             loss = loss + settings.r1_weight * penalty
             metrics["loss_r1"] = penalty
-        norm = self.learners["head"].update(loss)
+        norm = self.learn("head", loss)
         real, fake = log_ratio(real_logits), log_ratio(fake_logits)
         if self.constant is not None:
             self.constant.update(real, fake, tau, self.world.gather)
@@ -354,8 +390,17 @@ class Dmd(Method):
         x_t = self.schedule.add_noise(x0, noise, t)
         prediction = self.fake_score.velocity(x_t, t, rollout.batch.condition)
         loss = denoising_loss(prediction, self.schedule.velocity(x0, noise, t)).mean()
-        norm = self.learners["fake_score"].update(loss)
-        return {"loss_fake_score": loss, "grad_norm_fake_score": norm}
+        more, metrics = self.more_of_fake_score(rollout, draws)
+        norm = self.learn("fake_score", loss if more is None else loss + more)
+        return {"loss_fake_score": loss, "grad_norm_fake_score": norm} | metrics
+
+    def more_of_fake_score(self, rollout: Rollout, draws: Draws) -> tuple[Tensor | None, Metrics]:
+        """What a method lets the fake score learn beside that, a scalar, and what is logged of it."""
+        return None, {}
+
+    def learn(self, learner: str, loss: Tensor) -> Tensor | None:
+        """One step of a critic; returns its gradient's norm."""
+        return self.learners[learner].update(loss)
 
     # --- The student ---
 
@@ -363,7 +408,7 @@ class Dmd(Method):
         """One step of the student down the sum of its losses."""
         losses, metrics = self.student_losses(rollout, draws, seen)
         loss = _sum(losses)
-        norm = self.learners["student"].update(loss)
+        norm = self.learners["student"].update(loss)  # a hook adds to the metrics
         return metrics | {"loss_student": loss, "grad_norm_student": norm}
 
     def student_losses(self, rollout: Rollout, draws: Draws, seen: View | None) -> tuple[list[Tensor], Metrics]:
@@ -384,7 +429,9 @@ class Dmd(Method):
             with self.learners["head"].frozen() as head:
                 logits = head(*seen.features)
             adversarial = self.adversarial_loss(rollout, seen, logits)
-            losses.append(settings.gan_weight * adversarial)
+            if settings.gan_weight and seen.x_tau.requires_grad:
+                seen.x_tau.register_hook(partial(_watch, metrics, "gradient_gan"))
+            losses.append(settings.gan_weight * self.adversarial_step(adversarial, x0, draws))
             metrics["loss_student_gan"] = adversarial
         metrics["student_std"] = x0.detach().std()
         if settings.regression_weight > 0:
@@ -406,22 +453,47 @@ class Dmd(Method):
                 real_logits = self.critic.logits(real_tau, seen.tau, rollout.batch.condition)
         return generator_loss(logits, real_logits, self.settings.gan_kind).mean()
 
+    def adversarial_step(self, adversarial: Tensor, x0: Tensor, draws: Draws) -> Tensor:
+        """What the student descends for the adversarial loss: itself, or with ``balance`` a stand-in of the same
+        direction whose gradient's entries are one in the mean, in units of 1/n of a mean over a sample's n entries.
+        That is the size that Eq. 8's normaliser gives the matching loss."""
+        if not self.settings.balance:
+            return adversarial
+        gradient = self.gan_gradient(adversarial, x0)
+        size = gradient.abs().mean() * x0.numel()  # the loss is a mean over clips as well
+        return (x0 * (gradient / size.clamp(min=TINY))).sum()
+
+    def gan_gradient(self, adversarial: Tensor, x0: Tensor) -> Tensor:
+        """Of the adversarial loss with respect to the student's output, in its shape."""
+        (gradient,) = torch.autograd.grad(adversarial, x0, retain_graph=True)
+        return gradient.detach()
+
+    def real_estimate(self, rollout: Rollout, seen: View) -> Tensor:
+        """What the student is pulled towards, [B, C, F, h, w] without a graph: the real score's clean estimate."""
+        return seen.x0_real
+
     def matching_loss(self, rollout: Rollout, seen: View, logits: Tensor | None) -> tuple[Tensor, Metrics]:
         """The DMD surrogate loss (scalar) on the student's output, weighted by the divergence's h(r); without logits
         every ratio weighs one, and of a relativistic head's the constant is taken off first."""
         tau = seen.tau
         with torch.no_grad():
             x0_fake = self.fake_score(seen.x_tau, tau, rollout.batch.condition)
+            x0_real = self.real_estimate(rollout, seen)
         if logits is None:
-            weight = torch.ones_like(tau, dtype=torch.float32)
-            return dmd_loss(rollout.x0, dmd_gradient(rollout.x0, seen.x0_real, x0_fake, weight)).mean(), {}
+            gradient = dmd_gradient(rollout.x0, x0_real, x0_fake, torch.ones_like(tau, dtype=torch.float32))
+            return dmd_loss(rollout.x0, gradient).mean(), {MONITOR + "gradient_dmd": gradient.abs().mean()}
         ratio, constant = log_ratio(logits), {}
         if self.constant is not None:
             c = self.constant.at(tau)
             ratio, constant = ratio - c, {"ratio_constant": c.mean()}
         h = divergences.weight(self.settings.divergence, ratio)
-        weight = self.normalizer.normalize(h, tau, self.world.gather)
-        loss = dmd_loss(rollout.x0, dmd_gradient(rollout.x0, seen.x0_real, x0_fake, weight)).mean()
+        if self.settings.ratio_norm == "batch":
+            weight = h / self.world.gather(h).mean().clamp(min=TINY)
+        else:
+            weight = self.normalizer.normalize(h, tau, self.world.gather)
+        gradient = dmd_gradient(rollout.x0, x0_real, x0_fake, weight)
+        loss = dmd_loss(rollout.x0, gradient).mean()
+        constant[MONITOR + "gradient_dmd"] = gradient.abs().mean()
         ratios = {"log_ratio": ratio.mean(), "log_ratio_max": ratio.abs().max()}
         weights = {"weight_h": h.mean(), "weight": weight.mean()}
         extremes = {"weight_min": weight.min(), "weight_max": weight.max()}
@@ -433,6 +505,12 @@ def _heeding(row: Metrics, earlier: Metrics) -> Metrics:
     the log and the guard see one row of an iteration."""
     pairs = {name: (value, earlier[name]) for name, value in row.items() if value is not None}
     return row | {name: torch.where(old.isfinite(), new, old) for name, (new, old) in pairs.items()}
+
+
+def _watch(metrics: Metrics, name: str, gradient: Tensor) -> None:
+    """The mean size of a loss's gradient at the student's noised output, in units of 1/n of a mean over n entries:
+    as large as the matching loss's is where both weigh the same."""
+    metrics[MONITOR + name] = gradient.abs().mean() * gradient.numel()
 
 
 def _sum(losses: list[Tensor]) -> Tensor:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +26,11 @@ from fvgen.pipelines.folders import load_head, load_pipeline
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.system.doors import load_tensors, not_finite
 
+if TYPE_CHECKING:
+    from fvgen.distill.methods.dmd import Dmd
 
-def build_dmd(kind: Callable[..., Method], setup: Setup) -> Method:
+
+def build_dmd(kind: type[Dmd], setup: Setup) -> Method:
     """Student, head and fake score around a teacher; the student starts as the teacher or as the earlier stage's.
 
     All networks stay in evaluation mode: the teacher's dropout would add noise to every target.
@@ -34,6 +39,8 @@ def build_dmd(kind: Callable[..., Method], setup: Setup) -> Method:
     torch.manual_seed(config.run.seed)  # initial weights of head and adapters
     critic = make_critic(setup) if settings.judging else None
     networks, exact = denoisers(setup, ["student", *["fake_score"] * settings.matching])
+    if critic is not None and kind.head_on != "teacher":
+        critic = replace(critic, source=networks[kind.head_on])
     normalizer = None
     if settings.matching and critic is not None:
         at_equality = divergences.weight(settings.divergence, torch.zeros(1)).item()
@@ -82,8 +89,11 @@ def denoisers(setup: Setup, names: Sequence[str]) -> tuple[dict[str, Denoiser], 
     teacher, start = setup.teacher.network, setup.start_from
     adapted = {name: memory.student_lora if name == "student" else memory.share_backbone for name in names}
     whole: dict[str, nn.Module] = {}
+    goes_on = {"student"}
+    if getattr(setup.config.method, "fake_score_start", "") == "student":
+        goes_on.add("fake_score")
     for name in [name for name in names if not adapted[name]]:
-        if name == "student" and start is not None:
+        if name in goes_on and start is not None:
             whole[name] = load_pipeline(start / "student", StudentPipeline).network.to(setup.device)
         else:
             whole[name] = copy.deepcopy(teacher)
@@ -92,7 +102,7 @@ def denoisers(setup: Setup, names: Sequence[str]) -> tuple[dict[str, Denoiser], 
     exact: dict[str, dict[str, Tensor]] = {}
     if memory.precision == "bfloat16" and whole and setup.device.type != "meta":  # where weights have no values
         of_teacher = _weights(teacher)  # one copy for all
-        exact = {n: _weights(w) if n == "student" and start is not None else of_teacher for n, w in whole.items()}
+        exact = {n: _weights(w) if n in goes_on and start is not None else of_teacher for n, w in whole.items()}
     for network in (teacher, *whole.values()):
         _prepare(network, memory)
     calls = dict.fromkeys(names, setup.teacher.call)
