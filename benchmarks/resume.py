@@ -30,8 +30,8 @@ from fvgen.errors import UserError
 from fvgen.system.files import write_json
 
 WRITTEN = (
-    *("checkpoints/*.partial", "checkpoints/*.partial", "student.partial", "head.partial"),
-    *("summary.json.partial", "metrics.jsonl.partial"),
+    *("checkpoints/*.partial*", "checkpoints/*.partial*", "student.partial*", "head.partial*"),
+    *("summary.json.partial*", "metrics.jsonl.partial*"),
 )
 
 

@@ -236,7 +236,7 @@ def moments(out: Path, generator: random.Random) -> Iterator[Callable[[], bool]]
                 "config.yaml",
             ]
             name = generator.choice(names)
-            yield lambda name=name: any(out.glob(f"{name}.partial"))
+            yield lambda name=name: any(out.glob(f"{name}.partial-*"))
         else:
             rows, delay = generator.randrange(4), generator.uniform(0, 0.3)
             yield after_rows(out / "metrics.jsonl", rows, delay)

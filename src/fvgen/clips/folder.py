@@ -9,14 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from fvgen.clips.clip import Clip, to_bytes
-from fvgen.errors import UserError
+from fvgen.errors import UserError, first_line
+from fvgen.system.doors import open_tensors, read_object
 from fvgen.system.files import atomic_path
 
 FORMAT = 1
+KINDS = ["U8", "U8", "BOOL"]  # of truth, render and known
 
 
 class ClipFolder:
@@ -27,13 +29,24 @@ class ClipFolder:
         self.index = _read_index(self.path)
         self.names: list[str] = self.index["names"]
         file = self.path / "clips.safetensors"
+        cure = f"delete {path} and prepare it again"
         try:
-            self._file = safe_open(str(file), framework="pt")
-            truth, render, known = (self._file.get_slice(key).get_shape() for key in ("truth", "render", "known"))
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file} is damaged or missing ({error}); delete {path} and prepare it again") from error
-        if len(truth) != 5 or truth != render or known != truth[:2] or truth[0] != len(self.names):
-            raise UserError(f"{file} does not fit its index.json; delete {path} and prepare it again")
+            self._file = open_tensors(file)
+            found = {key: self._file.get_slice(key) for key in ("truth", "render", "known")}
+        except (SafetensorError, UserError) as error:
+            reason = getattr(error, "reason", first_line(error))
+            raise UserError(f"{file} is damaged or missing ({reason}); {cure}") from error
+        truth, render, known = (tensor.get_shape() for tensor in found.values())
+        kinds = [tensor.get_dtype() for tensor in found.values()]
+        if (
+            len(truth) != 5
+            or truth != render
+            or known != truth[:2]
+            or truth[0] != len(self.names)
+            or kinds != KINDS
+            or 0 in truth
+        ):
+            raise UserError(f"{file} does not fit its index.json; {cure}")
         self.frames, self.height, self.width = truth[1], truth[3], truth[4]
 
     def __len__(self) -> int:
@@ -80,9 +93,12 @@ def _read_index(path: Path) -> dict:
         state = "is a file, not a folder" if path.exists() else "does not exist"
         raise UserError(f"data folder {path} {state}; prepare clips first or give another folder")
     try:
-        index = json.loads(file.read_text())
-        if index["format"] != FORMAT or not index["names"] or not isinstance(index["names"], list):
+        index = read_object(file)
+        names = index["names"]
+        if index["format"] != FORMAT or not names or not isinstance(names, list):
             raise KeyError("format")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+            raise KeyError("names")
+    except (UserError, KeyError) as error:
         raise UserError(f"{file} is no index of prepared clips; prepare them again or give another folder") from error
     return index

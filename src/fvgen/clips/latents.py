@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
 from fvgen.models.condition import Condition
+from fvgen.system.doors import Unreadable, load_tensors, not_finite
 from fvgen.system.files import atomic_path
 
 if TYPE_CHECKING:
@@ -73,11 +73,15 @@ def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0) 
         with atomic_path(file) as temporary:
             save_file(tensors, temporary)
     try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"the latent cache {file} is damaged ({error}); delete it and run again") from error
-    if "latents" not in tensors or any(tensor.shape[0] not in (1, len(clips)) for tensor in tensors.values()):
+        tensors = load_tensors(file)
+    except Unreadable as error:
+        raise UserError(f"the latent cache {file} is damaged ({error.reason}); delete it and run again") from error
+    latents = tensors.get("latents")
+    fits = latents is not None and latents.ndim == 5 and len(latents) == len(clips)
+    if not fits or any(tensor.ndim < 1 or len(tensor) not in (1, len(clips)) for tensor in tensors.values()):
         raise UserError(f"the latent cache {file} does not fit its clips; delete it and run again")
+    if (name := not_finite(tensors.items())) is not None:
+        raise UserError(f"the latent cache {file}: {name[:100]} holds NaN or an infinity; delete it and run again")
     return LatentSet(tensors, clips.names)
 
 

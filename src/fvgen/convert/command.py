@@ -7,6 +7,7 @@ A component at a time, so that never more than one is in memory. What no network
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ from fvgen.pipelines.card import write_card
 from fvgen.pipelines.folders import quiet
 from fvgen.pipelines.hub import fetch_file
 from fvgen.pipelines.presets import model_folder
-from fvgen.system.files import atomic_path
+from fvgen.system.doors import there
+from fvgen.system.files import atomic_path, busy, judge_output
 
 __all__ = ["COMPONENTS", "LEFTOVERS", "check_shapes", "convert", "convert_back", "expected_shapes", "newer_name"]
 
@@ -64,12 +66,15 @@ def convert(
         UserError: a yaml of another model, a damaged checkpoint, one with missing or unexpected weights or weights of
             other shapes, an output folder that is in use. Nothing is written then.
     """
-    out, only = _check_out(out), _check_components(only)
+    read = [name for name in (config, checkpoint) if there(name)]
+    out, only = judge_output(out, inputs=read), _check_components(only)
+    if os.path.lexists(out) and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"output {out} exists and is no empty folder; choose another --out or delete it")
     lvdm = read_lvdm_config(fetch_file(config), layout)
     file = CheckpointFile(fetch_file(checkpoint), newer_name)
     check_shapes(file.shapes, lvdm, only, file.path)
     check_schedule(file, lvdm)
-    with atomic_path(out) as folder, quiet():
+    with busy(out), atomic_path(out) as folder, quiet():
         for component in only:
             _write_component(component, file, lvdm, folder)
         write_leftovers(file, lvdm, only, folder)
@@ -89,10 +94,10 @@ def convert_back(folder: str | Path, out: str | Path, config: str | None = None,
     Raises:
         UserError: a folder without the weights, or with others than its configuration says. Nothing is written then.
     """
-    folder, only, out = model_folder(folder), _check_components(only), Path(out)
+    folder, only, out = model_folder(folder), _check_components(only), judge_output(out, inputs=[folder])
     if out.suffix not in (".ckpt", ".pth", ".pt", ".safetensors"):
         out = out / "model.ckpt"
-    if out.exists():
+    if os.path.lexists(out):
         raise UserError(f"output file {out} exists; choose another --out or delete it")
     layout = _layout(folder)
     asked = layout if layout == "ends" else None  # the others' yamls say themselves what they are
@@ -105,7 +110,7 @@ def convert_back(folder: str | Path, out: str | Path, config: str | None = None,
         return state if "text_encoder" in only else _read_component("text_encoder", folder, None, layout)
 
     state |= read_leftovers(folder, only, text_tower)
-    with atomic_path(out) as temporary:
+    with busy(out), atomic_path(out) as temporary:
         save_file(state, temporary) if out.suffix == ".safetensors" else torch.save({"state_dict": state}, temporary)
     return out
 
@@ -229,13 +234,6 @@ def _some(keys: Iterable[str]) -> str:
     keys = list(keys)
     more = f" and {len(keys) - TOLD} more" if len(keys) > TOLD else ""
     return ", ".join(keys[:TOLD]) + more
-
-
-def _check_out(out: str | Path) -> Path:
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"output {out} exists and is no empty folder; choose another --out or delete it")
-    return out
 
 
 def _check_components(only: Sequence[str]) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from fvgen.errors import UserError, first_line
-from fvgen.system.weights import DAMAGE, other_kind, read_weights_file
+from fvgen.system.doors import other_kind
+from fvgen.system.weights import DAMAGE, read_weights_file
 
 PREFIXES = ("_forward_module.", "_orig_mod.", "module.")  # of Lightning with DeepSpeed, torch.compile, DDP
 CURE = "copy or download it again"

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fvgen.depth import depth_pro, dust3r, measured, sparse, stereo
+from fvgen.depth import depth_pro, dust3r, dust3r_model, measured, sparse, stereo
 from fvgen.depth.stereo import STEREO_SIDE
 from fvgen.errors import UserError, did_you_mean
 from fvgen.geometry.stereo import TooFewFeatures
@@ -87,3 +87,10 @@ DEPTHS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only wh
     "depth_pro": Backend(depth_pro.lacks, depth_pro.run),
     "colmap": Backend(sparse.lacks, sparse.run),
 }
+
+
+def not_here(name: str) -> str | None:
+    """Why a source of points can run on no scene at all on this machine, or None: told before anything is made."""
+    if name == "depth_pro":
+        return depth_pro.lacks(None)
+    return dust3r_model.missing() if name == "dust3r" else None

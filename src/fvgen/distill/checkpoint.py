@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pickle
 import re
 from collections import deque
@@ -19,7 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from fvgen.errors import UserError, first_line
-from fvgen.system.files import TEMPORARY, atomic_path, recover, remove, write_json
+from fvgen.system.files import TEMPORARY, atomic_path, move_away, recover, write_json
 from fvgen.system.processes import ALONE, World
 
 INDEX = "checkpoint.json"
@@ -181,8 +180,8 @@ class CheckpointFolder:
 
     def clean(self) -> None:
         """Remove what a kill while saving left behind."""
-        for path in list(self.root.glob("*.partial*")) if self.root.is_dir() else []:
-            recover(path.with_name(path.name.partition(".")[0]))
+        for path in list(self.root.glob(f"*{TEMPORARY}*")) if self.root.is_dir() else []:
+            recover(path.with_name(path.name.partition(TEMPORARY)[0]))
 
     def prune(self, scores: Mapping[int, float]) -> None:
         """Delete all but the newest and the best; only whole checkpoints stay."""
@@ -190,7 +189,4 @@ class CheckpointFolder:
         best = min((i for i in iterations if i in scores), key=lambda i: scores[i], default=None)
         for iteration in iterations[: -self.keep]:
             if iteration != best:
-                path = self.path(iteration)
-                doomed = path.with_name(path.name + TEMPORARY)
-                os.replace(path, doomed)  # a kill must not leave half a checkpoint under a whole one's name
-                remove(doomed)
+                move_away(self.path(iteration))

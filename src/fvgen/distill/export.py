@@ -9,12 +9,13 @@ import torch
 from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint_part
 from fvgen.distill.methods.written import write_student
 from fvgen.distill.run_folder import read_run_config
+from fvgen.distill.settings import StageConfig
 from fvgen.distill.sources import is_path
 from fvgen.errors import UserError
 from fvgen.models.family import family_of
 from fvgen.pipelines.folders import load_pipeline, model_kind
 from fvgen.pipelines.teacher import TeacherPipeline
-from fvgen.system.files import TEMPORARY, writable_folder
+from fvgen.system.files import TEMPORARY, busy, judge_output, writable_folder
 
 
 def _replaceable(out: Path) -> bool:
@@ -31,7 +32,7 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
     ``run`` is the stage's own folder; the run may still be going on. Raises UserError for a folder without checkpoints,
     an iteration that was not kept, a damaged checkpoint, or an ``out`` that holds something else.
     """
-    run, out = Path(run), Path(out)
+    run, out = Path(run), judge_output(out, inputs=[Path(run) / "checkpoints", Path(run) / "student"])
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run} is no run's folder (it has no config.yaml); give the output folder of a stage")
     config = read_run_config(run)
@@ -48,7 +49,12 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
             f"the run in {run} began with teacher={config.run.teacher}, which is not there any more; put it back, or "
             "resume the run once with teacher=DIR of an equal one"
         )
-    weights = load_checkpoint_part(checkpoints.path(iteration or kept[-1]), "ema")["module"]
+    with busy(out):
+        return _export(config, checkpoints.path(iteration or kept[-1]), out)
+
+
+def _export(config: StageConfig, checkpoint: Path, out: Path) -> Path:
+    weights = load_checkpoint_part(checkpoint, "ema")["module"]
     base = load_pipeline(config.run.teacher, TeacherPipeline)
     writable_folder(out.parent)
     with torch.no_grad():

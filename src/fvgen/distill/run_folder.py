@@ -16,7 +16,16 @@ from fvgen.distill.config import read_yaml, stage_config
 from fvgen.distill.settings import StageConfig
 from fvgen.distill.sources import SOURCES, check_source, contents, located, moved
 from fvgen.errors import UserError
-from fvgen.system.files import TEMPORARY, atomic_path, locked, recover, remove, writable_folder, write_json
+from fvgen.system.files import (
+    TEMPORARY,
+    atomic_path,
+    judge_output,
+    locked,
+    recover,
+    remove,
+    writable_folder,
+    write_json,
+)
 
 LOCK = ".lock"  # held while a run is at work
 SUMMARY = "summary.json"  # there if and only if the stage is done
@@ -34,6 +43,7 @@ class RunFolder:
 
     def judge(self) -> None:
         """Raises UserError where it holds anything but this very run, or where that run is at work."""
+        judge_output(self.config.run.out, option="out=")
         file = self.root / "config.yaml"
         if file.exists():
             theirs, ours = located(read_run_config(self.root, follow=False).words()), located(self.config.words())

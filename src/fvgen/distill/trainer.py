@@ -35,8 +35,8 @@ from fvgen.distill.progress import ProgressLines, brief, progress_bar
 from fvgen.distill.run_folder import LOG, RunFolder, check_paths, finished_stage
 from fvgen.distill.settings import StageConfig
 from fvgen.errors import Stopped, UserError, did_you_mean
-from fvgen.models.family import family_of
-from fvgen.pipelines.folders import check_device, load_pipeline, model_kind
+from fvgen.models.family import Size, family_of
+from fvgen.pipelines.folders import check_device, folder_blueprint, load_pipeline, model_kind
 from fvgen.pipelines.presets import model_folder
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.shards.order import ClipLoader
@@ -128,7 +128,7 @@ class Trainer:
         with stop_on_sigterm() as stop:
             done = self.resume()
             rows = self.world.tell(self.folder.rows() if self.world.is_main else [])
-            guard = SkipGuard(self.config.log.max_skips, rows)
+            guard = SkipGuard(min(self.config.log.max_skips, total), rows)
             monitor = self._start_monitor()
             lines = ProgressLines(self.out, self.config.name, done, total)
             with progress_bar(self.world.is_main) as bar:
@@ -278,10 +278,31 @@ def stage_data(config: StageConfig, base: TeacherPipeline) -> ClipFolder | Shard
     elif holds_shards(data):
         clips = ShardSet(data)
         clips.check_encoder(base.encoder_fingerprint(), config.run.teacher)
+        base.check_clip(clips.frames, clips.height, clips.width)
+        check_kind(clips, config.run.teacher)
     else:
         clips = ClipFolder(data)
     base.check_clip(clips.frames, clips.height, clips.width)
     return clips
+
+
+def check_kind(clips: ShardSet, teacher: str) -> None:
+    """Raises UserError for shards whose first clip has other latents or widths of tokens than the teacher's network
+    takes: a checksum says who wrote them, not whether they are right."""
+    clip, size = clips[0], Size(1, clips.frames, clips.height, clips.width)
+    latents, condition = folder_blueprint(model_folder(teacher))[1].example(size)
+    pairs = [("latents", clip.latents, latents[0])]
+    pairs += [(name, clip.condition[name], tensor[0]) for name, tensor in condition.items() if name in clip.condition]
+    for name, found, expected in pairs:
+        whole = found.ndim > 2  # tokens have a number of their own, and one width
+        same = found.shape == expected.shape if whole else found.shape[-1:] == expected.shape[-1:]
+        if found.ndim != expected.ndim or not same:
+            raise UserError(
+                f"the shards in {clips.place} have {name} of {list(found.shape)}, teacher {teacher} takes "
+                f"{list(expected.shape)}; prepare them again"
+            )
+    if missing := sorted(set(condition.keys()) - set(clip.condition)):
+        raise UserError(f"the shards in {clips.place} lack {missing[0]}; prepare them again")
 
 
 def _stack(row: Metrics, names: Sequence[str]) -> Tensor:

@@ -21,7 +21,8 @@ from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, look_at, pose_problem
 from fvgen.geometry.conventions import from_opengl
 from fvgen.geometry.viewcrafter_paths import single_view_target, single_view_txt, sparse_interpolation
-from fvgen.system.files import read_json, write_json
+from fvgen.system.doors import read_json
+from fvgen.system.files import write_json
 
 SAME_PLACE = 1e-9  # scene units; nearer centres than this are one
 

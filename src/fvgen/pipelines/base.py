@@ -190,3 +190,15 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         if unknown:
             known = ", ".join(self._callback_tensor_inputs)
             raise UserError(f"callback_on_step_end_tensor_inputs names {unknown[0]!r}; choose among {known}")
+
+
+def unusual_settings(components: Mapping[str, Any], usual: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, Any]]:
+    """The settings of components that differ from those in the table ``usual``, as (component.name, value), sorted:
+    for `NovelViewPipeline.encoding_parts`, since they change latents without changing a weight."""
+    return [
+        (f"{part}.{name}", found)
+        for part, settings in sorted(usual.items())
+        if components.get(part) is not None
+        for name, value in sorted(settings.items())
+        if (found := getattr(components[part].config, name, value)) != value
+    ]

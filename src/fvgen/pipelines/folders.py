@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +11,16 @@ import diffusers
 import torch
 import transformers
 from diffusers import ModelMixin
-from safetensors import SafetensorError
 
-from fvgen.errors import UserError, first_line
+from fvgen.errors import UserError, first_line, short
 from fvgen.models.family import Blueprint, Family, family_of
 from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import NovelViewPipeline
 from fvgen.pipelines.presets import model_folder
-from fvgen.system.files import atomic_path
-from fvgen.system.weights import other_kind
+from fvgen.pipelines.strict import DAMAGE, INDEX, check_values, judge_folder, load_alone
+from fvgen.system.doors import other_kind, read_object
+from fvgen.system.files import atomic_path, write_json
 
-DAMAGE = (OSError, SafetensorError, ValueError, KeyError, RuntimeError, TypeError, AttributeError)
 P = TypeVar("P", bound=NovelViewPipeline)
 
 
@@ -31,16 +29,21 @@ def load_pipeline(name: str | Path, kind: type[P], **parts: torch.nn.Module | No
 
     ``kind``: `TeacherPipeline`, `StudentPipeline` or a family's own class.
 
-    Raises UserError for a folder that is damaged, of a family that is not known, or holds another kind of pipeline.
+    Raises UserError for a folder that is damaged, of a family that is not known, or holds another kind of pipeline; see
+    `fvgen.pipelines.strict`.
     """
     folder = model_folder(name)
     found = model_kind(folder)
     family = family_of(found)
     if family is None or not issubclass(pipeline_class := family.pipeline(found), kind):
-        raise UserError(f"{folder} holds a {found}, but a {kind.__name__} is needed here; give another model folder")
+        raise UserError(
+            f"{folder} holds a {found[:100]}, but a {kind.__name__} is needed here; give another model folder"
+        )
     with quiet():
         try:
             pipeline = pipeline_class.from_pretrained(folder, local_files_only=True, **parts)
+        except UserError:
+            raise
         except DAMAGE as error:
             raise damaged(folder, error) from error
     for part in pipeline.components.values():
@@ -50,20 +53,27 @@ def load_pipeline(name: str | Path, kind: type[P], **parts: torch.nn.Module | No
 
 
 def save_model(model: NovelViewPipeline | ModelMixin, folder: str | Path) -> None:
-    """Write a pipeline or a network as a folder, whole or not at all. Raises UserError when the disk is full."""
+    """Write a pipeline or a network as a folder, whole or not at all. Raises UserError when the disk is full, and for a
+    network that diverged: nobody shall find NaN in a finished student."""
+    parts = model.components if isinstance(model, NovelViewPipeline) else {"network": model}
+    for name, part in parts.items():
+        if isinstance(part, torch.nn.Module):
+            check_values(part, f"{name} of {folder}, which was not written")
     with quiet(), atomic_path(folder) as temporary:
         model.save_pretrained(temporary)
         for file in [*Path(temporary).rglob("config.json"), *Path(temporary).glob("model_index.json")]:
-            settings = json.loads(file.read_text())
+            settings = read_object(file)
             settings.pop("_name_or_path", None)  # a folder of the machine that the part was loaded on
-            file.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n")
+            write_json(file, settings, sort_keys=True)
 
 
 def load_head(folder: str | Path) -> DiscriminatorHead:
     """A discriminator head in float32. Raises UserError for a damaged folder."""
     with quiet():
         try:
-            return DiscriminatorHead.from_pretrained(folder, local_files_only=True).float()
+            return load_alone(folder, DiscriminatorHead).float()
+        except UserError:
+            raise
         except DAMAGE as error:
             raise damaged(folder, error) from error
 
@@ -71,9 +81,12 @@ def load_head(folder: str | Path) -> DiscriminatorHead:
 def model_kind(folder: Path) -> str:
     """The class name that ``model_index.json`` gives."""
     try:
-        return json.loads((folder / "model_index.json").read_text())["_class_name"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'model_index.json'} is damaged; write or copy the model again") from error
+        name = read_object(folder / INDEX)["_class_name"]
+    except (UserError, KeyError) as error:
+        raise UserError(f"{folder / INDEX} is damaged; write or copy the model again") from error
+    if not isinstance(name, str):
+        raise UserError(f"{folder / INDEX} is damaged: its class is {short(name)}; write or copy the model again")
+    return name
 
 
 def folder_blueprint(folder: Path) -> tuple[Family, Blueprint]:
@@ -81,16 +94,18 @@ def folder_blueprint(folder: Path) -> tuple[Family, Blueprint]:
 
     Raises UserError for a damaged one, and for one that no family knows.
     """
-    family = family_of(model_kind(folder))
+    kind = model_kind(folder)
+    family = family_of(kind)
     if family is None:
-        raise UserError(f"{folder} holds a {model_kind(folder)}, which no family knows; give another model folder")
+        raise UserError(f"{folder} holds a {kind[:100]}, which no family knows; give another model folder")
     try:
-        files = {"": json.loads((folder / "model_index.json").read_text())}
-        files |= {file.parent.name: json.loads(file.read_text()) for file in sorted(folder.glob("*/*config.json"))}
+        judge_folder(folder, family.pipeline(kind))
+        files = {"": read_object(folder / INDEX)}
+        files |= {file.parent.name: read_object(file) for file in sorted(folder.glob("*/*config.json"))}
         return family, family.blueprint(files)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, UserError):
-            raise
         raise damaged(folder, error) from error
 
 

@@ -21,12 +21,24 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from fvgen.errors import UserError, first_line
 from fvgen.pipelines.card import write_card
 from fvgen.pipelines.presets import SHIPPED, model_folder
+from fvgen.pipelines.strict import (
+    DAMAGE,
+    INDEX,
+    component_classes,
+    dtype_options,
+    judge_folder,
+    load_alone,
+    load_part,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 DECODERS = {"taesd": "madebyollin/taesd"}
 HUB = "https://huggingface.co/"
+DOWNLOAD = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision", "variant")
+BY_DIFFUSERS = {"device_map", "quantization_config"}
+"""Arguments of `from_pretrained` with which diffusers puts the weights in place as it reads them."""
 FAILURES = (OSError, ValueError, HfHubHTTPError, HFValidationError)
 
 
@@ -40,12 +52,28 @@ class FolderOnHub:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, **options: Any) -> Self:
-        """diffusers' own; "tiny" is the model that ships with fvgen, in float32 unless a type is given, wherever there
-        is no folder of that name."""
+        """diffusers' own, of folders that `fvgen.pipelines.strict` has judged and with weights that are whole; "tiny"
+        is the model that ships with fvgen, in float32 unless a type is given, wherever there is no folder of that name.
+
+        Raises UserError for a folder that names other classes than this pipeline's, holds code, or lacks weights.
+        """
         name, shipped = pretrained_model_name_or_path, SHIPPED / pretrained_model_name_or_path
-        if not Path(name).exists() and (shipped / "model_index.json").is_file():
+        if not Path(name).exists() and (shipped / INDEX).is_file():
             typed = {} if options.keys() & {"torch_dtype", "dtype"} else {"torch_dtype": torch.float32}
-            return super().from_pretrained(shipped, local_files_only=True, **typed | options)
+            name, options = shipped, {"local_files_only": True, **typed, **options}
+        known = component_classes(cls)
+        if not os.path.isdir(name):
+            asked = {key: value for key, value in options.items() if key in DOWNLOAD or key in known}
+            name = cls.download(str(name), use_safetensors=True, **asked)
+        folder = Path(name)
+        parts = judge_folder(folder, cls)
+        if options.keys() & BY_DIFFUSERS:
+            return super().from_pretrained(name, **options)
+        dtype = options.get("dtype", options.get("torch_dtype"))
+        for part, kind in parts.items():
+            if part not in options:
+                variant = {"variant": options["variant"]} if _has_variant(folder / part, options) else {}
+                options[part] = load_part(folder / part, kind, variant | dtype_options(kind, dtype, part))
         return super().from_pretrained(name, **options)
 
     def save_pretrained(self, save_directory: str | os.PathLike, *args, **kwargs) -> None:
@@ -83,6 +111,11 @@ class FolderOnHub:
         return str(commit)
 
 
+def _has_variant(place: Path, options: dict[str, Any]) -> bool:
+    """Whether a component has files of the ``variant`` that is asked for, as diffusers decides it."""
+    return bool(options.get("variant")) and any(place.glob(f"*.{options['variant']}*.safetensors"))
+
+
 def fetch_decoder(name: str | Path) -> AutoencoderTiny:
     """An `AutoencoderTiny` from a folder, or one of `DECODERS` by name.
 
@@ -97,8 +130,8 @@ def fetch_decoder(name: str | Path) -> AutoencoderTiny:
             )
         folder = fetch_folder(DECODERS[str(name)], ("*.json", "*.safetensors"))
     try:
-        return AutoencoderTiny.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        return load_alone(folder, AutoencoderTiny)
+    except DAMAGE as error:
         raise UserError(f"{folder} holds no usable AutoencoderTiny ({first_line(error)}); give another one") from error
 
 

@@ -32,7 +32,8 @@ from fvgen.scenes.readers.photographs import (
     read_photographs,
 )
 from fvgen.scenes.scene import Scene
-from fvgen.system.files import read_json, writable_folder
+from fvgen.system.doors import read_json
+from fvgen.system.files import writable_folder
 from fvgen.system.places import sha256_of
 
 VIDEO_FRAMES = 64  # taken of a video at most, evenly spaced: a clip of 16 frames with a stride of 4 needs as many

@@ -33,7 +33,8 @@ from fvgen.reports.evaluate import (
 )
 from fvgen.reports.page import ReportClip, write_report
 from fvgen.scenes.formats import read_scene, scene_format
-from fvgen.system.files import TEMPORARY, atomic_path, no_leftovers, writable_folder
+from fvgen.system.doors import there
+from fvgen.system.files import TEMPORARY, atomic_path, judge_output, no_leftovers, writable_folder
 
 REAL_CLIPS_PER_SCENE = 12
 SHOWN_CLIPS = 6
@@ -74,7 +75,8 @@ def demo(
 
     Raises UserError for data, models, folders or devices that cannot work, before anything is written.
     """
-    out = Path(out)
+    read = [path for path in (data, held_out) if path is not None and not is_builtin(str(path)) and there(path)]
+    out = judge_output(out, inputs=read)
     check_device(device)
     found = judged(data, held_out)
     model_folder(teacher)

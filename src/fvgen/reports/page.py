@@ -7,7 +7,6 @@ import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 
 import jinja2
@@ -18,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from fvgen.system.files import atomic_path, write_json
+from fvgen.system.doors import packaged_text
+from fvgen.system.files import atomic_path, write_json, write_text
 
 LABELS = {  # of the rows and columns, in the order shown
     "render": "Point render",
@@ -51,6 +51,9 @@ ENCODINGS = (  # tried in this order until the pictures fit: factor to shrink by
 )
 CURVE_BINS = 50
 LOG_RATIO = 30  # a loss that spans more than this factor gets a logarithmic axis
+
+MARK = '<meta name="generator" content="fvgen">'
+"""In the head of every page: whose it is, and so who may replace it."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +95,7 @@ def write_report(
     report = _finite(report)
     write_json(Path(out_dir) / "report.json", report)
     with atomic_path(Path(out_dir) / "report.html") as temporary:
-        temporary.write_text(render_page(report, clips, curves), encoding="utf-8")
+        write_text(temporary, render_page(report, clips, curves))
 
 
 def render_page(
@@ -121,7 +124,7 @@ def page_template(name: str) -> jinja2.Template:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["short"] = lambda value: "–" if value is None else f"{value:.3g}"
-    return environment.from_string(files("fvgen.reports").joinpath(name).read_text(encoding="utf-8"))
+    return environment.from_string(packaged_text("fvgen.reports", name))
 
 
 def table(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import fit_box
-from fvgen.system.weights import other_kind
+from fvgen.system.doors import other_kind
 
 EXIF_ORIENTATION = 0x0112
 HEIC = (".heic", ".heif", ".hif")

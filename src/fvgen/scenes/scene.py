@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from reprlib import Repr
 
 import numpy as np
 import torch
@@ -26,10 +25,6 @@ CENTRE = 0.4
 SQUARE = 3.0  # how many times higher than wide pixels may be; anamorphic lenses and old videos reach 2
 # Folders of photographs and how much smaller than the camera's size theirs are.
 IMAGE_FOLDERS = {"images": 1, "images_2": 2, "images_4": 4, "images_8": 8}
-# What a file holds may be of any length; an error message is one sentence.
-SHORT = Repr()
-SHORT.maxstring = SHORT.maxother = 100
-short = SHORT.repr
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ A folder holds, for each part of a job array, ``part-I-of-N.json`` (settings, ch
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -18,11 +18,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fvgen.errors import UserError, first_line
+from fvgen.errors import UserError, first_line, first_problem
+from fvgen.system.doors import NUMBERS, not_finite, open_tensors, there
 from fvgen.system.files import atomic_path
 from fvgen.system.places import sha256_of
 
 FORMAT = 1
+MOST_PARTS = 100_000  # of a job array
 CLOUD_POINTS = 512  # of each clip's cloud that are kept, for pictures
 PER_CLIP = (
     "latents",
@@ -79,8 +81,8 @@ class Content(Record):
 
 class ShardRecord(Record):
     file: str = Field(pattern=r"^shard-\d+-of-\d+-\d+\.safetensors$")
-    sha256: str
-    bytes: int
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")  # part of a path in the cache
+    bytes: int = Field(ge=0)
     clips: list[ClipRecord]
 
 
@@ -89,9 +91,9 @@ class Settings(Record):
     of the teacher's encoders; ``limits``: of `fvgen.clips.filters`; ``keep_frames``: `Pixels` too."""
 
     scenes: str
-    frames: int
-    height: int
-    width: int
+    frames: int = Field(ge=1, le=1 << 16)
+    height: int = Field(ge=1, le=1 << 16)
+    width: int = Field(ge=1, le=1 << 16)
     max_stride: int
     known_views: int
     points: str
@@ -119,8 +121,8 @@ class Part(Record):
     """``part-I-of-N.json``: written when the part begins, and again, complete, when it ends."""
 
     format: Literal[1]
-    part: int = Field(ge=1)
-    parts: int = Field(ge=1)
+    part: int = Field(ge=1, le=MOST_PARTS)
+    parts: int = Field(ge=1, le=MOST_PARTS)
     complete: bool
     settings: Settings
     shards: list[ShardRecord]
@@ -197,11 +199,13 @@ def _stacked(rows: Sequence[Tensor]) -> Tensor:
 
 def read_content(path: Path, settings: Settings) -> Content | None:
     """What a shard of these settings says of itself; None where it is missing, damaged or of other settings."""
+    if not there(path):
+        return None
     try:
-        with safe_open(str(path), framework="pt") as file:
+        with open_tensors(path) as file:
             content = read_header(file)
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValidationError):
+    except (OSError, SafetensorError, ValidationError, UserError):
         return None
     return content if (content.settings, content.digest) == (settings.digest(), _digest(tensors)) else None
 
@@ -209,6 +213,48 @@ def read_content(path: Path, settings: Settings) -> Content | None:
 def read_header(file: safe_open) -> Content:
     """Raises ValidationError for a file that is no shard."""
     return Content.model_validate_json((file.metadata() or {}).get("fvgen", ""))
+
+
+def content_problem(file: safe_open, settings: Settings, clips: Sequence[ClipRecord]) -> str | None:
+    """How the shapes and types of a shard's tensors contradict what its index says, in words; None where they do not.
+    Nothing but the header is read."""
+    count, frames = len(clips), settings.frames
+    expected: dict[str, tuple[str, tuple[int | None, ...]]] = {
+        "latents": ("F32", (count, None, None, None, None)),
+        "known": ("BOOL", (count, frames)),
+        "world_from_cam": ("F32", (count, frames, 4, 4)),
+        "intrinsics": ("F32", (count, frames, 3, 3)),
+        "cloud_points": ("F32", (count, None, 3)),
+        "cloud_colors": ("U8", (count, None, 3)),
+    }
+    if settings.keep_frames:
+        expected |= dict.fromkeys(PIXELS, ("U8", (count, frames, None, settings.height, settings.width)))
+    found = {key: file.get_slice(key) for key in file.keys()} if count else {}  # noqa: SIM118
+    found = {key: (tensor.get_dtype(), tuple(tensor.get_shape())) for key, tensor in found.items()}
+    for key, (kind, shape) in expected.items() if count else ():
+        if key not in found:
+            return f"lacks {key}"
+        said, sizes = found[key]
+        fits = len(sizes) == len(shape) and all(b in (None, a) and a > 0 for a, b in zip(sizes, shape, strict=True))
+        if said != kind or not fits:
+            return f"has {key} of {said} {list(sizes)}, not {kind} {['?' if n is None else n for n in shape]}"
+    if found and found["cloud_points"][1] != found["cloud_colors"][1]:
+        return "has other points than colours"
+    for name in condition_names(found):
+        said, sizes = found[name]
+        if said not in (*NUMBERS, "I64", "I32") or len(sizes) < 1 or sizes[0] not in (1, count) or 0 in sizes:
+            return f"has {name[:100]} of {said} {list(sizes)} for {count} clips"
+    for record in clips:
+        if len(record.frames) != frames or not all(0 <= view < frames for view in record.known):
+            return f"lists clip {record.name[:100]} with {len(record.frames)} frames, not {frames}"
+    return None
+
+
+def clip_problem(clip: ShardClip) -> str | None:
+    """What is wrong with a clip's values, in words; None for nothing. One pass over what was read."""
+    if (name := not_finite(clip.tensors().items())) is not None:
+        return f"{name[:100]} holds NaN or an infinity"
+    return None if (clip.intrinsics[:, [0, 1], [0, 1]] > 0).all() else "a focal length is not positive"
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -230,15 +276,29 @@ def read_part(text: str, name: str) -> Part:
     """Raises UserError for anything but the index of a part."""
     try:
         part = Part.model_validate_json(text)
+        files = [shard.file for shard in part.shards]
+        names = [record.name for shard in part.shards for record in shard.clips]
+        for what, listed in (("shard", files), ("clip", names)):
+            if len(set(listed)) < len(listed):
+                twice = next(entry for entry, count in Counter(listed).items() if count > 1)
+                raise ValueError(f"it lists {what} {twice[:100]} twice")
         if name.rsplit("/", 1)[-1] != part_file(part.part, part.parts):
             raise ValueError("its numbers are not those of its name")
         for shard in part.shards:
             for record in shard.clips:
-                int(record.name.rsplit("-", 1)[1])
+                clip_number(record)
         return part
     except (ValueError, IndexError) as error:
-        reason = first_line(error)
+        reason = first_problem(error) if isinstance(error, ValidationError) else first_line(error)
         raise UserError(f"{name} is no index of shards ({reason}); copy it again or prepare the shards again") from None
+
+
+def clip_number(record: ClipRecord) -> int:
+    """Of a clip among those of its scene. Raises ValueError or IndexError for a name without one."""
+    digits = record.name.rsplit("-", 1)[1]
+    if not (digits.isascii() and digits.isdecimal() and len(digits) < 16):
+        raise ValueError(f"clip {record.name[:100]} has no number")
+    return int(digits)
 
 
 def describe(content: Content, path: Path) -> ShardRecord:
@@ -248,4 +308,4 @@ def describe(content: Content, path: Path) -> ShardRecord:
 
 def dump(part: Part) -> object:
     """As JSON values."""
-    return json.loads(part.model_dump_json())
+    return part.model_dump(mode="json")

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from fvgen.clips.filters import LIMITS
-from fvgen.depth.maps import DEPTHS
-from fvgen.errors import UserError, did_you_mean
+from fvgen.depth.maps import DEPTHS, not_here
+from fvgen.errors import UserError, did_you_mean, short
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.pipelines.folders import check_device
 from fvgen.posing.sources import Source, find_sources
@@ -40,10 +40,12 @@ from fvgen.shards.format import (
 )
 from fvgen.shards.one_shard import Job, Tally, make_shard, one_thread
 from fvgen.shards.order import clean_context
-from fvgen.system.files import TEMPORARY, recover, writable_folder, write_json
+from fvgen.system.doors import read_text
+from fvgen.system.files import TEMPORARY, busy, judge_output, recover, writable_folder, write_json
 
 AS_GIVEN = ("max_stride", "points", "clips_per_scene", "clips_per_shard", "known_views", "seed", "keep_frames")
 
+MOST = 1_000_000  # clips of a scene or a shard
 Tick = Callable[[int], None]  # is called with the number of clips that are done, one way or another
 
 
@@ -79,9 +81,13 @@ class PrepareConfig:
         """With what is left open filled in. Raises UserError for what cannot work."""
         if self.points not in DEPTHS and self.points != "auto":
             raise UserError(f"unknown source of points {self.points!r}{did_you_mean(self.points, [*DEPTHS, 'auto'])}")
+        if (lack := not_here(self.points)) is not None:
+            raise UserError(f"points {self.points} cannot be had here: {lack}; choose another source of points")
         for name in ("max_stride", "clips_per_scene", "clips_per_shard"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give at least 1")
+            if getattr(self, name) > MOST:
+                raise UserError(f"{name.replace('_', '-')} {short(getattr(self, name))} is more than {MOST}; give less")
         for name in self.limits:
             if name not in LIMITS:
                 raise UserError(f"unknown limit {name!r}{did_you_mean(name, LIMITS)}")
@@ -125,7 +131,7 @@ def prepare(
     Raises UserError for settings, folders or teachers that cannot work, and where not a single clip comes out. A scene
     or photograph that cannot be read is skipped and listed.
     """
-    out, (index, parts) = Path(out), part
+    out, (index, parts) = judge_output(out, inputs=sources), part
     config = PrepareConfig(frames, size, **choices)
     if not 1 <= index <= parts:
         raise UserError(f"part {index}/{parts} does not exist; count from 1/{parts} to {parts}/{parts}")
@@ -134,6 +140,22 @@ def prepare(
     pipeline = load_encoders(config.teacher)
     settings = config.settings(scenes, pipeline)
     jobs = _jobs(out, config, settings, scenes, index, parts)
+    with busy(out / part_file(index, parts)):
+        return _made(out, jobs, settings, part, pipeline, device, workers, on_progress)
+
+
+def _made(
+    out: Path,
+    jobs: Sequence[Job],
+    settings: Settings,
+    part: tuple[int, int],
+    pipeline: NovelViewPipeline,
+    device: str,
+    workers: int | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> Tally:
+    """The judged part, as `prepare` says."""
+    index, parts = part
     claim(out, settings, index, parts)
     left = [job for job in jobs if read_content(job.path, settings) is None]
     total = sum(len(job.clips) for job in jobs)
@@ -173,7 +195,7 @@ def claim(out: Path, settings: Settings, index: int, parts: int) -> None:
             raise UserError(f"output folder {out} holds something else ({foreign[0].name}); choose another --out")
         cure = "choose another --out or delete it"
         for path in indices:
-            theirs = read_part(path.read_text(errors="replace"), str(path))
+            theirs = read_part(read_text(path, errors="replace"), str(path))
             if theirs.parts != parts:
                 raise UserError(f"{out} holds parts of {theirs.parts}, not of {parts}; {cure}")
             for key in Settings.model_fields:

@@ -25,11 +25,15 @@ from fvgen.shards.format import (
     Part,
     ShardClip,
     Skipped,
+    clip_number,
+    clip_problem,
     condition_names,
+    content_problem,
     part_file,
     read_header,
     read_part,
 )
+from fvgen.system.doors import open_tensors
 from fvgen.system.places import Place, open_place, sha256_of
 
 OPEN_FILES = 32
@@ -51,7 +55,7 @@ class ShardSet(LatentSet):
         self.settings = self.parts[0].settings
         self.shards = [shard for part in self.parts for shard in part.shards]
         entries = [
-            (record.scene, int(record.name.rsplit("-", 1)[1]), record, number, row)
+            (record.scene, clip_number(record), record, number, row)
             for number, shard in enumerate(self.shards)
             for row, record in enumerate(shard.clips)
         ]
@@ -61,6 +65,7 @@ class ShardSet(LatentSet):
         self._rows = [entry[4] for entry in entries]
         self._open: OrderedDict[int, safe_open] = OrderedDict()
         self._verified: set[int] = set()
+        self._kind: dict[str, tuple[str, list[int]]] = {}  # of all shards' tensors, but for the number of clips
         super().__init__({}, [record.name for record in self.records])
         self.frames, self.height, self.width = self.settings.frames, self.settings.height, self.settings.width
 
@@ -70,9 +75,12 @@ class ShardSet(LatentSet):
             own = {key: file.get_slice(key)[row] for key in PER_CLIP}
             slices = {name: file.get_slice(name) for name in condition_names(file.keys())}
             rows = {name: row if tensors.get_shape()[0] > 1 else 0 for name, tensors in slices.items()}
-            return ShardClip(condition={name: slices[name][rows[name]] for name in slices}, **own)
+            clip = ShardClip(condition={name: slices[name][rows[name]] for name in slices}, **own)
         except (SafetensorError, OSError) as error:
             raise self._lying(index, error) from error
+        if problem := clip_problem(clip):
+            raise self._lying(index, ValueError(f"clip {self.names[index][:100]}: {problem}"))
+        return clip
 
     def clips(self) -> ShardClips:
         """The clips with their pixels. Raises UserError for shards that hold none."""
@@ -145,12 +153,20 @@ class ShardSet(LatentSet):
                 raise self._damaged(shard.file, "was altered (its SHA-256 is not the recorded one)")
             self._verified.add(number)
         try:
-            file = safe_open(str(path), framework="pt")
+            file = open_tensors(path)
             content = read_header(file)
-        except (SafetensorError, OSError, ValidationError) as error:
+        except (SafetensorError, OSError, ValidationError, UserError) as error:
             raise self._damaged(shard.file, f"cannot be read ({first_line(error)})") from error
         if (content.settings, content.clips) != (self.settings.digest(), shard.clips):
             raise self._damaged(shard.file, "was made of other clips or settings than its index says")
+        if problem := content_problem(file, self.settings, shard.clips):
+            raise self._damaged(shard.file, f"{problem}, although its checksum is right")
+        kind = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+        kind = {key: (tensor.get_dtype(), tensor.get_shape()[1:]) for key, tensor in kind.items()}
+        self._kind = self._kind or kind
+        if kind and kind != self._kind:
+            other = sorted(key for key in {*kind, *self._kind} if kind.get(key) != self._kind.get(key))[0]
+            raise self._damaged(shard.file, f"has {other[:100]} of another kind than the other shards")
         self._open[number] = file
         if len(self._open) > OPEN_FILES:
             self._open.popitem(last=False)
@@ -202,6 +218,9 @@ def _read_parts(place: Place) -> list[Part]:
             )
         if not part.complete:
             raise UserError(f"{place}/{part_file(part.part, total)} is unfinished; run its `fvgen prepare` again")
+    names = [shard.file for part in parts for shard in part.shards]
+    if len(set(names)) < len(names):
+        raise UserError(f"{place} lists a shard in two of its part-*.json; prepare one of them again")
     missing = sorted(set(range(1, total + 1)) - {part.part for part in parts})
     if missing:
         raise UserError(f"{place} lacks part {missing[0]} of {total}; run `fvgen prepare --part {missing[0]}/{total}`")

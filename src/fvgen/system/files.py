@@ -3,23 +3,40 @@
 from __future__ import annotations
 
 import errno
+import glob
+import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+import socket
+import stat
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
-from fvgen.errors import CannotWrite, UserError
+from fvgen.errors import CannotWrite, UserError, first_line, short
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 TEMPORARY = ".partial"
 ASIDE = TEMPORARY + ".old"  # no plain ".old": a user's own backup may be called that
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PLACE = (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
+PLACE = (
+    *(errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG),
+    *(errno.EIO, errno.ENXIO, errno.EBUSY, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+)
+HOST = hashlib.sha256(socket.gethostname().encode()).hexdigest()[:6]
+LONGEST = 200  # bytes of a name that get a suffix as they are: most file systems end at 255
+ABANDONED = 86_400.0  # seconds after which what another machine left half-written is taken for dead
+COUNT = itertools.count()
 
 
 @contextmanager
@@ -28,17 +45,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
     A folder already at ``path`` is moved aside before the rename and deleted after it, so that a kill at any
     point leaves either the old or the new one (or, for an instant, the old one under another name: see `recover`).
-    Raises UserError when the disk is full or the place is not writable.
+    The temporary name is nobody else's: of two that write the same path at once, the last one wins, whole.
+    Raises UserError when the disk is full or the place is not writable, and never replaces a pipe or a device.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = _beside(path, f"{TEMPORARY}-{HOST}-{os.getpid()}-{next(COUNT)}")
     try:
+        if special(path):
+            raise CannotWrite(f"cannot write {path}: it is a pipe, a socket or a device; choose another name")
         path.parent.mkdir(parents=True, exist_ok=True)
         recover(path)
         yield temporary
         _sync(temporary)
         if temporary.is_dir() and path.exists():
-            aside = path.with_name(path.name + ASIDE)
+            aside = _beside(path, ASIDE)
             os.replace(path, aside)
             os.replace(temporary, path)
             remove(aside)
@@ -46,35 +66,130 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):  # the first error is the one to tell
+            remove(temporary)
             recover(path)
-        if reason := _disk_reason(error):
+        if reason := disk_reason(error):
             raise CannotWrite(f"cannot write {path}: {reason}") from error
         raise
 
 
 def recover(path: Path) -> None:
-    """Put back a folder that a kill caught between the two renames of `atomic_path`; remove what else it left."""
-    aside = path.with_name(path.name + ASIDE)
+    """Put back a folder that a kill caught between the two renames of `atomic_path`; remove what else dead processes
+    left of it."""
+    aside = _beside(path, ASIDE)
     if aside.exists() and not path.exists():
         os.replace(aside, path)
     remove(aside)
-    remove(path.with_name(path.name + TEMPORARY))
+    beside = _beside(path, TEMPORARY)
+    for leftover in beside.parent.glob(glob.escape(beside.name) + "*"):
+        if not _at_work(leftover, beside.name):
+            remove(leftover)
 
 
-def write_json(path: str | Path, value: object) -> None:
+def _beside(path: Path, suffix: str) -> Path:
+    """``path`` with a suffix; of a name that is too long for that, its beginning and a digest."""
+    name = os.fsencode(path.name)
+    if len(name) > LONGEST:
+        name = name[: LONGEST - 20] + hashlib.sha256(name).hexdigest()[:12].encode()
+    return path.parent / (os.fsdecode(name) + suffix)
+
+
+def _at_work(leftover: Path, name: str) -> bool:
+    """Whether a temporary path may be somebody's who is still writing it."""
+    found = re.fullmatch(r"-([0-9a-f]{6})-(\d{1,10})-\d+", leftover.name.removeprefix(name))
+    if found is None:
+        return False
+    if found[1] != HOST:
+        with suppress(OSError):
+            return time.time() - leftover.stat().st_mtime < ABANDONED
+        return False
+    if int(found[2]) == os.getpid():
+        return True
+    try:
+        os.kill(int(found[2]), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True
+    return True
+
+
+# --- What may be written ---
+
+
+def special(path: Path) -> bool:
+    """Whether a pipe, a socket or a device is at ``path``."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def judge_output(
+    out: str | Path,
+    ours: Callable[[Path], bool] | None = None,
+    inputs: Iterable[str | Path] = (),
+    option: str = "--out",
+) -> Path:
+    """The one place that decides where a command may write: a new path, or what fvgen wrote there before.
+
+    Args:
+        out: as the user gave it, for a file or a folder.
+        ours: whether what is at ``out`` may be replaced or gone on with, told by its content; None: its own judge
+            follows.
+        inputs: files and folders that are read: ``out`` is none of them, holds none of them and lies in none of them.
+        option: how the user calls it.
+
+    Raises:
+        UserError: one sentence; nothing is touched.
+    """
+    text, path = os.fspath(out), Path(out)
+    try:
+        place = path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(f"{option} {short(text)} is no path ({first_line(error)}); choose another name") from error
+    here = Path.cwd()
+    if not text.strip() or place == here or place in here.parents:
+        raise UserError(f"{option} {short(text)} is the folder that you are in, or one above it; choose a new name")
+    if special(path):
+        raise UserError(f"{option} {path} is a pipe, a socket or a device; choose a new name")
+    for entry in map(Path, inputs):
+        read = entry.resolve()
+        if place == read or read in place.parents or place in read.parents:
+            raise UserError(f"{option} {path} and {entry}, which is read, lie in one another; choose another place")
+    if ours is not None and os.path.lexists(path) and not ours(path):
+        raise UserError(f"{option} {path} exists and fvgen did not write it; choose another name or delete it")
+    return path
+
+
+@contextmanager
+def busy(out: str | Path) -> Iterator[None]:
+    """One command at a time makes ``out``. Raises UserError where another one (of this user, on this machine) is at it;
+    the lock goes with the process, and nothing is left beside ``out``."""
+    user = getattr(os, "getuid", int)()
+    folder = Path(tempfile.gettempdir()) / f"fvgen-{user}"
+    with suppress(OSError):
+        folder.mkdir(mode=0o700, exist_ok=True)
+    try:
+        mine = stat.S_ISDIR(folder.lstat().st_mode) and folder.lstat().st_uid == user
+    except OSError:
+        mine = False
+    if not mine:  # no place for locks: temporary names are unique in any case
+        yield
+        return
+    name = hashlib.sha256(os.fsencode(Path(out).resolve())).hexdigest()[:24]
+    with locked(folder / f"{name}.lock", f"another command writes {out}; wait for it, or choose another --out"):
+        yield
+
+
+# --- Small files ---
+
+
+def write_json(path: str | Path, value: object, sort_keys: bool = False) -> None:
     """Write ``value`` as indented JSON, whole or not at all."""
     with atomic_path(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def read_json(path: str | Path) -> Any:
-    """The value in a JSON file, byte-order mark or none. Raises UserError for a file that is missing or no JSON."""
-    try:
-        return json.loads(Path(path).read_bytes().decode("utf-8-sig"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); check that it is a file you may read") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no valid JSON ({str(error)[:100]}); correct it or export it again") from error
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
 
 
 @contextmanager
@@ -101,7 +216,7 @@ def append_line(path: str | Path, line: str) -> None:
                 file.truncate(end)
                 raise
     except OSError as error:
-        if reason := _disk_reason(error):
+        if reason := disk_reason(error):
             raise CannotWrite(f"cannot write {path}: {reason}") from error
         raise
 
@@ -111,7 +226,7 @@ def writable_folder(path: str | Path) -> Path:
     path = Path(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        probe = path / f".write-test{TEMPORARY}"
+        probe = path / f".write-test{TEMPORARY}-{HOST}-{os.getpid()}-{next(COUNT)}"
         probe.touch()
         probe.unlink()
     except OSError as error:
@@ -124,15 +239,15 @@ def _closed(folder: Path, error: OSError) -> CannotWrite:
 
 
 @contextmanager
-def locked(path: str | Path) -> Iterator[None]:
+def locked(path: str | Path, sentence: str | None = None) -> Iterator[None]:
     """Hold the lock of the file ``path``; the system gives it back when the process dies. Raises UserError where anyone
-    else has it."""
+    else has it, in this ``sentence``."""
     guard = FileLock(path)
     try:
         guard.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            f"another run is at work in {Path(path).parent}; wait for it, stop it, or choose another folder"
+            sentence or f"another run is at work in {Path(path).parent}; wait for it, stop it, or choose another folder"
         ) from None
     except OSError as error:
         raise _closed(Path(path).parent, error) from error
@@ -142,7 +257,7 @@ def locked(path: str | Path) -> Iterator[None]:
         guard.release()
 
 
-def _disk_reason(error: BaseException) -> str | None:
+def disk_reason(error: BaseException) -> str | None:
     """The cure for a failing disk, or None for any other error.
 
     safetensors (Rust) and shutil.copytree keep the error number in their text only; torch.save loses it: its zip
@@ -159,6 +274,44 @@ def _disk_reason(error: BaseException) -> str | None:
 
 def _in_words(number: int) -> str:
     return "a file stands where a folder should be" if number in (errno.EEXIST, errno.ENOTDIR) else os.strerror(number)
+
+
+def new_folder(path: str | Path) -> Path:
+    """A folder below a temporary one (see `atomic_path`) or one that is ours; what is there stays."""
+    path = Path(path)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _closed(path, error) from error
+    return path
+
+
+def write_text(path: Path, text: str) -> None:
+    """Below a temporary path; `atomic_path` makes it whole."""
+    path.write_text(text, encoding="utf-8")
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """The same for bytes."""
+    path.write_bytes(data)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A `.safetensors` file, whole or not at all."""
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+
+
+def move_away(path: Path) -> None:
+    """Delete a folder at once: a kill must not leave half of it under its name."""
+    doomed = _beside(path, f"{TEMPORARY}-{HOST}-{os.getpid()}-{next(COUNT)}")
+    try:
+        os.replace(path, doomed)
+    except OSError as error:
+        raise CannotWrite(f"cannot delete {path}: {disk_reason(error) or first_line(error)}") from error
+    remove(doomed)
 
 
 def remove(path: Path) -> None:

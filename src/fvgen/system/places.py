@@ -7,12 +7,14 @@ cache, under its checksum.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from fvgen.clips.builtin import cache_folder
 from fvgen.errors import UserError, first_line
+from fvgen.system.doors import read_text, stream
 from fvgen.system.files import atomic_path
 
 T = TypeVar("T")
@@ -52,10 +54,7 @@ class LocalPlace:
         return sorted(path.name for path in self.folder.glob(pattern))
 
     def text(self, name: str) -> str:
-        try:
-            return (self.folder / name).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{self.folder / name} cannot be read ({first_line(error)}); copy it again") from error
+        return read_text(self.folder / name)
 
     def local(self, name: str, sha256: str) -> Path:
         return self.folder / name
@@ -83,6 +82,8 @@ class RemotePlace:
         return self._ask(lambda: self._fs.cat_file(f"{self._root}/{name}").decode())
 
     def local(self, name: str, sha256: str) -> Path:
+        if not re.fullmatch(r"[0-9a-f]{64}", sha256):
+            raise UserError(f"shard {self}/{name} has no SHA-256 of 64 hex digits in its index; upload the index again")
         path = cache_folder() / "shards" / f"{sha256}.safetensors"
         if not path.exists():
             with atomic_path(path) as temporary:
@@ -112,7 +113,7 @@ class RemotePlace:
 def sha256_of(path: Path) -> str:
     """Hex digits, read in pieces."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with stream(path) as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()

@@ -24,7 +24,8 @@ from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.pipelines.hub import find_model
 from fvgen.scenes.images import fit_image
 from fvgen.shards.encoders import RenderNeeds, render_needs
-from fvgen.system.files import atomic_path, locked, read_json, remove, writable_folder, write_json
+from fvgen.system.doors import read_json
+from fvgen.system.files import atomic_path, locked, remove, writable_folder, write_json
 from fvgen.system.places import sha256_of
 from fvgen.walks.chain import SEAM, SEAMS, chain, walk_spans
 from fvgen.walks.dataset import View, save_png, write_dataset

@@ -9,8 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fvgen.distill.methods.base import Method, Setup
@@ -26,6 +24,7 @@ from fvgen.objectives.gan import KINDS
 from fvgen.objectives.ratio import RatioConstant, RatioNormalizer
 from fvgen.pipelines.folders import load_head, load_pipeline
 from fvgen.pipelines.student import StudentPipeline
+from fvgen.system.doors import load_tensors, not_finite
 
 if TYPE_CHECKING:
     from fvgen.distill.methods.dmd import Dmd
@@ -145,11 +144,13 @@ def _load_adapter(role: Role, start_from: Path) -> dict[str, Tensor]:
             "leave student_lora out here"
         )
     try:
-        weights = load_file(file)
+        weights = load_tensors(file)
+        if (wrong := not_finite(weights.items())) is not None:
+            raise ValueError(f"{wrong} holds NaN or an infinity")
         with torch.no_grad():
             for name, parameter in role.named_parameters():
                 parameter.copy_(weights[f"network.{name}"])
         return weights
-    except (SafetensorError, OSError, KeyError, RuntimeError) as error:
+    except (UserError, ValueError, KeyError, RuntimeError) as error:
         reason = first_line(error)
         raise UserError(f"{file} is damaged or of another lora_rank ({reason}); train that stage again") from error

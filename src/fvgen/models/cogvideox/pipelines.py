@@ -24,7 +24,7 @@ from fvgen.models.cogvideox.family import FAMILY, GUIDANCE, noise_schedule
 from fvgen.models.cogvideox.prompts import EncodedPrompts
 from fvgen.models.cogvideox.vae import decode, encode, latent_size, space_factor
 from fvgen.models.condition import Condition
-from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.pipelines.base import NovelViewPipeline, unusual_settings
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 
@@ -32,6 +32,14 @@ PARTS = ("vae", "transformer", "scheduler", "prompts")
 IMAGES: Mapping[str, tuple[int, ...]] = {"renders": (), "first": (0,), "ends": (0, -1)}
 """`image_condition` -> the frames that it shows, each encoded alone and in the place of its own latent frame, zeros
 elsewhere; of "renders" the whole clip."""
+
+# Settings of the VAE, beside those that are always told, that change latents and show in no weight.
+USUAL = {
+    "vae": {
+        **{"shift_factor": None, "latents_mean": None, "latents_std": None, "act_fn": "silu"},
+        **{"norm_num_groups": 32, "norm_eps": 1e-6, "temporal_compression_ratio": 4},
+    }
+}
 
 
 class _CogVideoXParts(NovelViewPipeline):
@@ -131,6 +139,8 @@ class _CogVideoXParts(NovelViewPipeline):
         yield "image_condition", self.config.image_condition
         yield "scaling_factor", self.vae.config.scaling_factor
         yield "invert_scale_latents", self.vae.config.invert_scale_latents
+        if unusual := unusual_settings(self.components, USUAL):
+            yield "settings", unusual
         yield "vae", self.vae
         yield "prompts", self.prompts
 

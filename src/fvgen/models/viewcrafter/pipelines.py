@@ -26,12 +26,21 @@ from fvgen.models.viewcrafter.encoders import FixedPrompts, clip_pixels, encode_
 from fvgen.models.viewcrafter.family import FAMILY
 from fvgen.models.viewcrafter.projector import ImageProjector
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
-from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.pipelines.base import NovelViewPipeline, unusual_settings
 from fvgen.pipelines.hub import fetch_decoder
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 
 PIXELS_AT_ONCE = 2**19  # frames go through the VAE in groups of about so many pixels: one by one at 576x1024
+# Settings that change latents or tokens and show in no weight, as all published models have them.
+USUAL = {
+    "vae": {
+        **{"scaling_factor": 0.18215, "shift_factor": None, "latents_mean": None, "latents_std": None},
+        **{"act_fn": "silu", "norm_num_groups": 32},
+    },
+    "image_encoder": {"num_attention_heads": 16, "hidden_act": "gelu", "layer_norm_eps": 1e-5},
+    "image_projector": {"heads": 12, "dim_head": 64},
+}
 
 
 class _ViewCrafterParts(NovelViewPipeline):
@@ -210,6 +219,8 @@ class _ViewCrafterParts(NovelViewPipeline):
         yield "image_resize", self.config.image_resize
         if self.conditioning != Conditioning():  # clips that were encoded before there was a choice keep their digest
             yield "conditioning", self.conditioning
+        if unusual := unusual_settings(self.components, USUAL):  # ... and so do those of the published models
+            yield "settings", unusual
         for name in ("vae", "image_encoder", "image_projector", "prompts"):
             if getattr(self, name) is not None:
                 yield name, getattr(self, name)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from fvgen.errors import UserError
+from fvgen.errors import UserError, short
 from fvgen.scenes import colmap_files
-from fvgen.scenes.scene import UNDISTORT, Cloud, Frame, Scene, image_folder, local, posed_scene, short
+from fvgen.scenes.scene import UNDISTORT, Cloud, Frame, Scene, image_folder, local, posed_scene
 
 # Where each model's focal lengths (x, y), principal point and k1, k2, p1, p2 are among its parameters.
 LAYOUTS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fvgen.errors import UserError
+from fvgen.errors import UserError, short
 from fvgen.geometry.conventions import from_opengl
 from fvgen.scenes import colmap_files
 from fvgen.scenes.images import image_size
 from fvgen.scenes.readers.colmap import model_cloud
-from fvgen.scenes.scene import UNDISTORT, Cloud, Frame, Scene, image_folder, local, posed_scene, short
-from fvgen.system.files import read_json
+from fvgen.scenes.scene import UNDISTORT, Cloud, Frame, Scene, image_folder, local, posed_scene
+from fvgen.system.doors import read_json
 
 SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG", ".webp")
 PERSPECTIVE = ("PINHOLE", "SIMPLE_PINHOLE", "OPENCV", "SIMPLE_RADIAL", "RADIAL")
