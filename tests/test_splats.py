@@ -21,7 +21,7 @@ from fvgen.geometry.gaussians import Gaussians, render_gaussians
 from fvgen.geometry.pointcloud import unproject
 from fvgen.scenes.formats import read_scene
 from fvgen.splats import FitSettings, fit, read_splat, reconstruct, write_splat
-from fvgen.splats.fit import DEAD, Model, halved, seeds
+from fvgen.splats.fitting import DEAD, Model, halved, seeds
 from fvgen.splats.ply import NAMES
 from fvgen.walks.dataset import save_png, write_ply
 
@@ -137,7 +137,7 @@ def test_a_cut_splat_and_one_with_nan_are_told(tmp_path):
     data = (tmp_path / "scene.ply").read_bytes()
     (tmp_path / "cut.ply").write_bytes(data[:-1])
     (tmp_path / "nan.ply").write_bytes(data[:-4] + b"\x00\x00\xc0\x7f")
-    for name, told in (("cut", "cut short"), ("nan", "NaN"), ("none", "not a file")):
+    for name, told in (("cut", "cut short"), ("nan", "NaN"), ("none", "No such file")):
         with pytest.raises(UserError, match=told):
             read_splat(tmp_path / f"{name}.ply")
 
@@ -204,7 +204,7 @@ def test_what_cannot_be_reconstructed_is_one_sentence(dataset, tmp_path):
 
 
 def test_one_seed_is_one_scene(monkeypatch):
-    monkeypatch.setattr("fvgen.splats.fit.EVERY", 10)
+    monkeypatch.setattr("fvgen.splats.fitting.EVERY", 10)
     images, depth, cameras = room(3)
     points, colors = unproject(depth[:1], images[:1], cameras[:1])
     start = seeds(points, colors, 300, rng())

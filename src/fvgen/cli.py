@@ -120,13 +120,14 @@ def generate(
     views: Annotated[int, typer.Option(help="Photographs that give points and are visited.")] = 5,
     seams: Annotated[str | None, typer.Option(help="How clips are chained; see docs/generate.md.")] = None,
     scene: Annotated[bool, typer.Option("--scene", help="Fit 3D Gaussians at the end.")] = False,
+    holdout: Annotated[int, typer.Option(help="Photographs that are given nowhere, to score the scene on.")] = 0,
     dataparser: Annotated[Path | None, typer.Option(help="dataparser_transforms.json of a nerfstudio path.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
     """Make a walk-through video of photographs, and a data set of all its views."""
     options = {
         "model": model, "trajectory": trajectory, "frames": frames, "steps": steps, "seed": seed, "points": points,
-        "views": views, "scene": scene, "dataparser_transforms": dataparser, "device": device,
+        "views": views, "scene": scene, "holdout": holdout, "dataparser_transforms": dataparser, "device": device,
     } | ({} if seams is None else {"seams": seams})  # fmt: skip
     guarded(partial(_generate, photographs, out, size, options))
 

@@ -1,6 +1,6 @@
 """3D Gaussians fitted to posed views: `reconstruct` a data set, `fit` views in memory, read and write scene.ply."""
 
-from fvgen.splats.fit import FitSettings, fit
+from fvgen.splats.fitting import FitSettings, fit
 from fvgen.splats.ply import read_splat, write_splat
 from fvgen.splats.reconstruct import reconstruct
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fvgen.errors import UserError
 from fvgen.geometry.gaussians import Gaussians
+from fvgen.system.doors import read_bytes
 from fvgen.system.files import atomic_path
 
 SH0 = 0.28209479177387814  # the constant spherical harmonic, sqrt(1 / 4 pi)
@@ -23,6 +24,7 @@ NAMES = (
     *("rot_0", "rot_1", "rot_2", "rot_3"),
 )
 LONGEST_HEADER = 1 << 16
+MOST_BYTES = 4 << 30  # a scene of ten million Gaussians with all harmonics has half of that
 TYPES = {"float": "<f4", "float32": "<f4", "double": "<f8", "uchar": "u1", "uint8": "u1", "int": "<i4", "short": "<i2"}
 
 
@@ -66,11 +68,8 @@ def _block(columns: dict[str, Tensor], *names: str) -> Tensor:
 
 def _columns(path: Path, names: list[str], wanted: str) -> dict[str, Tensor]:
     """Columns [N] of the vertices by name, float32 and finite. Raises UserError; ``wanted``: what to give instead."""
-    if not path.is_file():
-        raise UserError(f"{path} is not a file; give {wanted}")
-    size = path.stat().st_size
-    with path.open("rb") as stream:
-        head = stream.read(min(size, LONGEST_HEADER))
+    data = read_bytes(path, MOST_BYTES, f"give {wanted}")
+    head = data[:LONGEST_HEADER]
     end = head.find(b"end_header\n")
     if not head.startswith(b"ply") or end < 0:
         raise UserError(f"{path} is no PLY file; give {wanted}")
@@ -78,9 +77,9 @@ def _columns(path: Path, names: list[str], wanted: str) -> dict[str, Tensor]:
     if missing := [name for name in names if name not in dict(fields)]:
         raise UserError(f"{path} has no {missing[0]}; give {wanted}")
     start, kind = end + len(b"end_header\n"), np.dtype(fields)
-    if size - start < count * kind.itemsize:
+    if len(data) - start < count * kind.itemsize:
         raise UserError(f"{path} is cut short: {count} rows take {count * kind.itemsize} bytes; make it again")
-    table = np.fromfile(path, kind, count, offset=start)
+    table = np.frombuffer(data, kind, count, start)
     columns = {name: torch.from_numpy(table[name].astype(np.float32)) for name in names}
     if not all(bool(x.isfinite().all()) for x in columns.values()):
         raise UserError(f"{path} holds NaN or infinity; make it again")

@@ -12,17 +12,20 @@ from torch import Tensor
 
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
-from fvgen.geometry.gaussians import render_gaussians
+from fvgen.geometry.gaussians import Gaussians, render_gaussians
+from fvgen.metrics import score_images
 from fvgen.pipelines.folders import check_device
 from fvgen.scenes.formats import read_scene
 from fvgen.scenes.images import fit_image
 from fvgen.scenes.scene import Scene, local
-from fvgen.splats.fit import FitSettings, fit, seeds
+from fvgen.splats.fitting import FitSettings, fit, seeds
 from fvgen.splats.ply import read_points, write_splat
 from fvgen.splats.viewer import write_viewer
-from fvgen.system.files import read_json, write_json
+from fvgen.system.doors import read_json
+from fvgen.system.files import write_json
 
 WRITTEN = ("scene.ply", "scene.html", "scene.json")
+HOLDOUT = "holdout"  # beside a data set: views to score on
 LARGEST = 512  # pixels of the longer side, unless told otherwise
 Told = Callable[[str], None]
 
@@ -65,6 +68,9 @@ def reconstruct(
     quality = scores(made, images, cameras)
     given = [value for value, other in zip(quality, generated, strict=True) if not other]
     told(f"{len(made)} Gaussians; {sum(given) / max(1, len(given)):.2f} dB on the photographs")
+    unseen = held_out(made, dataset / HOLDOUT, height, width)
+    if unseen:
+        told(f"{unseen['views']} photographs held out: {unseen['psnr']:.2f} dB, SSIM {unseen['ssim']:.3f}")
     folder.mkdir(parents=True, exist_ok=True)
     write_splat(folder / "scene.ply", made)
     write_viewer(folder / "scene.html", made, cameras)
@@ -77,6 +83,7 @@ def reconstruct(
     ]
     facts: dict[str, Any] = {"made_by": "fvgen reconstruct", "dataset": str(dataset), "seed": seed}
     facts |= {"gaussians": len(made), "height": height, "width": width, "settings": asdict(settings)}
+    facts |= {"holdout": unseen} if unseen else {}
     write_json(folder / "scene.json", facts | {"axes": "OpenCV: x right, y down, z forward", "views": views})
     return folder
 
@@ -98,7 +105,7 @@ def start_points(dataset: Path, scene: Scene) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def scores(gaussians: Any, images: Tensor, cameras: Cameras) -> list[float]:
+def scores(gaussians: Gaussians, images: Tensor, cameras: Cameras) -> list[float]:
     """PSNR (dB) of every view."""
     found = []
     for view in range(len(cameras)):
@@ -106,6 +113,17 @@ def scores(gaussians: Any, images: Tensor, cameras: Cameras) -> list[float]:
         error = (shown - images[view]).square().mean().clamp(min=1e-10)
         found.append((-10 * error.log10()).item())
     return found
+
+
+@torch.no_grad()
+def held_out(gaussians: Gaussians, folder: Path, height: int, width: int) -> dict[str, Any]:
+    """Every metric over the photographs that `fvgen generate --holdout` kept back; empty where there are none."""
+    if not (folder / "transforms.json").is_file():
+        return {}
+    scene = read_scene(folder)
+    cameras = scene.cameras.fitted(height, width)
+    truth = torch.stack([fit_image(scene.image(view), height, width) for view in range(len(cameras))])
+    return {"views": len(truth)} | score_images(render_gaussians(gaussians, cameras)[0].clamp(0, 1), truth)
 
 
 def judge_out(folder: Path, dataset: Path) -> None:

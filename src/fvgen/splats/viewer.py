@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import base64
 import json
-from importlib.resources import files
 from pathlib import Path
 
 import torch
 
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.gaussians import Gaussians, rotation_matrices
+from fvgen.system.doors import packaged_text
 from fvgen.system.files import atomic_path
 
 MOST_BUTTONS = 60
@@ -38,7 +38,7 @@ def write_viewer(file: str | Path, gaussians: Gaussians, cameras: Cameras) -> No
         for v in chosen
     ]
     facts = {"count": len(gaussians), "height": cameras.height, "width": cameras.width, "views": views}
-    page = (files("fvgen.splats") / "viewer.html").read_text(encoding="utf-8")
+    page = packaged_text("fvgen.splats", "viewer.html")
     page = page.replace("/*FACTS*/", json.dumps(facts)).replace("/*DATA*/", data)
     with atomic_path(Path(file)) as temporary:
         temporary.write_text(page, encoding="utf-8")

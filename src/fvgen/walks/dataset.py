@@ -36,14 +36,19 @@ class View(NamedTuple):
 
 def write_dataset(folder: Path, views: list[View], cameras: Cameras, cloud: Cloud, places: list[int]) -> None:
     """Into ``folder``; ``places``: which of the views are those of the cloud, in its order."""
-    (folder / "images").mkdir(exist_ok=True)
-    for view in views:
-        save_png(folder / "images" / view.name, view.image)
     points, colors, tracks = tracked_points(cloud, places)
     write_ply(folder / "points.ply", points, colors)
     names = [view.name for view in views]
     with atomic_path(folder / "sparse") as temporary:
         write_model(temporary / "0", cameras, names, points, colors, tracks)
+    write_views(folder, views, cameras, ply_file_path="points.ply")
+
+
+def write_views(folder: Path, views: list[View], cameras: Cameras, **more: str) -> None:
+    """``images`` and ``transforms.json``, with ``more`` at its top."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    for view in views:
+        save_png(folder / "images" / view.name, view.image)
     poses = to_opengl(cameras.world_from_cam.double()).tolist()
     lens = cameras.intrinsics.double()
     frames = [
@@ -58,7 +63,7 @@ def write_dataset(folder: Path, views: list[View], cameras: Cameras, cloud: Clou
         }
         for view, pose, matrix in zip(views, poses, lens, strict=True)
     ]
-    document = {"camera_model": "OPENCV", "w": cameras.width, "h": cameras.height, "ply_file_path": "points.ply"}
+    document = {"camera_model": "OPENCV", "w": cameras.width, "h": cameras.height, **more}
     write_json(folder / "transforms.json", document | {"frames": frames})
 
 

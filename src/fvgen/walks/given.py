@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fvgen.clips.views import capture_order
@@ -27,6 +27,17 @@ class Given:
     format: str
     order: list[int]
     left_out: dict[str, str]
+
+
+def hold_out(given: Given, count: int) -> tuple[Given, list[int]]:
+    """Without ``count`` photographs, evenly chosen between the first and the last, and which views those are: they are
+    posed with the others and give nothing else. Raises UserError where fewer than two would be left."""
+    order = given.order
+    if count > len(order) - 2:
+        raise UserError(f"--holdout {count} of {len(order)} photographs leaves fewer than two; hold out fewer")
+    step = (len(order) - 1) / (count + 1)
+    held = sorted({round((k + 1) * step) for k in range(count)})
+    return replace(given, order=[v for k, v in enumerate(order) if k not in held]), [order[k] for k in held]
 
 
 def judge(paths: Sequence[str | Path]) -> None:

@@ -28,9 +28,9 @@ from fvgen.system.doors import read_json
 from fvgen.system.files import atomic_path, locked, remove, writable_folder, write_json
 from fvgen.system.places import sha256_of
 from fvgen.walks.chain import SEAM, SEAMS, chain, walk_spans
-from fvgen.walks.dataset import View, save_png, write_dataset
+from fvgen.walks.dataset import View, save_png, write_dataset, write_views
 from fvgen.walks.film import judge_film, write_film
-from fvgen.walks.given import Given, judge, open_given
+from fvgen.walks.given import Given, hold_out, judge, open_given
 from fvgen.walks.page import write_page
 from fvgen.walks.paths import Walk, camera_path, default_trajectory, judge_trajectory, said
 from fvgen.walks.render import Cloud, Rendered, judge_coverage, make_cloud, render_walk
@@ -56,6 +56,7 @@ class Choices:
     views: int
     seams: str
     dataparser_transforms: str | None
+    holdout: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Plan:
     walk: Walk
     rendered: Rendered
     warning: str | None
+    held: list[int]
 
 
 def generate(
@@ -82,6 +84,7 @@ def generate(
     views: int = VIEWS,
     seams: str = SEAM,
     scene: bool = False,
+    holdout: int = 0,
     dataparser_transforms: str | Path | None = None,
     device: str = "cpu",
     told: Told = lambda line: None,
@@ -100,6 +103,8 @@ def generate(
         views: how many photographs, evenly chosen, give points and are visited; the others join the data set only.
         seams: how clips are chained, see `fvgen.walks.chain.chain`.
         scene: fit 3D Gaussians at the end.
+        holdout: so many photographs are posed and given nowhere; they go to ``holdout`` beside the data set, where
+            `fvgen.splats.reconstruct` finds them to score the scene on.
         dataparser_transforms: nerfstudio's file, for a path of its viewer; the one beside the path is found.
         told, on_progress: are given lines for the user, and clips done of all.
 
@@ -108,7 +113,7 @@ def generate(
     paths = [photographs] if isinstance(photographs, str | Path) else list(photographs)
     choices = Choices(
         str(model), None if trajectory is None else str(trajectory), frames, steps, size, seed, points, views, seams,
-        None if dataparser_transforms is None else str(dataparser_transforms),
+        None if dataparser_transforms is None else str(dataparser_transforms), holdout,
     )  # fmt: skip
     out, seconds = Path(out), {}
     judge_choices(paths, choices, device)
@@ -161,6 +166,8 @@ def judge_choices(paths: list[str | Path], choices: Choices, device: str) -> Non
             raise UserError(f"--{name} {value} is not possible; give {least} to 1000")
     if choices.views < 1:
         raise UserError(f"--views {choices.views} is not possible; give 1 or more")
+    if choices.holdout < 0:
+        raise UserError(f"--holdout {choices.holdout} is not possible; give 0 or more")
     if choices.seams not in SEAMS:
         raise UserError(f"unknown way to chain clips {choices.seams!r}{did_you_mean(choices.seams, SEAMS)}")
     check_device(device)
@@ -241,7 +248,9 @@ def _finished(out: Path, settings: dict[str, Any]) -> bool:
 def plan_walk(paths: list, choices: Choices, needs: RenderNeeds, told: Told, seconds: dict[str, float]) -> Plan:
     """Poses, points, path and renders."""
     with _timed(seconds, "pose"):
-        given = open_given(paths, choices.points)
+        given, held = open_given(paths, choices.points), []
+        if choices.holdout:
+            given, held = hold_out(given, choices.holdout)
         told(f"{len(given.order)} photographs, {given.format}")
         for name, reason in given.left_out.items():
             told(f"left out {name}: {reason}")
@@ -259,7 +268,7 @@ def plan_walk(paths: list, choices: Choices, needs: RenderNeeds, told: Told, sec
         )
         told(said(walk, [path.name for path in given.scene.image_paths]))
         rendered = render_walk(cloud, walk, needs.half_pixel_shift)
-    return Plan(given, cloud, walk, rendered, judge_coverage(rendered))
+    return Plan(given, cloud, walk, rendered, judge_coverage(rendered), held)
 
 
 def _evenly(order: list[int], count: int) -> list[int]:
@@ -314,6 +323,10 @@ def _write(out: Path, plan: Plan, video: Tensor, settings: dict[str, Any]) -> No
         width,
     )
     write_dataset(out, views, cameras, cloud, [given.order.index(view) for view in cloud.views])
+    if plan.held:
+        shown = [fit_image(given.scene.image(view), height, width) for view in plan.held]
+        unseen = [View(f"held_{i:03d}.png", image, False) for i, image in enumerate(shown)]
+        write_views(out / "holdout", unseen, given.scene.cameras.fitted(height, width)[plan.held])
     result = {
         "format": given.format,
         "left_out": given.left_out,
