@@ -18,11 +18,14 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)
 	$(VENV)/bin/fvgen demo --out runs/demo
 
+# A process a core and a thread a process: threads of several tests would wait for each other.
+TEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+
 test: $(READY)
-	$(VENV)/bin/python -m pytest -m "not slow and not gpu"
+	$(TEST) -m "not slow and not gpu"
 
 test-all: $(READY)
-	$(VENV)/bin/python -m pytest
+	$(TEST)
 
 # All that wants to be known of a GPU, in nine minutes at most: benchmarks/results/gpu. Installs nothing: it takes the
 # environment that is there, or PYTHON. `make gpu-check DEVICE=cpu SIZE=tiny` rehearses it.

@@ -139,6 +139,19 @@ def test_a_stopped_run_resumes(walked, scene_folder, options, tmp_path, monkeypa
 # --- Bad input ---
 
 
+def test_photographs_that_are_held_out_are_given_nowhere(scene_folder, options, tmp_path):
+    out = fvgen.generate(scene_folder, tmp_path / "walk", **options, holdout=1, frames=3)
+    given, held, all_ = (read_scene(folder) for folder in (out, out / "holdout", scene_folder))
+    run = json.loads((out / "run.json").read_text())
+    assert len(held.cameras) == 1 and list(run["result"]["given"]) == [f"given_{k:03d}.png" for k in range(3)]
+    missing = [k for k, path in enumerate(all_.image_paths) if path.name not in run["result"]["given"].values()]
+    torch.testing.assert_close(held.cameras.world_from_cam, all_.cameras.world_from_cam[missing], rtol=0, atol=1e-6)
+    apart = (given.cameras.world_from_cam - held.cameras.world_from_cam).abs().amax(dim=(1, 2))
+    assert apart[:3].min() > 1e-3
+    for count, told in ((3, "leaves fewer than two"), (-1, "not possible")):
+        assert told in refusal(lambda count=count: fvgen.generate(scene_folder, tmp_path / "no", holdout=count))
+
+
 def photographs(folder: Path, count: int) -> list[Path]:
     write_images(folder, [f"{i:02d}.png" for i in range(count)])
     return sorted((folder / "images").iterdir())
