@@ -263,7 +263,7 @@ def test_who_learns_follows_from_the_settings(name, changes, learners):
         ("dmd", {"r1_sigma": 0.1}, "r1_sigma has no effect where r1_weight is 0"),
         ("dmd", {"gan_weight": 0.0, "divergence": "reverse_kl", "head_channels": 8}, "where no head learns"),
         ("dmd", {"gan_weight": 0.0, "divergence": "reverse_kl", "head_lr": 1e-3}, "where no head learns"),
-        ("nothing", {}, "there is no method 'nothing'; known are dmd, gan"),
+        ("nothing", {}, "there is no method 'nothing'; known are consistency, control-frozen-head,"),
     ],
 )
 def test_settings_without_effect_are_refused_by_name(name, changes, words):
@@ -281,5 +281,6 @@ def test_any_text_is_a_setting_or_a_sentence(key, text):
         assert "\n" not in str(error)
     else:
         words = config.words()
-        same_for_all = key not in words and key.startswith("head_")  # a learner's own value that the others have, too
+        # A learner's own value that the others have, too, is said once.
+        same_for_all = key not in words and key.startswith(("head_", "student_"))
         assert same_for_all or words[key] is not None or key == "fused"
