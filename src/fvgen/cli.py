@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -130,6 +131,28 @@ def generate(
         "views": views, "scene": scene, "holdout": holdout, "dataparser_transforms": dataparser, "device": device,
     } | ({} if seams is None else {"seams": seams})  # fmt: skip
     guarded(partial(_generate, photographs, out, size, options))
+
+
+@app.command()
+def evaluate(
+    predicted: Annotated[Path, typer.Argument(help="A folder of pictures, a data set, or a video.")],
+    truth: Annotated[Path, typer.Argument(help="The same of what it should be; names match, or the order.")],
+    out: Annotated[
+        Path | None, typer.Option(help="JSON file for the scores; a CSV of all frames goes beside it.")
+    ] = None,
+) -> None:
+    """PSNR, SSIM, LPIPS, FID and KID of any number of pictures."""
+    guarded(partial(_evaluate, predicted, truth, out))
+
+
+def _evaluate(predicted: Path, truth: Path, out: Path | None) -> None:
+    existing(predicted, truth)
+    from fvgen.reports.compare import compare  # takes seconds to import
+
+    result = compare(predicted, truth, out)
+    for name, reason in result["why_null"].items():
+        print(f"fvgen: {name} is null: {reason}", file=sys.stderr)
+    print(json.dumps({key: value for key, value in result.items() if key not in ("frames", "why_null")}))
 
 
 @app.command()

@@ -43,7 +43,12 @@ def kid_squeeze(predicted: Tensor, truth: Tensor) -> float:
     assumes independent sets and goes negative where each prediction belongs to one true image, as ours do.
     Raises Unavailable without SqueezeNet's weights or when the images are smaller than 32 pixels.
     """
-    x, y = squeeze_features(predicted).double(), squeeze_features(truth).double()
+    return squeeze_distance(squeeze_features(predicted), squeeze_features(truth))
+
+
+def squeeze_distance(predicted: Tensor, truth: Tensor) -> float:
+    """`kid_squeeze` of features [N, 512] that are there already."""
+    x, y = predicted.double(), truth.double()
     return (_mean_kernel(x, x) + _mean_kernel(y, y) - 2 * _mean_kernel(x, y)).item()
 
 

@@ -22,7 +22,7 @@ from fvgen.splats.fitting import FitSettings, fit, seeds
 from fvgen.splats.ply import read_points, write_splat
 from fvgen.splats.viewer import write_viewer
 from fvgen.system.doors import read_json
-from fvgen.system.files import write_json
+from fvgen.system.files import judge_output, write_json
 
 WRITTEN = ("scene.ply", "scene.html", "scene.json")
 HOLDOUT = "holdout"  # beside a data set: views to score on
@@ -128,6 +128,8 @@ def held_out(gaussians: Gaussians, folder: Path, height: int, width: int) -> dic
 
 def judge_out(folder: Path, dataset: Path) -> None:
     """Raises UserError where something that is not ours would be replaced, or the folder cannot be one."""
+    if folder.resolve() != dataset.resolve():
+        judge_output(folder)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is a file; choose a folder")
     there = [name for name in WRITTEN if (folder / name).exists()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,12 +39,12 @@ class Photographs:
 def holds_photographs(folder: Path) -> bool:
     """Whether photographs are right in this folder; not in one that cannot be read."""
     try:
-        return any(_is_photograph(path) for path in folder.iterdir())
+        return any(is_picture(path) for path in folder.iterdir())
     except OSError:
         return False
 
 
-def _is_photograph(path: Path) -> bool:
+def is_picture(path: Path) -> bool:
     """Hidden files are none: some systems leave a ._NAME.jpg beside each NAME.jpg. Nor are instant-ngp's masks."""
     return path.suffix.lower() in PHOTOGRAPHS and not path.name.startswith((".", "dynamic_mask_"))
 
@@ -60,7 +60,7 @@ def read_photographs(folder: str | Path) -> Photographs:
         state = "is a file, not a folder" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {state}; give a folder of photographs")
     place = folder / "images" if (folder / "images").is_dir() else folder
-    files = sorted(filter(_is_photograph, place.iterdir()), key=_natural)
+    files = sorted(filter(is_picture, place.iterdir()), key=_natural)
     if not files:
         raise UserError(f"{place} holds no photographs ({', '.join(PHOTOGRAPHS)}); copy them there")
     return photographs_of(files, folder.resolve().name or "photographs")
@@ -110,7 +110,7 @@ def extract_video(file: str | Path, folder: str | Path, frames: int, at_most: bo
         raise UserError(f"{folder} is already there; choose another folder for the frames of {file.name}")
     if frames < 1:
         raise UserError(f"{frames} frames cannot be taken from {file}; ask for one or more")
-    total = sum(1 for _ in _decode(file))
+    total = sum(1 for _ in video_frames(file))
     if total and at_most:
         frames = min(frames, total)
     if total < frames:
@@ -118,13 +118,13 @@ def extract_video(file: str | Path, folder: str | Path, frames: int, at_most: bo
     wanted = {round(place) for place in np.linspace(0, total - 1, frames)}
     with atomic_path(folder) as temporary:
         temporary.mkdir()
-        for number, pixels in enumerate(_decode(file)):
+        for number, pixels in enumerate(video_frames(file)):
             if number in wanted:
                 Image.fromarray(pixels()).save(temporary / f"{number:06d}.png", compress_level=1)
     return read_photographs(folder)
 
 
-def _decode(file: Path):
+def video_frames(file: Path) -> Iterator[Callable[[], np.ndarray]]:
     """A function for each frame that gives its pixels, uint8 [H, W, 3]: converting them takes longer than decoding."""
     try:
         import av
