@@ -216,9 +216,8 @@ def append_line(path: str | Path, line: str) -> None:
                 file.truncate(end)
                 raise
     except OSError as error:
-        if reason := disk_reason(error):
-            raise CannotWrite(f"cannot write {path}: {reason}") from error
-        raise
+        reason = disk_reason(error) or f"{first_line(error)}; put its folder back, or choose another output folder"
+        raise CannotWrite(f"cannot write {path}: {reason}") from error
 
 
 def writable_folder(path: str | Path) -> Path:
