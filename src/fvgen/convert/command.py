@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
@@ -41,7 +40,7 @@ from fvgen.pipelines.hub import fetch_file
 from fvgen.pipelines.presets import model_folder
 from fvgen.pipelines.strict import DAMAGE, INDEX, judge_component, load_alone
 from fvgen.system.doors import not_finite, read_object, there
-from fvgen.system.files import atomic_path, busy, judge_output
+from fvgen.system.files import atomic_path, busy, judge_output, write_state, write_tensors
 
 __all__ = ["COMPONENTS", "LEFTOVERS", "check_shapes", "convert", "convert_back", "expected_shapes", "newer_name"]
 
@@ -116,7 +115,10 @@ def convert_back(folder: str | Path, out: str | Path, config: str | None = None,
     if (name := not_finite(state.items())) is not None:
         raise UserError(f"{folder}: {short(name)} holds NaN or an infinity; convert again")
     with busy(out), atomic_path(out) as temporary:
-        save_file(state, temporary) if out.suffix == ".safetensors" else torch.save({"state_dict": state}, temporary)
+        if out.suffix == ".safetensors":
+            write_tensors(temporary, state)
+        else:
+            write_state(temporary, {"state_dict": state})
     return out
 
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fvgen.convert.components import COMPONENTS
@@ -21,6 +20,7 @@ from fvgen.diffusion.schedule import TIMESTEPS
 from fvgen.errors import UserError, short
 from fvgen.pipelines.strict import INDEX
 from fvgen.system.doors import Unreadable, open_tensors, parse_json, read_object
+from fvgen.system.files import write_tensors
 
 LEFTOVERS = "lvdm_leftovers.safetensors"
 BUFFERS = (
@@ -105,7 +105,7 @@ def write_leftovers(file: CheckpointFile, lvdm: LvdmConfig, only: Collection[str
         others = file.tensors(set(twins.values()).__contains__)
         same = {key: twin for key, twin in twins.items() if _identical(kept[key], others[twin])}
     tensors = {key: value.contiguous() for key, value in kept.items() if key not in same}
-    save_file(tensors, folder / LEFTOVERS, metadata={"same": json.dumps(same)})
+    write_tensors(folder / LEFTOVERS, tensors, metadata={"same": json.dumps(same)})
 
 
 def read_leftovers(

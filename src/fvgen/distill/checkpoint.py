@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fvgen.errors import UserError, first_problem, short
 from fvgen.system.doors import Unreadable, plain_tensors, problem, read_object, read_state
-from fvgen.system.files import TEMPORARY, atomic_path, move_away, new_folder, recover, write_json
+from fvgen.system.files import TEMPORARY, atomic_path, move_away, new_folder, recover, write_json, write_state
 from fvgen.system.places import sha256_of
 from fvgen.system.processes import ALONE, World
 
@@ -63,7 +63,7 @@ def save_checkpoint(
             checksums = {}
             for name, state in states:
                 file = temporary / f"{name}.pt"
-                torch.save(state, file)
+                write_state(file, state)
                 checksums[file.name] = checksum(file)
             index = {"format": FORMAT, "iteration": iteration, "facts": dict(facts or {}), "sha256": checksums}
             write_json(temporary / INDEX, index)

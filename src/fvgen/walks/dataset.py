@@ -19,7 +19,7 @@ from fvgen.geometry.cameras import Cameras, project
 from fvgen.geometry.conventions import to_opengl
 from fvgen.geometry.pointcloud import unproject
 from fvgen.scenes.colmap_write import Tracks, write_model
-from fvgen.system.files import atomic_path, write_json
+from fvgen.system.files import atomic_path, new_folder, write_bytes, write_json
 from fvgen.walks.render import Cloud
 
 MOST_POINTS = 20_000  # in sparse/0 and points.ply, evenly chosen
@@ -36,7 +36,7 @@ class View(NamedTuple):
 
 def write_dataset(folder: Path, views: list[View], cameras: Cameras, cloud: Cloud, places: list[int]) -> None:
     """Into ``folder``; ``places``: which of the views are those of the cloud, in its order."""
-    (folder / "images").mkdir(exist_ok=True)
+    new_folder(folder / "images")
     for view in views:
         save_png(folder / "images" / view.name, view.image)
     points, colors, tracks = tracked_points(cloud, places)
@@ -102,4 +102,4 @@ def write_ply(path: Path, points: Tensor, colors: Tensor) -> None:
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}"]
     lines += [*(f"property {types[code]} {name}" for name, code in kind), "end_header", ""]
     with atomic_path(path) as temporary:
-        temporary.write_bytes("\n".join(lines).encode() + rows.tobytes())
+        write_bytes(temporary, "\n".join(lines).encode() + rows.tobytes())
