@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,10 +18,13 @@ import typer
 from rich.console import Console
 
 from fvgen.clips.worlds import is_builtin
-from fvgen.errors import Stopped, UserError
+from fvgen.errors import Stopped, UserError, first_line, short
 from fvgen.pipelines.presets import model_folder
+from fvgen.system.doors import there
+from fvgen.system.environment import number
 
 QUIET_SECONDS = 10.0
+MOST, MOST_FRAMES, MOST_SIDE = 1_000_000, 10_000, 65_536  # what is beyond would never end, and is a slip of the finger
 
 app = typer.Typer(
     add_completion=False,
@@ -41,7 +46,7 @@ def demo(
     held_out: Annotated[str | None, typer.Option(help="Clips that judge; a part of the scenes if not given.")] = None,
     teacher: Annotated[str, typer.Option(help="Preset or model folder.")] = "tiny",
     frames: Annotated[
-        int | None, typer.Option(min=2, help="Of clips made from scenes; else the teacher's own.")
+        int | None, typer.Option(min=2, max=MOST_FRAMES, help="Of clips made from scenes; else the teacher's own.")
     ] = None,
     size: Annotated[str | None, typer.Option(help="Of clips made from scenes, HEIGHTxWIDTH.")] = None,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Of training and sampling.")] = 0,
@@ -69,18 +74,24 @@ def convert(
 def prepare(
     sources: Annotated[list[Path], typer.Argument(help="Posed scenes, photographs, videos, or folders of these.")],
     out: Annotated[Path, typer.Option(help="Folder for the shards; run again to resume.")],
-    frames: Annotated[int | None, typer.Option(min=2, help="Of a clip; the teacher's own number if not given.")] = None,
+    frames: Annotated[
+        int | None, typer.Option(min=2, max=MOST_FRAMES, help="Of a clip; the teacher's own number if not given.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; 320x512, or 48x64 for tiny, if not given.")] = None,
-    max_stride: Annotated[int, typer.Option(min=1, help="Strides are drawn from 1 to this.")] = 4,
+    max_stride: Annotated[int, typer.Option(min=1, max=MOST, help="Strides are drawn from 1 to this.")] = 4,
     teacher: Annotated[str, typer.Option(help="Preset or model folder whose encoders are used.")] = "tiny",
     points: Annotated[str, typer.Option(help="auto, depth, stereo, ...")] = "auto",
-    clips_per_scene: Annotated[int, typer.Option(min=1, help="How many are tried of each scene.")] = 8,
-    clips_per_shard: Annotated[int, typer.Option(min=1, help="Tried for one file; a kill costs no more work.")] = 32,
-    known_views: Annotated[int, typer.Option(min=1, help="Frames that the point cloud is made from.")] = 2,
+    clips_per_scene: Annotated[int, typer.Option(min=1, max=MOST, help="How many are tried of each scene.")] = 8,
+    clips_per_shard: Annotated[
+        int, typer.Option(min=1, max=MOST, help="Tried for one file; a kill costs no more work.")
+    ] = 32,
+    known_views: Annotated[
+        int, typer.Option(min=1, max=MOST_FRAMES, help="Frames that the point cloud is made from.")
+    ] = 2,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     keep_frames: Annotated[bool, typer.Option("--keep-frames", help="Keep pixels too: to score models on.")] = False,
     part: Annotated[str, typer.Option(help="I/N: the I-th of N shares of the scenes, for job arrays.")] = "1/1",
-    workers: Annotated[int | None, typer.Option(min=1, help="Processes; one per core if not given.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, max=1024, help="Processes; one per core if not given.")] = None,
     device: Annotated[str, typer.Option(help="Of the encoders: cpu, cuda, cuda:1, ...")] = "cpu",
 ) -> None:
     """Make shards of encoded training clips from photographs and videos."""
@@ -96,7 +107,9 @@ def prepare(
 def inspect(
     path: Annotated[str, typer.Argument(help="Shard folder (or its address), a scene, photographs or a video.")],
     out: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
-    clips: Annotated[int | None, typer.Option(min=1, help="To show; 8, or 2 of a scene, if not given.")] = None,
+    clips: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="To show; 8, or 2 of a scene, if not given.")
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Model folder whose VAE decodes; the shards' if a preset.")
     ] = None,
@@ -202,7 +215,7 @@ def _reconstruct(
 
 def _generate(photographs: list[Path], out: Path, size: str | None, options: dict[str, Any]) -> None:
     for photograph in photographs:
-        if not photograph.exists():
+        if not there(photograph):
             raise UserError(f"photograph {photograph} does not exist; check the path")
     both = numbers(size, "x", "size", "320x512") if size else None
 
@@ -266,16 +279,16 @@ def existing(*paths: str | Path) -> None:
     """Judge paths before anything is imported that takes seconds. Raises UserError for the first that is not there;
     addresses (s3://...) and the words for built-in clips pass."""
     for path in paths:
-        if not is_builtin(path) and "://" not in str(path) and not Path(path).exists():
+        if not is_builtin(path) and "://" not in str(path) and not there(path):
             raise UserError(f"data folder {path} does not exist; check the path")
 
 
 def numbers(text: str, separator: str, name: str, example: str) -> tuple[int, int]:
     """ "320x512" to (320, 512). Raises UserError for anything but two numbers of at least 1."""
-    parts = text.split(separator)
-    if len(parts) != 2 or not all(part.isascii() and part.isdecimal() and int(part) for part in parts):
-        raise UserError(f"--{name} {text!r} is not understood; write, for example, {example}")
-    return int(parts[0]), int(parts[1])
+    found = re.fullmatch(rf"0*([1-9]\d{{0,5}}){re.escape(separator)}0*([1-9]\d{{0,5}})", text, re.ASCII)
+    if found is None or max(int(found[1]), int(found[2])) > MOST_SIDE:
+        raise UserError(f"--{name} {short(text)} is not understood; write, for example, {example}")
+    return int(found[1]), int(found[2])
 
 
 def _convert(
@@ -312,7 +325,9 @@ def _demo(out: Path, data: str | None, seed: int, device: str, size: str | None,
 def export(
     run: Annotated[Path, typer.Argument(help="Folder of a stage: the out=DIR of its recipe.")],
     out: Annotated[Path, typer.Option(help="Folder for the student, in the format of diffusers.")],
-    iteration: Annotated[int | None, typer.Option(min=1, help="Which checkpoint; the newest if not given.")] = None,
+    iteration: Annotated[
+        int | None, typer.Option(min=1, max=10**9, help="Which checkpoint; the newest if not given.")
+    ] = None,
 ) -> None:
     """Write the averaged student of a checkpoint as a model folder; the run may still be going on."""
     guarded(partial(_export, run, out, iteration))
@@ -327,13 +342,15 @@ def _export(run: Path, out: Path, iteration: int | None) -> None:
 @app.command()
 def plan(
     config: Annotated[Path, typer.Option(help="YAML file of settings, as for the recipes.")],
-    gpus: Annotated[int, typer.Option(min=1, help="Processes, one GPU each.")] = 8,
-    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GB of one GPU.")] = 80.0,
+    gpus: Annotated[int, typer.Option(min=1, max=MOST, help="Processes, one GPU each.")] = 8,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, max=1e6, help="GB of one GPU.")] = 80.0,
     stage: Annotated[str, typer.Option(help="gan or dmd")] = "dmd",
-    frames: Annotated[int | None, typer.Option(min=1, help="Of a clip; those of the data if not given.")] = None,
-    height: Annotated[int | None, typer.Option(min=1)] = None,
-    width: Annotated[int | None, typer.Option(min=1)] = None,
-    tflops: Annotated[float, typer.Option(min=0.001, help="Peak rate of one GPU.")] = 989.0,
+    frames: Annotated[
+        int | None, typer.Option(min=1, max=MOST_FRAMES, help="Of a clip; those of the data if not given.")
+    ] = None,
+    height: Annotated[int | None, typer.Option(min=1, max=MOST_SIDE)] = None,
+    width: Annotated[int | None, typer.Option(min=1, max=MOST_SIDE)] = None,
+    tflops: Annotated[float, typer.Option(min=0.001, max=1e9, help="Peak rate of one GPU.")] = 989.0,
     utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of it that is reached.")] = 0.35,
     settings: Annotated[list[str] | None, typer.Argument(help="key=value that differ from the file")] = None,
 ) -> None:
@@ -379,22 +396,54 @@ def _plan(
 
 def guarded(call: Callable[[], object]) -> None:
     """Run ``call``; a `UserError` becomes one sentence on stderr and exit code 2, Ctrl-C exit code 130, an end that was
-    asked for and came in order exit code 0."""
+    asked for and came in order exit code 0. What the system refuses where nobody expected it is the user's to mend,
+    too: a sentence that names it."""
     try:
         call()
+        sys.stdout.flush()
     except Stopped as stopped:
         print(f"fvgen: {stopped}", file=sys.stderr)
         sys.exit(0)
     except UserError as error:
-        if int(os.environ.get("RANK", 0)) > 0:
-            # All processes of a run make the same mistake. The launcher ends the others when the first one has ended;
-            # a sentence that only this one has to say comes through.
-            time.sleep(QUIET_SECONDS)
-        print(f"fvgen: {' '.join(str(error).splitlines())}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(str(error))
     except KeyboardInterrupt:
         print("fvgen: interrupted; the same command again resumes", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # `fvgen ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _refuse(f"{where}{error.strerror or first_line(error)}; mend that and run the same command again")
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
+            raise
+        _refuse(
+            f"there is not enough memory ({first_line(error)}); take smaller clips, a smaller batch or fewer workers"
+        )
+
+
+NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate", re.IGNORECASE)
+
+
+def _refuse(sentence: str) -> NoReturn:
+    try:
+        others = number("RANK", 0) > 0
+    except UserError as error:
+        sentence, others = str(error), False
+    if others:
+        # All processes of a run make the same mistake. The launcher ends the others when the first one has ended; a
+        # sentence that only this one has to say comes through.
+        time.sleep(QUIET_SECONDS)
+    with suppress(OSError):
+        print(f"fvgen: {' '.join(sentence.splitlines())}", file=sys.stderr)
+        sys.stderr.flush()
+    if sys.stdout is not None:  # nothing that is left there may change the exit code
+        try:
+            sys.stdout.flush()
+        except (OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.exit(2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -414,22 +463,30 @@ def deepspeed_setting(file: str) -> list[str]:
 
 def positive(text: str) -> int:
     """An integer of at least 1, as a type for `argparse`."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
+    if not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{short(text)} is no number of at least 1")
+    return int(text)
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
         sys.exit(app(standalone_mode=False))
     except Exception as error:
         # typer's own errors; their class is click's or, in newer versions, a copy of it
+        if type(error).__name__ == "Abort":  # Ctrl-C before a command had begun
+            print("fvgen: interrupted; the same command again resumes", file=sys.stderr)
+            sys.exit(130)
         if not hasattr(error, "format_message"):
             raise
-        sentence = " ".join(error.format_message().split()).rstrip(".")
+        sentence = str(UserError(" ".join(error.format_message().split()).rstrip(".")))
         print(f"fvgen: {sentence}; see --help", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("fvgen: interrupted; the same command again resumes", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from fvgen.clips.clip import Clip
 from fvgen.clips.folder import ClipFolder, save_clips
 from fvgen.clips.rooms import GENERATION, USUAL, synthetic_clip
 from fvgen.clips.worlds import World
+from fvgen.errors import UserError
 
 FRAMES, HEIGHT, WIDTH = 8, 48, 64  # the tiny preset's size
 DATA_SEED = 0  # the data set is one data set: seeds of runs do not change it
@@ -26,8 +27,14 @@ DATA_SEED = 0  # the data set is one data set: seeds of runs do not change it
 def cache_folder() -> Path:
     """Where things that can be made again are kept."""
     # A variable that is set to nothing counts as unset.
-    usual = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("FVGEN_CACHE") or usual / "fvgen")
+    if named := os.environ.get("FVGEN_CACHE"):
+        return Path(named)
+    if usual := os.environ.get("XDG_CACHE_HOME"):
+        return Path(usual) / "fvgen"
+    try:
+        return Path.home() / ".cache" / "fvgen"
+    except RuntimeError as error:  # a user whom the system does not know
+        raise UserError("there is no home folder for fvgen's cache; name a folder for it in FVGEN_CACHE") from error
 
 
 def builtin_clips(split: str, count: int, workers: int | None = None, world: World = USUAL) -> ClipFolder:

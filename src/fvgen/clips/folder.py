@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from fvgen.clips.clip import Clip, to_bytes
 from fvgen.errors import UserError, first_line
 from fvgen.system.doors import open_tensors, read_object
-from fvgen.system.files import atomic_path
+from fvgen.system.files import atomic_path, new_folder, write_tensors, write_text
 
 FORMAT = 1
 KINDS = ["U8", "U8", "BOOL"]  # of truth, render and known
@@ -81,9 +80,9 @@ def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFol
         "names": [clip.name for clip in clips],
     }
     with atomic_path(path) as folder:
-        folder.mkdir()
-        save_file(tensors, folder / "clips.safetensors")
-        (folder / "index.json").write_text(json.dumps(index, indent=1) + "\n")
+        new_folder(folder)
+        write_tensors(folder / "clips.safetensors", tensors)
+        write_text(folder / "index.json", json.dumps(index, indent=1) + "\n")
     return ClipFolder(path)
 
 

@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
 from fvgen.models.condition import Condition
 from fvgen.system.doors import Unreadable, load_tensors, not_finite
-from fvgen.system.files import atomic_path
+from fvgen.system.files import write_tensors
 
 if TYPE_CHECKING:
     from fvgen.pipelines.base import NovelViewPipeline
@@ -70,8 +69,7 @@ def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0) 
         with torch.no_grad():
             encoded = [_encode(clips, index, pipeline, generator) for index in range(len(clips))]
         tensors = {key: _stacked([row[key] for row in encoded]) for key in encoded[0]}
-        with atomic_path(file) as temporary:
-            save_file(tensors, temporary)
+        write_tensors(file, tensors)
     try:
         tensors = load_tensors(file)
     except Unreadable as error:

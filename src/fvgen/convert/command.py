@@ -6,14 +6,12 @@ A component at a time, so that never more than one is in memory. What no network
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPTextModelWithProjection
 
@@ -23,6 +21,7 @@ from fvgen.convert.leftovers import (
     LEFTOVERS,
     Shapes,
     buffer_shapes,
+    check_leftovers,
     check_schedule,
     read_leftovers,
     unused_shapes,
@@ -31,7 +30,7 @@ from fvgen.convert.leftovers import (
 from fvgen.convert.lvdm_yaml import LvdmConfig, read_lvdm_config
 from fvgen.convert.names import rename
 from fvgen.convert.weights_file import CheckpointFile
-from fvgen.errors import UserError, did_you_mean
+from fvgen.errors import UserError, did_you_mean, short
 from fvgen.models.viewcrafter.conditioning import Conditioning
 from fvgen.models.viewcrafter.encoders import EMPTY_IDS, PROMPT, PROMPT_IDS, FixedPrompts, encode_tokens, padded_ids
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
@@ -39,8 +38,9 @@ from fvgen.pipelines.card import write_card
 from fvgen.pipelines.folders import quiet
 from fvgen.pipelines.hub import fetch_file
 from fvgen.pipelines.presets import model_folder
-from fvgen.system.doors import there
-from fvgen.system.files import atomic_path, busy, judge_output
+from fvgen.pipelines.strict import DAMAGE, INDEX, judge_component, load_alone
+from fvgen.system.doors import not_finite, read_object, there
+from fvgen.system.files import atomic_path, busy, judge_output, write_state, write_tensors
 
 __all__ = ["COMPONENTS", "LEFTOVERS", "check_shapes", "convert", "convert_back", "expected_shapes", "newer_name"]
 
@@ -109,9 +109,16 @@ def convert_back(folder: str | Path, out: str | Path, config: str | None = None,
     def text_tower() -> Mapping[str, Tensor]:
         return state if "text_encoder" in only else _read_component("text_encoder", folder, None, layout)
 
-    state |= read_leftovers(folder, only, text_tower)
+    left = read_leftovers(folder, only, text_tower)
+    check_leftovers(left, folder, only)
+    state |= left
+    if (name := not_finite(state.items())) is not None:
+        raise UserError(f"{folder}: {short(name)} holds NaN or an infinity; convert again")
     with busy(out), atomic_path(out) as temporary:
-        save_file(state, temporary) if out.suffix == ".safetensors" else torch.save({"state_dict": state}, temporary)
+        if out.suffix == ".safetensors":
+            write_tensors(temporary, state)
+        else:
+            write_state(temporary, {"state_dict": state})
     return out
 
 
@@ -157,6 +164,8 @@ def _write_component(component: str, file: CheckpointFile, lvdm: LvdmConfig, fol
     theirs = file.tensors(lambda name: name.startswith(prefix) and name not in unused)
     network = lvdm.build_empty(component)
     names = key_map(component, network, lvdm.kind.vae_names)
+    if (wrong := not_finite(theirs.items())) is not None:
+        raise UserError(f"the checkpoint {file.path}: {short(wrong)} holds NaN or an infinity; give an intact one")
     network.load_state_dict(
         names.to_ours({key.removeprefix(prefix): value for key, value in theirs.items()}), assign=True
     )
@@ -181,7 +190,7 @@ def _prompts(folder: Path, conditioning: Conditioning) -> FixedPrompts | None:
     have, reads others in their place, which is said: so every converted model can be sampled and scored."""
     if not conditioning.has_text:
         return None
-    encoder = CLIPTextModelWithProjection.from_pretrained(folder / "text_encoder", local_files_only=True).float().eval()
+    encoder = load_alone(folder / "text_encoder", CLIPTextModelWithProjection).float().eval()
     ids, words = [IDS[conditioning.prompt], EMPTY_IDS], encoder.config.vocab_size
     if words <= max(max(row) for row in ids):
         print(f"fvgen: the text encoder knows {words} words, not CLIP's: the prompt becomes others", file=sys.stderr)
@@ -192,16 +201,17 @@ def _prompts(folder: Path, conditioning: Conditioning) -> FixedPrompts | None:
 
 def _layout(folder: Path) -> str:
     """The conditioning layout in a folder's model_index.json."""
-    try:
-        index = json.loads((folder / "model_index.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / 'model_index.json'} is damaged; convert again") from error
-    return Conditioning.of(index.get("conditioning")).layout
+    index = read_object(folder / INDEX, "convert again")
+    settings = index.get("conditioning")
+    if settings is not None and not isinstance(settings, dict):
+        raise UserError(f"{folder / INDEX}: conditioning is {short(settings)}; convert again")
+    return Conditioning.of(settings).layout
 
 
 def _read_component(component: str, folder: Path, lvdm: LvdmConfig | None, layout: str) -> dict[str, Tensor]:
     """A component's weights in the checkpoint's names, memory-mapped, compared with its configuration."""
     place = folder / component
+    judge_component(place, COMPONENTS[component].network)
     state: dict[str, Tensor] = {}
     for shard in sorted(place.glob("*.safetensors")):
         state |= CheckpointFile(shard).tensors()
@@ -221,12 +231,13 @@ def _read_component(component: str, folder: Path, lvdm: LvdmConfig | None, layou
 def _empty(component: str, place: Path) -> nn.Module:
     """The component on the meta device, from the configuration in its own folder."""
     kind = COMPONENTS[component].network
+    settings = read_object(place / "config.json", "convert again")
     try:
         with torch.device("meta"):
             if component in ("image_encoder", "text_encoder"):
-                return kind(kind.config_class.from_pretrained(place, local_files_only=True))
-            return kind.from_config(kind.load_config(place, local_files_only=True))
-    except (OSError, ValueError, TypeError) as error:
+                return kind(kind.config_class(**settings))
+            return kind.from_config(settings)
+    except DAMAGE as error:
         raise UserError(f"{place} holds no {kind.__name__} that can be read; convert again, or leave it out") from error
 
 

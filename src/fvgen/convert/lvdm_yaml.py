@@ -17,18 +17,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import AutoencoderKL
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPTextModelWithProjection, CLIPVisionModelWithProjection
 
 from fvgen.convert.components import COMPONENTS, VAE_SWITCHES, Switches
 from fvgen.convert.kinds import KINDS, Kind, check_layout, kind_of
 from fvgen.convert.sizes import VIT_H_14, image_config, projector_config, text_config, unet_config, vae_config
 from fvgen.diffusion.schedule import NoiseSchedule
-from fvgen.errors import UserError, first_line
+from fvgen.errors import UserError, first_line, short
 from fvgen.models.viewcrafter.projector import ImageProjector
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
+from fvgen.pipelines.strict import judge_arguments, judge_settings
+from fvgen.system.doors import Unreadable, read_yaml
 
 WANTED = "give a configuration file of ViewCrafter, DynamiCrafter or GenFusion"
 DAMAGED = f"the yaml {{path}} is damaged ({{reason}}); {WANTED}"
@@ -67,15 +68,12 @@ def read_lvdm_config(path: str | Path, layout: str | None = None) -> LvdmConfig:
         UserError: a file that is damaged, describes another model, or one that has another layout.
     """
     try:
-        content = yaml.safe_load(Path(path).read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "no text"
-        raise UserError(f"cannot read the yaml {path} ({reason}); {WANTED}") from error
-    except yaml.YAMLError as error:
-        raise UserError(DAMAGED.format(path=path, reason=first_line(error))) from error
+        content = read_yaml(path)
+    except Unreadable as error:
+        raise UserError(DAMAGED.format(path=path, reason=error.reason)) from error
     try:
         return _lvdm_config(content, path, layout)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         if isinstance(error, UserError):
             raise
         reason = f"it lacks {error}" if isinstance(error, KeyError) else first_line(error)
@@ -89,7 +87,7 @@ def _lvdm_config(content: Any, path: str | Path, layout: str | None) -> LvdmConf
     kind = kind_of(str(model["target"]), params)
     if kind is None:
         known = " or ".join(dict.fromkeys(kind.target for kind in KINDS))
-        raise UserError(f"the yaml {path} is of another model: its model is {model['target']}, not {known}")
+        raise UserError(f"the yaml {path} is of another model: its model is {str(model['target'])[:100]}, not {known}")
     check_layout(kind, layout, path)
     _check_switches(params, kind.switches, "model", kind, path)
     sections = {}
@@ -97,6 +95,8 @@ def _lvdm_config(content: Any, path: str | Path, layout: str | None) -> LvdmConf
         _check_class(params[row.section], row.target, row.section, path)
         sections[component] = params[row.section].get("params") or {}
         _check_switches(sections[component], row.switches, row.section, kind, path)
+    if kind.stated("use_dynamic_rescale"):
+        judge_settings({"base_scale": params["base_scale"]}, {"base_scale": 0.7}, f"the yaml {path}")
     return LvdmConfig(
         kind,
         float(params["base_scale"]) if kind.stated("use_dynamic_rescale") else None,
@@ -118,12 +118,20 @@ def _builders(
     if kind.vae_channels is not None:
         vae |= {"in_channels": kind.vae_channels, "out_channels": kind.vae_channels}
     image, text = (_open_clip(sections[name], path) for name in ("image_encoder", "text_encoder"))
+    kinds = {
+        "unet": (ViewCrafterUNet, unet),
+        "vae": (AutoencoderKL, vae),
+        "image_projector": (ImageProjector, projector_config(sections["image_projector"])),
+        "image_encoder": (CLIPVisionModelWithProjection, image_config(image)),
+        "text_encoder": (CLIPTextModelWithProjection, text_config(text)),
+    }
+    for name, (cls, settings) in kinds.items():
+        judge_arguments(cls, settings, f"the yaml {path}, {name}")
     return {
-        "unet": partial(ViewCrafterUNet, **unet),
-        "vae": partial(AutoencoderKL, **vae),
-        "image_projector": partial(ImageProjector, **projector_config(sections["image_projector"])),
-        "image_encoder": partial(_build, CLIPVisionModelWithProjection, CLIPVisionConfig, image_config(image)),
-        "text_encoder": partial(_build, CLIPTextModelWithProjection, CLIPTextConfig, text_config(text)),
+        name: partial(_build, cls, cls.config_class, settings)
+        if hasattr(cls, "config_class")
+        else partial(cls, **settings)
+        for name, (cls, settings) in kinds.items()
     }
 
 
@@ -147,12 +155,14 @@ def _open_clip(params: Mapping[str, Any], path: str | Path) -> Mapping[str, Any]
 def _check_class(section: Mapping[str, Any], expected: str, name: str, path: str | Path) -> None:
     found = str(section["target"])
     if found.rsplit(".", 1)[-1] != expected:
-        raise UserError(f"the yaml {path} is of another model: its {name} is {found}, not {expected}")
+        raise UserError(f"the yaml {path} is of another model: its {name} is {found[:100]}, not {expected}")
 
 
 def _check_switches(params: Mapping[str, Any], switches: Switches, name: str, kind: Kind, path: str | Path) -> None:
     for key, (value, default) in switches.items():
         found = params.get(key, default)
         if found != value:
-            told = f"{name} has {key}={found!r}" if key in params else f"{name} has no {key}, which means {default!r}"
+            told = (
+                f"{name} has {key}={short(found)}" if key in params else f"{name} has no {key}, which means {default!r}"
+            )
             raise UserError(f"the yaml {path} is of another model: {told}, {kind.name}'s is {value!r}")

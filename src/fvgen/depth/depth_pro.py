@@ -25,6 +25,7 @@ from fvgen.errors import UserError, first_line
 from fvgen.geometry.alignment import align_inverse_depth
 from fvgen.scenes.images import fit_depth
 from fvgen.scenes.scene import Scene
+from fvgen.system.doors import read_object
 
 REPOSITORY = "apple/DepthPro-hf"
 FILES = ("*.json", "*.safetensors")
@@ -108,7 +109,11 @@ def _weights() -> Path:
 def _network(folder: Path):
     from transformers import DepthProForDepthEstimation, DepthProImageProcessor
 
+    from fvgen.pipelines.strict import judge_json  # it imports diffusers, which takes seconds
+
     try:
+        for file in folder.glob("*.json"):
+            judge_json(read_object(file), file)
         processor = DepthProImageProcessor.from_pretrained(folder, local_files_only=True)
         network = DepthProForDepthEstimation.from_pretrained(
             folder, local_files_only=True, use_safetensors=True, use_fov_model=False

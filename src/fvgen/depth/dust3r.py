@@ -29,7 +29,7 @@ from fvgen.scenes.formats import read_scene
 from fvgen.scenes.images import fit_depth, fit_image, load_image
 from fvgen.scenes.readers.photographs import Photographs, copy_photograph
 from fvgen.scenes.scene import Scene
-from fvgen.system.files import atomic_path
+from fvgen.system.files import atomic_path, new_folder, write_text
 
 PATCH = 16
 COMPLETE = 8  # views up to which all are compared with all
@@ -173,8 +173,8 @@ def align(dust3r: Dust3r, images: Tensor, cameras: Cameras | None = None) -> Ali
 
 def _write_scene(folder: Path, photographs: Photographs, aligned: Aligned) -> None:
     """transforms.json, copies of the photographs, 16-bit depth maps of their size."""
-    (folder / "images").mkdir(parents=True)
-    (folder / "depth").mkdir()
+    new_folder(folder / "images")
+    new_folder(folder / "depth")
     height, width = photographs.height, photographs.width
     cameras = aligned.cameras.fitted(height, width)
     unit = aligned.depth.max().item() / 65535
@@ -196,4 +196,4 @@ def _write_scene(folder: Path, photographs: Photographs, aligned: Aligned) -> No
             }
         )
     document = {"w": width, "h": height, "depth_unit_scale_factor": unit, "frames": frames}
-    (folder / "transforms.json").write_text(json.dumps(document, indent=1))
+    write_text(folder / "transforms.json", json.dumps(document, indent=1))

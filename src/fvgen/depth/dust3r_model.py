@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import ast
 import importlib
-import json
 import math
 import os
 import sys
@@ -28,6 +27,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from fvgen.errors import UserError, first_line
+from fvgen.system.doors import read_object
 from fvgen.system.weights import read_weights_file
 
 LICENCE = "DUSt3R and its weights are CC BY-NC-SA 4.0: what you make with them is for non-commercial use only"
@@ -110,7 +110,7 @@ def read_weights(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     try:
         if path.is_dir():
-            settings = json.loads((path / "config.json").read_text())
+            settings = read_object(path / "config.json")
             settings = {key: _plain(value) for key, value in settings.items()}
             return settings, read_weights_file(path / "model.safetensors")
         content = read_weights_file(path, allowed=[argparse.Namespace])

@@ -6,23 +6,35 @@ them again, leaves no trace.
 
 from __future__ import annotations
 
-import hashlib
-import json
-import pickle
+import math
 import re
 from collections import deque
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fvgen.errors import UserError, first_line
-from fvgen.system.files import TEMPORARY, atomic_path, move_away, recover, write_json
+from fvgen.errors import UserError, first_problem, short
+from fvgen.system.doors import Unreadable, plain_tensors, problem, read_object, read_state
+from fvgen.system.files import TEMPORARY, atomic_path, move_away, new_folder, recover, write_json, write_state
+from fvgen.system.places import sha256_of
 from fvgen.system.processes import ALONE, World
 
 INDEX = "checkpoint.json"
 FORMAT = 1
+
+
+class Index(BaseModel):
+    """``checkpoint.json``."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    format: Literal[1]
+    iteration: int = Field(ge=0)
+    facts: dict[str, Any]
+    sha256: dict[Annotated[str, Field(pattern=r"^\w+\.pt$")], Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]]
 
 
 class Stateful(Protocol):
@@ -47,11 +59,11 @@ def save_checkpoint(
 
     def write() -> None:
         with atomic_path(folder) as temporary:
-            temporary.mkdir()
+            new_folder(temporary)
             checksums = {}
             for name, state in states:
                 file = temporary / f"{name}.pt"
-                torch.save(state, file)
+                write_state(file, state)
                 checksums[file.name] = checksum(file)
             index = {"format": FORMAT, "iteration": iteration, "facts": dict(facts or {}), "sha256": checksums}
             write_json(temporary / INDEX, index)
@@ -114,8 +126,17 @@ def load_checkpoint_part(folder: Path, name: str) -> dict[str, Any]:
     return _read(folder / f"{name}.pt", cure)
 
 
+def load_weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
+    """The weights of an average. Raises UserError for a checkpoint without."""
+    weights = load_checkpoint_part(folder, name).get("module")
+    if not isinstance(weights, dict) or not weights or (wrong := plain_tensors(weights)):
+        reason = wrong if weights and isinstance(weights, dict) else "there are none"
+        raise UserError(f"checkpoint {folder} holds no weights in {name}.pt ({reason}); choose another one")
+    return weights
+
+
 def _verify(file: Path, expected: str, cure: str) -> None:
-    if not file.is_file() or checksum(file) != expected:
+    if problem(file) or checksum(file) != expected:
         raise UserError(
             f"checkpoint {file.parent} is damaged or cut short ({file.name} is missing or not what was written); {cure}"
         )
@@ -123,40 +144,50 @@ def _verify(file: Path, expected: str, cure: str) -> None:
 
 def _read(file: Path, cure: str) -> dict[str, Any]:
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        reason = first_line(error)
-        raise UserError(f"checkpoint {file.parent} is damaged or cut short ({reason}); {cure}") from error
-    if not isinstance(state, dict):
-        raise UserError(f"checkpoint {file.parent} does not fit this run's networks; {cure}")
+        state = read_state(file)
+    except Unreadable as error:
+        raise UserError(f"checkpoint {file.parent} is damaged or cut short ({error.reason}); {cure}") from error
+    if problem := state_problem(state):
+        raise UserError(f"checkpoint {file.parent} does not fit this run's networks ({file.name}: {problem}); {cure}")
     return state
+
+
+def state_problem(state: Any, depth: int = 0) -> str | None:
+    """What is in a state that no thing of ours writes, in words; None for nothing: it holds texts, finite numbers,
+    plain tensors, and mappings and lists of these, under names."""
+    if depth > 8:
+        return "it is nested too deeply"
+    if isinstance(state, Mapping):
+        if wrong := next((key for key in state if not isinstance(key, str)), None):
+            return f"a name is {short(wrong)}, no text"
+        weights = depth and state and all(isinstance(value, torch.Tensor) for value in state.values())
+        if weights and all(value.is_floating_point() for value in state.values()):
+            return plain_tensors(state)
+        return next((found for value in state.values() if (found := state_problem(value, depth + 1))), None)
+    if isinstance(state, list | tuple):
+        return next((found for value in state if (found := state_problem(value, depth + 1))), None)
+    if isinstance(state, torch.Tensor):
+        plain = state.layout is torch.strided and not state.is_quantized and state.device.type == "cpu"
+        return None if plain else "it holds a tensor without plain values"
+    if isinstance(state, float) and not math.isfinite(state):
+        return f"it holds {state}"
+    return None if state is None or isinstance(state, str | bool | int | float) else f"it holds {type(state).__name__}"
 
 
 def read_index(folder: Path, cure: str) -> dict[str, Any]:
     """The judged content of a checkpoint's list of files."""
     try:
-        index = json.loads((folder / INDEX).read_text())
-        good = index["format"] == FORMAT and isinstance(index["facts"], dict) and isinstance(index["iteration"], int)
-        good = good and all(re.fullmatch(r"\w+\.pt", name) for name in index["sha256"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = first_line(error)
-        raise UserError(f"checkpoint {folder} is damaged or cut short ({reason}); {cure}") from None
-    if not good:
-        raise UserError(f"checkpoint {folder} is damaged or of another version of fvgen; {cure}")
-    return index
+        return Index.model_validate(read_object(folder / INDEX)).model_dump()
+    except Unreadable as error:
+        raise UserError(f"checkpoint {folder} is damaged or cut short ({error.reason}); {cure}") from None
+    except ValidationError as error:
+        reason = first_problem(error)
+        raise UserError(f"checkpoint {folder} is damaged or of another version of fvgen ({reason}); {cure}") from None
 
 
 def checksum(file: Path) -> str:
     """sha256, in hex digits."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _sha256(stream)
-
-
-def _sha256(stream: Any) -> str:
-    digest = hashlib.sha256()
-    while block := stream.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(file)
 
 
 class CheckpointFolder:

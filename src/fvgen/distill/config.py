@@ -7,20 +7,17 @@ and, for the method's own, `fvgen.distill.methods`).
 from __future__ import annotations
 
 import re
-import reprlib
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fvgen.distill.methods import METHODS, method_named
 from fvgen.distill.settings import OWNERS, SHARED, Optimizer, Owner, StageConfig
-from fvgen.errors import UserError, did_you_mean, first_line
-
-NO_YAML = (yaml.YAMLError, ValueError, RecursionError)  # ValueError: other than UTF-8, or a date that does not exist
+from fvgen.errors import UserError, did_you_mean, short
+from fvgen.system import doors
 
 
 @dataclass(frozen=True)
@@ -59,11 +56,11 @@ def stage_config(
     """
     row, settings, origin = method_named(name), dict(settings), Origin(where, overrides)
     if (found := settings.pop("method", name)) != name:
-        raise UserError(f"{origin.of('method')}: method={found!r}, but this is stage {name!r}; remove the setting")
+        raise UserError(f"{origin.of('method')}: method={short(found)}, but this is stage {name!r}; remove the setting")
     _check_names(name, settings, origin)
     for key, value in row.fixed.items():
         if settings.setdefault(key, value) != value:
-            raise UserError(f"{origin.of(key)}: method {name} has {key}={value!r}; remove {key}={settings[key]!r}")
+            raise UserError(f"{origin.of(key)}: method {name} has {key}={value!r}; remove {key}={short(settings[key])}")
     owners = {
         owner: _judged(kind, {key: settings[key] for key in kind.model_fields if key in settings}, origin)
         for owner, kind in {**OWNERS, "method": row.settings}.items()
@@ -127,7 +124,7 @@ def read_stages(file: str | Path, overrides: Sequence[str]) -> list[StageConfig]
     where, words, settings = str(file), parse_overrides(overrides), read_yaml(file)
     names = settings.pop("stages", None)
     if not (isinstance(names, list) and names and all(isinstance(name, str) for name in names)):
-        raise UserError(f"{where}: stages is {reprlib.repr(names)}; write the methods in order, as stages: [gan, dmd]")
+        raise UserError(f"{where}: stages is {short(names)}; write the methods in order, as stages: [gan, dmd]")
     for name in names:
         method_named(name)
     out = words.pop("out", settings.pop("out", None))
@@ -151,11 +148,7 @@ def read_stages(file: str | Path, overrides: Sequence[str]) -> list[StageConfig]
 
 def read_yaml(file: str | Path) -> dict[str, Any]:
     """A YAML mapping; raises UserError for a file that is missing or something else."""
-    try:
-        settings = yaml.safe_load(Path(file).read_text())
-    except (OSError, *NO_YAML) as error:
-        reason = first_line(error)
-        raise UserError(f"config file {file} cannot be read ({reason}); give a YAML file of settings") from None
+    settings = doors.read_yaml(file, "give a YAML file of settings", "config file")
     if not isinstance(settings, dict):
         raise UserError(f"config file {file} holds no 'key: value' lines; give a YAML file of settings")
     return settings
@@ -168,7 +161,7 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise UserError(f"{word!r} is no setting; write key=value, for example iterations=200")
+            raise UserError(f"{short(word)} is no setting; write key=value, for example iterations=200")
         settings[key] = _value(key, value)
     return settings
 
@@ -190,7 +183,7 @@ def _check_names(name: str, settings: Mapping[str, Any], origin: Origin) -> None
                 raise UserError(f"{origin.of(key)}: {key} is a setting of method {other}, not of {name}; remove it")
         of_one = {f"{learner}_{key}" for learner in METHODS[name].settings.all_learners for key in SHARED}
         near = {*known, *METHODS} - {key} - of_one  # a list of all would be twice as long
-        raise UserError(f"{origin.of(key)}: unknown setting {key!r}{did_you_mean(str(key), near)}")
+        raise UserError(f"{origin.of(key)}: unknown setting {short(key)}{did_you_mean(str(key), near)}")
 
 
 def _optimizer(learner: str, settings: Mapping[str, Any], origin: Origin) -> Optimizer:
@@ -214,7 +207,7 @@ def _judged(kind: type[Owner], given: Mapping[str, Any], origin: Origin, words: 
             raise UserError(f"{origin.file}: {key} is not given; add {key}=...") from None
         problem = first["msg"].removeprefix("Value error, ")
         place = origin.of_all(problem) if key is None else origin.of(key)
-        value = "" if key is None else f"{key}={reprlib.repr(first['input'])}: "
+        value = "" if key is None else f"{key}={short(first['input'])}: "
         raise UserError(f"{place}: {value}{problem[0].lower() + problem[1:]}") from None
 
 
@@ -222,9 +215,9 @@ def _value(key: str, text: str) -> Any:
     if _is_name(key):
         return text
     try:
-        return _number(key, yaml.safe_load(text))
-    except NO_YAML:
-        word = reprlib.repr(f"{key}={text}")
+        return _number(key, doors.parse_yaml(text, key))
+    except UserError:
+        word = short(f"{key}={text}")
         raise UserError(f"the value in {word} cannot be read; quote it or write a plain number or word") from None
 
 

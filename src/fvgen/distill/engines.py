@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from fvgen.distill.settings import Optimizer
 from fvgen.distill.zero_settings import clips_at_a_time, zero_settings
 from fvgen.errors import UserError, first_line
+from fvgen.system.environment import number
 from fvgen.system.processes import World
 
 if TYPE_CHECKING:
@@ -314,7 +315,7 @@ def join_world(config: StageConfig) -> World:
     The launcher (`deepspeed`, `torchrun`, or `srun` with these set by hand) tells through RANK, WORLD_SIZE and
     LOCAL_RANK.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    size, rank = max(1, number("WORLD_SIZE", 1)), number("RANK", 0)
     if not config.memory.deepspeed:
         if size > 1:
             raise UserError(f"{size} processes were started without --deepspeed FILE; give one, or start one process")
@@ -325,7 +326,7 @@ def join_world(config: StageConfig) -> World:
     deepspeed = import_deepspeed()
     deepspeed.utils.logger.setLevel("WARNING")
     _judge_zero(config.memory.deepspeed, settings["zero_optimization"])
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    local_rank = number("LOCAL_RANK", 0)
     if config.run.device.startswith("cuda"):
         if config.run.device != "cuda":
             device = config.run.device

@@ -6,15 +6,17 @@ from pathlib import Path
 
 import torch
 
-from fvgen.distill.checkpoint import CheckpointFolder, load_checkpoint_part
+from fvgen.distill.checkpoint import CheckpointFolder, load_weights
+from fvgen.distill.config import read_yaml
 from fvgen.distill.methods.written import write_student
-from fvgen.distill.run_folder import read_run_config
+from fvgen.distill.run_folder import CONTENTS, read_run_config
 from fvgen.distill.settings import StageConfig
-from fvgen.distill.sources import is_path
-from fvgen.errors import UserError
+from fvgen.distill.sources import contents, is_path
+from fvgen.errors import UserError, first_line
 from fvgen.models.family import family_of
 from fvgen.pipelines.folders import load_pipeline, model_kind
 from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.system.doors import problem
 from fvgen.system.files import TEMPORARY, busy, judge_output, writable_folder
 
 
@@ -33,7 +35,7 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
     an iteration that was not kept, a damaged checkpoint, or an ``out`` that holds something else.
     """
     run, out = Path(run), judge_output(out, inputs=[Path(run) / "checkpoints", Path(run) / "student"])
-    if not (run / "config.yaml").is_file():
+    if problem(run / "config.yaml"):
         raise UserError(f"{run} is no run's folder (it has no config.yaml); give the output folder of a stage")
     config = read_run_config(run)
     checkpoints = CheckpointFolder(run / "checkpoints", config.log.keep_checkpoints)
@@ -49,14 +51,26 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
             f"the run in {run} began with teacher={config.run.teacher}, which is not there any more; put it back, or "
             "resume the run once with teacher=DIR of an equal one"
         )
+    before, now = read_yaml(run / "config.yaml").get(CONTENTS), contents(config.words())
+    if isinstance(before, dict) and before.get("teacher") != now.get("teacher"):
+        raise UserError(
+            f"teacher={config.run.teacher} is not the one that the run in {run} began with (its files differ); put "
+            "that one back"
+        )
     with busy(out):
         return _export(config, checkpoints.path(iteration or kept[-1]), out)
 
 
 def _export(config: StageConfig, checkpoint: Path, out: Path) -> Path:
-    weights = load_checkpoint_part(checkpoint, "ema")["module"]
+    weights = load_weights(checkpoint, "ema")
     base = load_pipeline(config.run.teacher, TeacherPipeline)
     writable_folder(out.parent)
-    with torch.no_grad():
-        write_student(config, base, weights, out)
+    try:
+        with torch.no_grad():
+            write_student(config, base, weights, out)
+    except (LookupError, RuntimeError, AttributeError) as error:
+        raise UserError(
+            f"checkpoint {checkpoint} does not fit teacher={config.run.teacher} ({first_line(error)}); put the teacher "
+            "back that the run began with"
+        ) from error
     return out

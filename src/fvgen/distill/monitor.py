@@ -26,7 +26,7 @@ from fvgen.clips.latents import LatentSet
 from fvgen.distill.methods.base import MONITOR, Method
 from fvgen.distill.settings import StageConfig
 from fvgen.errors import first_line
-from fvgen.system.files import append_line, atomic_path
+from fvgen.system.files import append_line, atomic_path, new_folder, open_log
 from fvgen.system.work import Work
 
 SEEDS = 2
@@ -49,9 +49,9 @@ class TensorBoard:
     def __init__(self, folder: Path) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        folder.mkdir(parents=True, exist_ok=True)
+        new_folder(folder)
         name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
-        self.records = RecordWriter((folder / name).open("ab", buffering=0))
+        self.records = RecordWriter(open_log(folder / name))
         self._add(0, file_version="brain.Event:2")
 
     def scalars(self, values: Mapping[str, float], iteration: int) -> None:

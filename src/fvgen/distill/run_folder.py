@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fvgen import __version__
 from fvgen.distill.checkpoint import CheckpointFolder
 from fvgen.distill.config import read_yaml, stage_config
 from fvgen.distill.settings import StageConfig
 from fvgen.distill.sources import SOURCES, check_source, contents, located, moved
-from fvgen.errors import UserError
+from fvgen.errors import UserError, first_problem
+from fvgen.system.doors import Unreadable, parse_json, problem, read_object, read_rows, read_text, there
 from fvgen.system.files import (
     TEMPORARY,
     atomic_path,
@@ -25,6 +26,7 @@ from fvgen.system.files import (
     remove,
     writable_folder,
     write_json,
+    write_text,
 )
 
 LOCK = ".lock"  # held while a run is at work
@@ -69,7 +71,7 @@ class RunFolder:
         out = {"out": str(self.root.resolve())}  # where sources are from here, should all be moved
         settings = {WRITTEN_BY: __version__, **located(words), **out, CONTENTS: contents(words)}
         with atomic_path(self.root / "config.yaml") as temporary:
-            temporary.write_text(yaml.safe_dump(settings, sort_keys=False))
+            write_text(temporary, yaml.safe_dump(settings, sort_keys=False))
 
     def lock(self) -> AbstractContextManager[None]:
         """Held inside; raises UserError where another run has it."""
@@ -82,8 +84,7 @@ class RunFolder:
         self.checkpoints.clean()
 
     def is_finished(self) -> bool:
-        file = self.root / SUMMARY
-        return file.exists() and json.loads(file.read_text())["iterations"] >= self.config.run.iterations
+        return there(self.root / SUMMARY) and read_summary(self.root).iterations >= self.config.run.iterations
 
     def finish(self, iterations: int, seconds: float) -> None:
         """The last thing that a stage writes."""
@@ -100,14 +101,15 @@ class RunFolder:
     def cut_log(self, done: int) -> None:
         """Keep the rows of the first ``done`` iterations. Raises UserError where some are missing."""
         log = self.root / LOG
-        lines = log.read_bytes().decode(errors="replace").split("\n")[:done] if log.exists() else []
+        cure = f"delete {self.root} to start this stage again"
+        lines = read_text(log, errors="replace", cure=cure).split("\n")[:done] if there(log) else []
         if not _are_rows(lines, done):
             raise UserError(
                 f"{log} lacks rows of the {done} iterations that the checkpoint stands at; "
                 f"delete {self.root} to start this stage again, or choose another output folder"
             )
         with atomic_path(log) as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines))
+            write_text(temporary, "".join(line + "\n" for line in lines))
 
     def scores(self) -> dict[int, float]:
         """What `keep_best_by` gives the checkpoints: the metric's mean over the iterations before each."""
@@ -136,16 +138,36 @@ def read_run_config(folder: Path, follow: bool = True) -> StageConfig:
     return stage_config(str(words.get("method")), moved(words, folder) if follow else words, str(file))
 
 
-def read_metrics(stage_folder: str | Path) -> list[dict[str, float]]:
-    """The rows of a stage's metrics.jsonl."""
-    return [json.loads(line) for line in (Path(stage_folder) / LOG).read_text().splitlines()]
+class Summary(BaseModel):
+    """``summary.json``: a stage that is done."""
+
+    model_config = ConfigDict(frozen=True, strict=True, allow_inf_nan=False)
+
+    stage: str
+    iterations: int = Field(ge=0)
+    seconds: float = Field(ge=0)
+
+
+def read_summary(folder: Path) -> Summary:
+    """Raises UserError for a file that is not what `RunFolder.finish` writes."""
+    cure = f"delete it and run the stage in {folder} again, which only writes its student anew"
+    content = read_object(folder / SUMMARY, cure)
+    try:
+        return Summary.model_validate(content)
+    except ValidationError as error:
+        raise Unreadable(folder / SUMMARY, first_problem(error), cure) from None
+
+
+def read_metrics(stage_folder: str | Path) -> list[dict[str, Any]]:
+    """The rows of a stage's metrics.jsonl. Raises UserError for a damaged one."""
+    return read_rows(Path(stage_folder) / LOG, f"delete {stage_folder} to start this stage again")
 
 
 def _are_rows(lines: Sequence[str], count: int) -> bool:
     """Whether these are the whole rows of iterations 1 to ``count``."""
     try:
-        return [json.loads(line)["iteration"] for line in lines] == list(range(1, count + 1))
-    except (ValueError, KeyError, TypeError):
+        return [parse_json(line, LOG)["iteration"] for line in lines] == list(range(1, count + 1))
+    except (UserError, KeyError, TypeError):
         return False
 
 
@@ -159,14 +181,15 @@ def check_paths(config: StageConfig) -> None:
             check_source(key, words[key], before.get(key))
     if config.run.init:
         finished_stage(config.run.init)
-    if config.memory.deepspeed and not Path(config.memory.deepspeed).is_file():
+    if config.memory.deepspeed and problem(config.memory.deepspeed):
         raise UserError(f"DeepSpeed settings {config.memory.deepspeed} do not exist; give a JSON file")
 
 
 def finished_stage(folder: str) -> Path:
     """The path of an ``init``. Raises UserError where no finished stage is there."""
     path = Path(folder)
-    if not (path / SUMMARY).exists():
+    if not there(path / SUMMARY):
         state = "is not finished; run it again first" if path.is_dir() else "does not exist"
         raise UserError(f"init={folder} {state}, or give the folder of another finished stage")
+    read_summary(path)
     return path

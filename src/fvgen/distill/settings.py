@@ -31,7 +31,7 @@ class Run(Owner):
     )
     seed: int = Field(0, ge=0, le=2**32 - 1)
     device: str = Field("cpu", description="where to train, as torch names it: cpu, cuda, cuda:1")
-    iterations: int = Field(200, ge=1)
+    iterations: int = Field(200, ge=1, le=10**9)
 
 
 class Data(Owner):
@@ -40,10 +40,10 @@ class Data(Owner):
     resumable = frozenset({"workers"})
 
     data: str = Field("builtin", description="'builtin' scenes, a folder of clips, or shards (a folder, s3://, ...)")
-    clips: int = Field(64, ge=1, description="how many built-in clips to train on; ignored for a folder")
-    batch_size: int = Field(4, ge=1)
+    clips: int = Field(64, ge=1, le=1_000_000, description="how many built-in clips to train on; ignored for a folder")
+    batch_size: int = Field(4, ge=1, le=65_536)
     workers: int = Field(
-        0, ge=0, description="processes that read clips ahead; 0 is a thread, enough but for slow places"
+        0, ge=0, le=1024, description="processes that read clips ahead; 0 is a thread, enough but for slow places"
     )
 
 
@@ -66,14 +66,16 @@ class Memory(Owner):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="of weights and activations; with bfloat16 the optimisers keep float32 master weights"
     )
-    accumulation: int = Field(1, ge=1, description="parts in which each process passes its clips, to save memory")
+    accumulation: int = Field(
+        1, ge=1, le=65_536, description="parts in which each process passes its clips, to save memory"
+    )
     checkpoint_activations: bool = Field(False, description="compute activations again instead of keeping them")
     fused: bool | None = Field(None, description="AdamW in one kernel; null means on a GPU (last bits differ)")
     share_backbone: bool = Field(
         False, description="the fake score is a LoRA adapter on the one frozen teacher instead of a network of its own"
     )
     student_lora: bool = Field(False, description="so is the student; needs share_backbone")
-    lora_rank: int = Field(16, ge=1)
+    lora_rank: int = Field(16, ge=1, le=8192)
     deepspeed: str = Field("", description="JSON file of DeepSpeed settings; '' trains in one plain process")
     offload_teacher: bool = Field(False, description="keep the frozen teacher in the CPU's memory; needs deepspeed")
 
@@ -98,14 +100,16 @@ class Log(Owner):
         {"checkpoint_every", "keep_checkpoints", "keep_best_by", "max_skips", "sample_every", "track"}
     )
 
-    checkpoint_every: int = Field(50, ge=1, description="iterations between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="how many of the newest to keep")
+    checkpoint_every: int = Field(50, ge=1, le=10**9, description="iterations between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, le=10**9, description="how many of the newest to keep")
     keep_best_by: str = Field(
         "", description="also keep the checkpoint before which this metric's mean was lowest, e.g. loss_student"
     )
-    max_skips: int = Field(3, ge=1, description="iterations in a row with a loss or gradient that is not finite")
+    max_skips: int = Field(
+        3, ge=1, le=10**9, description="iterations in a row with a loss or gradient that is not finite"
+    )
     sample_every: int = Field(
-        100, ge=0, description="iterations between sample clips of the student and their spread; 0 is never"
+        100, ge=0, le=10**9, description="iterations between sample clips of the student and their spread; 0 is never"
     )
     track: bool = Field(True, description="curves for TensorBoard and Weights & Biases where those are installed")
 

@@ -15,6 +15,7 @@ from typing import Any
 from fvgen.clips.worlds import is_builtin
 from fvgen.errors import UserError
 from fvgen.pipelines.presets import SHIPPED, model_folder
+from fvgen.system.doors import problem, stream
 
 SOURCES = ("teacher", "init", "data")
 """The settings that name one."""
@@ -80,10 +81,10 @@ def check_source(key: str, name: str, before: str | None) -> None:
 
 def _digest(folder: Path, patterns: Iterable[str]) -> str:
     digest = hashlib.sha256()
-    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+    for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if problem(path) is None}):
         size = path.stat().st_size
         digest.update(f"{path.relative_to(folder).as_posix()} {size};".encode())
-        with path.open("rb") as file:
+        with stream(path) as file:
             if size <= WHOLE:
                 digest.update(file.read())
                 continue

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -34,14 +35,15 @@ from fvgen.distill.monitor import Monitor, available_trackers, sample_clips
 from fvgen.distill.progress import ProgressLines, brief, progress_bar
 from fvgen.distill.run_folder import LOG, RunFolder, check_paths, finished_stage
 from fvgen.distill.settings import StageConfig
-from fvgen.errors import Stopped, UserError, did_you_mean
+from fvgen.errors import CannotWrite, Stopped, UserError, did_you_mean
 from fvgen.models.family import Size, family_of
 from fvgen.pipelines.folders import check_device, folder_blueprint, load_pipeline, model_kind
 from fvgen.pipelines.presets import model_folder
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.shards.order import ClipLoader
 from fvgen.shards.reader import ShardSet, holds_shards
-from fvgen.system.files import append_line, no_leftovers
+from fvgen.system.doors import problem, there
+from fvgen.system.files import append_line, no_leftovers, remove
 
 
 def run(config: RunConfig | StageConfig) -> Path:
@@ -68,7 +70,10 @@ class Clock:
         return {"seconds": self.seconds}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.seconds, self._start = state["seconds"], time.perf_counter()
+        seconds = float(state["seconds"])
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"the clock stands at {seconds}")
+        self.seconds, self._start = seconds, time.perf_counter()
 
 
 class Trainer:
@@ -93,6 +98,7 @@ class Trainer:
         setup = Setup(config, self.base.family, teacher, learner, self.start_from, self.world)
         self.method = METHODS[config.name].method.build(setup)
         shard_frozen(teacher, config, self.world)
+        self.made = not there(self.out)  # by this process, and so to be removed where it begins with a refusal
         with no_leftovers(*([self.out] if self.world.is_main else [])):
             self.world.main_only(self.folder.claim)
             self.latents: LatentSet = (
@@ -121,7 +127,13 @@ class Trainer:
         with ExitStack() as stack:
             self.world.main_only(lambda: stack.enter_context(self.folder.lock()))
             self.world.main_only(self.folder.mend)
-            return self._train()
+            try:
+                return self._train()
+            except UserError as error:
+                begun = problem(self.out / LOG) is None and (self.out / LOG).stat().st_size > 0
+                if self.world.is_main and self.made and not begun and not isinstance(error, CannotWrite):
+                    remove(self.out)
+                raise
 
     def _train(self) -> Path:
         total = self.config.run.iterations
@@ -266,6 +278,17 @@ def check_families(teacher: str, start_from: Path) -> None:
         raise UserError(
             f"init={start_from} holds a student of the family {theirs.name}, but teacher={teacher} is of {ours.name}; "
             "give the teacher that it was distilled from"
+        )
+    with torch.device("meta"):
+        one, other = (
+            {name: tuple(tensor.shape) for name, tensor in folder_blueprint(folder)[1].network().state_dict().items()}
+            for folder in (model_folder(teacher), start_from / "student")
+        )
+    if different := sorted(key for key in {*one, *other} if one.get(key) != other.get(key)):
+        raise UserError(
+            f"init={start_from} holds a student of another size than teacher={teacher} ({different[0]} is "
+            f"{other.get(different[0])} there and {one.get(different[0])} here); give the teacher that it was "
+            "distilled from"
         )
 
 

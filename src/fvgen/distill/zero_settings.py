@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fvgen.errors import UserError, first_line
+from fvgen.errors import UserError
+from fvgen.system.doors import Unreadable, read_json
 from fvgen.system.processes import World
 
 if TYPE_CHECKING:
@@ -29,10 +28,9 @@ def zero_settings(config: StageConfig, world: World, clip_norm: float = 1.0) -> 
     """
     file = config.memory.deepspeed
     try:
-        settings = json.loads(Path(file).read_text())
-    except (OSError, ValueError) as error:
-        reason = first_line(error)
-        raise UserError(f"DeepSpeed settings {file} cannot be read ({reason}); give a JSON file") from None
+        settings = read_json(file)
+    except Unreadable as error:
+        raise UserError(f"DeepSpeed settings {file} cannot be read ({error.reason}); give a JSON file") from None
     zero = settings.get("zero_optimization") if isinstance(settings, dict) else None
     stage = zero.get("stage") if isinstance(zero, dict) else None
     if type(stage) is not int or stage not in (1, 2, 3):

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
+from fvgen.system.doors import read_text
 
 LOOK_AHEAD = 0.1  # scene units: rotations are interpolated as two points this far off the camera, ahead and up
 LINEAR_UP_TO = 3  # knots of a txt path that are joined by lines; more get a smoothing spline
@@ -70,7 +71,7 @@ def read_txt(file: str | Path) -> tuple[list[float], list[float], list[float]]:
     Raises UserError for anything else.
     """
     try:
-        lines = [line.split() for line in Path(file).read_text().splitlines() if line.strip()]
+        lines = [line.split() for line in read_text(file).splitlines() if line.strip()]
         phi, theta, r = ([float(word) for word in line] for line in lines)
     except (OSError, ValueError) as error:
         raise UserError(

@@ -5,7 +5,6 @@ Nothing here downloads unasked or hands out random weights: what cannot be had r
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import warnings
@@ -17,6 +16,8 @@ import torch
 from torch import Tensor
 
 from fvgen.errors import UserError
+from fvgen.system.files import new_folder
+from fvgen.system.places import sha256_of
 from fvgen.system.weights import DAMAGE, read_weights_file
 
 TORCHVISION = "https://download.pytorch.org/models/"
@@ -99,7 +100,7 @@ def _named_folder() -> list[Path]:
 def _download(name: str, folder: Path) -> Path:
     target = folder / name
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        new_folder(folder)
         torch.hub.download_url_to_file(ADDRESSES[name] + name, str(target), hash_prefix=_digest_in(name))
     except (OSError, RuntimeError) as error:
         raise Unavailable(f"the download of {name}, allowed by FVGEN_DOWNLOAD=1, failed ({error})") from error
@@ -114,6 +115,6 @@ def _digest_in(name: str) -> str:
 
 
 def _check_digest(path: Path) -> None:
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = sha256_of(path)
     if not digest.startswith(_digest_in(path.name)):
         raise ValueError(f"its SHA-256 starts with {digest[:8]}")

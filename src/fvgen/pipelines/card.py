@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from fvgen.system.files import write_text
+
 CARD = """---
 library_name: diffusers
 pipeline_tag: image-to-video
@@ -67,4 +69,4 @@ def write_card(pipeline: Any, folder: Path) -> None:
     """Write README.md into a model folder that has none."""
     readme = folder / "README.md"
     if not readme.exists():
-        readme.write_text(card(pipeline))
+        write_text(readme, card(pipeline))

@@ -30,6 +30,7 @@ from fvgen.pipelines.strict import (
     load_alone,
     load_part,
 )
+from fvgen.system.files import new_folder
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -206,7 +207,7 @@ def _fetch_address(address: str) -> Path:
     if not target.is_file():
         announce(address)
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            new_folder(target.parent)
             torch.hub.download_url_to_file(address, str(target))
         except (OSError, RuntimeError) as error:
             raise UserError(f"the download of {address} failed ({first_line(error)}); check the address") from error

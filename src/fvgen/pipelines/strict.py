@@ -282,12 +282,17 @@ def load_part(place: Path, cls: type, options: Mapping[str, Any]) -> Any:
 
     ``options``: what its `from_pretrained` takes beside the folder.
     """
-    if not issubclass(cls, nn.Module):
-        return cls.from_pretrained(place, local_files_only=True)
-    part, info = cls.from_pretrained(
-        place, local_files_only=True, use_safetensors=True, output_loading_info=True, **options
-    )
-    told = []
+    strict = {"use_safetensors": True, "output_loading_info": True, **options} if issubclass(cls, nn.Module) else {}
+    try:
+        found = cls.from_pretrained(place, local_files_only=True, **strict)
+    except Exception as error:  # the libraries' validators have classes of their own
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"model folder {place.parent} is damaged or incomplete ({place.name}: {reason}); write or copy it again"
+        ) from error
+    if not strict:
+        return found
+    (part, info), told = found, []
     for key, words in (("missing_keys", "missing"), ("unexpected_keys", "unexpected"), ("mismatched_keys", "other")):
         names = sorted(str(name) for name in info.get(key) or ())
         if names:

@@ -22,6 +22,7 @@ from fvgen.distill.settings import StageConfig
 from fvgen.errors import CannotWrite
 from fvgen.models.family import Blueprint, Family, Size
 from fvgen.planning.simulate import Profile, simulate
+from fvgen.system.doors import read_bytes, read_object
 from fvgen.system.files import write_json
 
 LIBRARIES = ("torch", "diffusers", "peft")
@@ -49,7 +50,7 @@ def remembered(config: StageConfig, family: Family, blueprint: Blueprint, size: 
     }
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:24]
     file = cache_folder() / "profiles" / f"{digest}.json"
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         return _read(file)
     profile = simulate(config, family, blueprint, size)
     with suppress(CannotWrite, OSError):  # a plan is worth more than its cache
@@ -58,7 +59,7 @@ def remembered(config: StageConfig, family: Family, blueprint: Blueprint, size: 
 
 
 def _read(file: Path) -> Profile:
-    found = json.loads(file.read_text())
+    found = read_object(file)
     timeline = tuple((int(activations), int(gradients)) for activations, gradients in found["timeline"])
     return Profile(float(found["flops"]), timeline, {str(k): int(v) for k, v in found["parameters"].items()})
 
@@ -69,7 +70,7 @@ def _code() -> str:
     root = Path(fvgen.__file__).parent
     digest = hashlib.sha256()
     for file in sorted(root.rglob("*.py")):
-        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+        digest.update(str(file.relative_to(root)).encode() + read_bytes(file))
     return digest.hexdigest()
 
 

@@ -21,7 +21,7 @@ from fvgen.posing.two_views import pose_pair, pose_single
 from fvgen.scenes.formats import read_scene
 from fvgen.scenes.readers.photographs import Photographs, copy_photograph
 from fvgen.scenes.scene import Scene
-from fvgen.system.files import atomic_path, write_json
+from fvgen.system.files import atomic_path, new_folder, write_json
 
 FEWEST = 3  # views: two can be posed, but by chance
 LEAST_POSED = 0.5  # share of the photographs
@@ -80,7 +80,7 @@ def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = F
     with atomic_path(folder) as temporary:
         images, database, models = temporary / "images", temporary / "database.db", temporary / "models"
         for place in (images, models):
-            place.mkdir(parents=True)
+            new_folder(place)
         for path in photographs.image_paths:
             copy_photograph(path, images)
         try:
@@ -99,7 +99,7 @@ def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = F
                 f"{max(FEWEST, math.ceil(LEAST_POSED * len(photographs)))} must be posed), or bring DUSt3R "
                 "(FVGEN_DUST3R, docs/data.md)"
             )
-        (temporary / "sparse" / "0").mkdir(parents=True)
+        new_folder(temporary / "sparse" / "0")
         best.write(temporary / "sparse" / "0")
         left_out = _left_out(pycolmap, database, {image.name for image in best.images.values() if image.has_pose})
         write_json(temporary / LEFT_OUT, left_out)

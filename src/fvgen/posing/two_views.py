@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from fvgen.errors import UserError
@@ -23,7 +22,8 @@ from fvgen.scenes.formats import read_scene
 from fvgen.scenes.images import load_image
 from fvgen.scenes.readers.photographs import Photographs, copy_photograph
 from fvgen.scenes.scene import Scene
-from fvgen.system.files import atomic_path
+from fvgen.system.doors import open_image
+from fvgen.system.files import atomic_path, new_folder
 
 USUAL_FOCAL = 0.8  # of the longer side: a phone's main camera
 SIDE = 640  # pixels on the longer side that features are sought at
@@ -54,7 +54,7 @@ def pose_pair(photographs: Photographs, folder: str | Path) -> Scene:
     focal = focal_length(photographs.image_paths[0], photographs.height, photographs.width)
     pair = _two_views(first, second, focal, photographs.name)
     with atomic_path(folder) as temporary:
-        (temporary / "images").mkdir(parents=True)
+        new_folder(temporary / "images")
         names = [copy_photograph(path, temporary / "images").name for path in photographs.image_paths]
         x, y = pair.pixels[:, 0].floor().long().unbind(-1)
         colors = torch.from_numpy(first)[y.clamp(0, first.shape[0] - 1), x.clamp(0, first.shape[1] - 1)].float() / 255
@@ -72,7 +72,7 @@ def pose_single(photograph: Photographs, folder: str | Path) -> Scene:
     focal = focal_length(photograph.image_paths[0], height, width)
     cameras = Cameras(torch.eye(4)[None], _intrinsics(focal, height, width, 1), height, width)
     with atomic_path(folder) as temporary:
-        (temporary / "images").mkdir(parents=True)
+        new_folder(temporary / "images")
         name = copy_photograph(photograph.image_paths[0], temporary / "images").name
         nothing = (torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long), torch.empty(0, 2))
         write_model(temporary / "sparse" / "0", cameras, [name], torch.empty(0, 3), torch.empty(0, 3), nothing)
@@ -82,7 +82,7 @@ def pose_single(photograph: Photographs, folder: str | Path) -> Scene:
 def focal_length(path: Path, height: int, width: int) -> float:
     """Pixels: from the EXIF tag FocalLengthIn35mmFilm (36 mm across the longer side), else the usual one."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             said = image.getexif().get_ifd(0x8769).get(FOCAL_35MM, 0)
     except Exception:  # a damaged tag is no tag; damaged pixels are told by `load_image`
         said = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +13,7 @@ from rich.table import Table
 from fvgen.clips.clip import Clip
 from fvgen.clips.worlds import is_builtin
 from fvgen.distill import RunConfig, read_metrics, read_yaml, run, run_config
+from fvgen.distill.run_folder import read_summary
 from fvgen.errors import UserError
 from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.pipelines.presets import model_folder
@@ -179,8 +179,8 @@ def claim(out: Path) -> None:
 
 def stage_summary(stage_folder: str) -> dict:
     """Name, iterations and seconds of a finished stage."""
-    summary = json.loads((Path(stage_folder) / "summary.json").read_text())
-    return {"name": summary["stage"], "iterations": summary["iterations"], "seconds": summary["seconds"]}
+    summary = read_summary(Path(stage_folder))
+    return {"name": summary.stage, "iterations": summary.iterations, "seconds": summary.seconds}
 
 
 def report_clip(clip: Clip, videos: dict) -> ReportClip:

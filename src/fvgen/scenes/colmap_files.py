@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fvgen.errors import UserError
 from fvgen.geometry.conventions import quaternion_to_rotation
+from fvgen.system.doors import Unreadable, read_bytes
 
 MODELS = (  # by number: name and count of parameters
     ("SIMPLE_PINHOLE", 3),
@@ -230,11 +231,11 @@ def _records(model: Path, stem: str, optional: bool = False) -> list:
         if not file.exists():
             continue
         try:
-            return list(parse(file.read_bytes()))
+            return list(parse(read_bytes(file)))
+        except Unreadable as error:
+            raise UserError(f"{file} cannot be read ({error.reason}); check its permissions") from error
         except UserError as error:
             raise UserError(f"{model / str(error)}") from error
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
         except (struct.error, ValueError) as error:
             raise UserError(f"{file} is cut short or damaged ({error}); copy it again or run COLMAP again") from error
     if optional:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.conventions import to_colmap
+from fvgen.system.files import new_folder, write_text
 
 Tracks = tuple[Tensor, Tensor, Tensor]  # of M observations: point [M], view [M], pixel [M, 2]
 
@@ -23,7 +24,7 @@ def write_model(
     names: of the V images, relative to the scene's folder ``images``. points: [N, 3] in the world; colors: [N, 3] in
     [0, 1].
     """
-    folder.mkdir(parents=True)
+    new_folder(folder)
     views = to_colmap(cameras.to(dtype=torch.float64))
     lenses = [tuple(row) for row in views.params.tolist()]
     number = {lens: place for place, lens in enumerate(dict.fromkeys(lenses), start=1)}
@@ -56,4 +57,4 @@ def _numbers(values: Sequence[float]) -> str:
 
 
 def _write(file: Path, header: str, lines: list[str]) -> None:
-    file.write_text("".join(f"{line}\n" for line in [f"# {header}", *lines]), encoding="utf-8")
+    write_text(file, "".join(f"{line}\n" for line in [f"# {header}", *lines]))

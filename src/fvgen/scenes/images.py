@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import fit_box
-from fvgen.system.doors import other_kind
+from fvgen.system.doors import open_array, open_image, other_kind, problem, there
 
 EXIF_ORIENTATION = 0x0112
 HEIC = (".heic", ".heif", ".hif")
@@ -71,8 +71,8 @@ def depth_size(path: Path) -> tuple[int, int]:
 def _array(path: Path) -> np.ndarray:
     """[H, W] numbers of a .npy file, mapped; pickles in it are not run."""
     try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+        values = open_array(path)
+    except (OSError, ValueError, EOFError) as error:  # a UserError of the door, too
         raise _unreadable(path, error) from error
     values = values[..., 0] if values.ndim == 3 and values.shape[-1] == 1 else values
     if values.ndim != 2 or values.dtype.kind not in "fiu":
@@ -88,7 +88,7 @@ def _decode(path: Path, upright: bool = True) -> Image.Image:
     if path.suffix.lower() in HEIC:
         register_heic(path)
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             turned = upright and _orientation(image) != 1
             image.load()
             return ImageOps.exif_transpose(image) if turned else image
@@ -106,7 +106,7 @@ def _orientation(image: Image.Image) -> int:
 def is_plain(path: Path) -> bool:
     """Whether a file is an upright 8-bit JPEG or PNG, grey or RGB, which every program reads alike."""
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return image.format in ("JPEG", "PNG") and image.mode in ("L", "RGB") and _orientation(image) == 1
     except Exception:  # as in _decode: `load_image` will say what is wrong
         return False
@@ -121,7 +121,7 @@ def image_size(path: Path, posed: bool = True, upright: bool = True) -> tuple[in
     if path.suffix.lower() in HEIC:
         register_heic(path)
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             size, orientation = image.size, _orientation(image)
     except Exception as error:  # as in _decode
         raise _unreadable(path, error) from error
@@ -137,8 +137,10 @@ def image_size(path: Path, posed: bool = True, upright: bool = True) -> tuple[in
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    if not path.exists():
+    if not there(path):
         return UserError(f"image {path} does not exist; put it there or remove its frame")
+    if reason := problem(path):
+        return UserError(f"image {path} cannot be read ({reason}); copy it again or remove its frame")
     empty = path.is_file() and path.stat().st_size == 0
     if not empty and (other := other_kind(path)):
         return UserError(f"image {path} {other}")

@@ -15,12 +15,11 @@ from typing import Literal, NamedTuple
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fvgen.errors import UserError, first_line, first_problem
 from fvgen.system.doors import NUMBERS, not_finite, open_tensors, there
-from fvgen.system.files import atomic_path
+from fvgen.system.files import write_tensors
 from fvgen.system.places import sha256_of
 
 FORMAT = 1
@@ -187,8 +186,7 @@ def write_shard(
         skipped=list(skipped),
     )
     # One key only: the order of several in the header would be a matter of chance.
-    with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"fvgen": content.model_dump_json()})
+    write_tensors(path, tensors, {"fvgen": content.model_dump_json()})
 
 
 def _stacked(rows: Sequence[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
@@ -216,9 +216,8 @@ def append_line(path: str | Path, line: str) -> None:
                 file.truncate(end)
                 raise
     except OSError as error:
-        if reason := disk_reason(error):
-            raise CannotWrite(f"cannot write {path}: {reason}") from error
-        raise
+        reason = disk_reason(error) or f"{first_line(error)}; put its folder back, or choose another output folder"
+        raise CannotWrite(f"cannot write {path}: {reason}") from error
 
 
 def writable_folder(path: str | Path) -> Path:
@@ -302,6 +301,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
 
     with atomic_path(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+
+
+def write_state(path: Path, state: object) -> None:
+    """What torch.save makes of it, below a temporary path; `fvgen.system.doors.read_state` reads it."""
+    import torch
+
+    torch.save(state, path)
+
+
+def open_log(path: Path) -> IO[bytes]:
+    """A file that others append to, at once."""
+    return path.open("ab", buffering=0)
 
 
 def move_away(path: Path) -> None:

@@ -19,7 +19,7 @@ from fvgen.geometry.cameras import Cameras, project
 from fvgen.geometry.conventions import to_opengl
 from fvgen.geometry.pointcloud import unproject
 from fvgen.scenes.colmap_write import Tracks, write_model
-from fvgen.system.files import atomic_path, write_json
+from fvgen.system.files import atomic_path, new_folder, write_bytes, write_json
 from fvgen.walks.render import Cloud
 
 MOST_POINTS = 20_000  # in sparse/0 and points.ply, evenly chosen
@@ -46,7 +46,7 @@ def write_dataset(folder: Path, views: list[View], cameras: Cameras, cloud: Clou
 
 def write_views(folder: Path, views: list[View], cameras: Cameras, **more: str) -> None:
     """``images`` and ``transforms.json``, with ``more`` at its top."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
+    new_folder(folder / "images")
     for view in views:
         save_png(folder / "images" / view.name, view.image)
     poses = to_opengl(cameras.world_from_cam.double()).tolist()
@@ -107,4 +107,4 @@ def write_ply(path: Path, points: Tensor, colors: Tensor) -> None:
     lines = ["ply", "format binary_little_endian 1.0", f"element vertex {len(points)}"]
     lines += [*(f"property {types[code]} {name}" for name, code in kind), "end_header", ""]
     with atomic_path(path) as temporary:
-        temporary.write_bytes("\n".join(lines).encode() + rows.tobytes())
+        write_bytes(temporary, "\n".join(lines).encode() + rows.tobytes())

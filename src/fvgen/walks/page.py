@@ -11,7 +11,7 @@ from torch import Tensor
 from fvgen.geometry.pointcloud import unproject
 from fvgen.reports.contact_sheet import PHOTOGRAPHS, THUMBNAIL, Row, plan_view
 from fvgen.reports.page import data_address, page_template, sheet_of
-from fvgen.system.files import atomic_path
+from fvgen.system.files import atomic_path, write_text
 from fvgen.walks.render import Cloud, Rendered
 
 FILM = 16  # frames shown
@@ -42,7 +42,7 @@ def write_page(out: Path, title: str, facts: list[tuple[str, str]], left_out: di
         "plan": plan_view(cloud.cameras.world_from_cam, points[kept], colors[kept], angle),
     }
     with atomic_path(out) as temporary:
-        temporary.write_text(page_template("contact_sheet.html.jinja").render(**page), encoding="utf-8")
+        write_text(temporary, page_template("contact_sheet.html.jinja").render(**page))
 
 
 Parts = tuple[Cloud, Rendered, Tensor]  # the video [F, 3, H, W]

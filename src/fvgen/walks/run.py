@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fvgen
@@ -24,8 +22,8 @@ from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.pipelines.hub import find_model
 from fvgen.scenes.images import fit_image
 from fvgen.shards.encoders import RenderNeeds, render_needs
-from fvgen.system.doors import read_json
-from fvgen.system.files import atomic_path, locked, remove, writable_folder, write_json
+from fvgen.system.doors import load_tensors, read_json
+from fvgen.system.files import locked, new_folder, remove, writable_folder, write_json, write_tensors
 from fvgen.system.places import sha256_of
 from fvgen.walks.chain import SEAM, SEAMS, chain, walk_spans
 from fvgen.walks.dataset import View, save_png, write_dataset, write_views
@@ -286,11 +284,10 @@ def _video(
     def kept(number: int, make: Callable[[], Tensor]) -> Tensor:
         file = work / f"clip-{number:03d}.safetensors"
         try:
-            clip = load_file(file)["video"]
-        except (OSError, SafetensorError, KeyError):  # not there yet
+            clip = load_tensors(file)["video"]
+        except (UserError, KeyError):  # not there yet
             clip = make()
-            with atomic_path(file) as temporary:
-                save_file({"video": clip}, temporary)
+            write_tensors(file, {"video": clip})
         on_progress(number + 1, total)
         return clip
 
@@ -305,7 +302,7 @@ def _write(out: Path, plan: Plan, video: Tensor, settings: dict[str, Any]) -> No
     """Everything; run.json last, which says that all is there."""
     given, cloud, rendered, walk = plan.given, plan.cloud, plan.rendered, plan.walk
     height, width = video.shape[2:]
-    (out / "frames").mkdir(exist_ok=True)
+    new_folder(out / "frames")
     for number, frame in enumerate(video):
         save_png(out / "frames" / f"{number:05d}.png", frame)
     write_film(out / "video.mp4", video, FPS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fvgen.distill.settings import StageConfig
@@ -13,7 +12,7 @@ from fvgen.models.head import DiscriminatorHead
 from fvgen.models.lora import merged_weights
 from fvgen.pipelines.folders import save_model
 from fvgen.pipelines.teacher import TeacherPipeline
-from fvgen.system.files import atomic_path
+from fvgen.system.files import write_tensors
 
 ADAPTER = "student_lora.safetensors"
 """In a stage's folder: the averaged adapter of a student that is one."""
@@ -34,8 +33,7 @@ def write_student(config: StageConfig, base: TeacherPipeline, weights: Mapping[s
 
 def write_adapter(weights: Mapping[str, Tensor], folder: Path) -> None:
     """The student's averaged adapter, for a stage that goes on with it."""
-    with atomic_path(folder / ADAPTER) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, temporary)
+    write_tensors(folder / ADAPTER, weights)
 
 
 def write_head(head: DiscriminatorHead, weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +14,9 @@ from PIL import Image
 from fvgen.errors import UserError, first_line
 from fvgen.scenes.images import HEIC, image_size, is_plain, load_image
 from fvgen.scenes.transfer import FROM_LIGHT, standard_range
-from fvgen.system.files import atomic_path
+from fvgen.system.doors import open_video, problem, there
+from fvgen.system.files import atomic_path, new_folder
+from fvgen.system.places import sha256_of
 
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", *HEIC)
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
@@ -77,7 +78,7 @@ def photographs_of(files: Sequence[Path], name: str) -> Photographs:
                 f"image {file} is {size[0]}x{size[1]}, {files[0].name} is {first[0]}x{first[1]}; all photographs of a "
                 "scene must have one size, so crop or resize them, or take out those of another camera"
             )
-        digest = hashlib.sha256(file.read_bytes()).digest()
+        digest = sha256_of(file)
         if digest in kept:
             duplicates.append(file)
         else:
@@ -104,8 +105,9 @@ def extract_video(file: str | Path, folder: str | Path, frames: int, at_most: bo
     or too short.
     """
     file, folder = Path(file), Path(folder)
-    if not file.is_file():
-        raise UserError(f"video {file} does not exist; check the path")
+    if reason := problem(file):
+        state = "does not exist" if not there(file) else f"cannot be read ({reason})"
+        raise UserError(f"video {file} {state}; check the path")
     if folder.exists():
         raise UserError(f"{folder} is already there; choose another folder for the frames of {file.name}")
     if frames < 1:
@@ -117,7 +119,7 @@ def extract_video(file: str | Path, folder: str | Path, frames: int, at_most: bo
         raise UserError(f"video {file} has {total} frames, not {frames}; ask for fewer")
     wanted = {round(place) for place in np.linspace(0, total - 1, frames)}
     with atomic_path(folder) as temporary:
-        temporary.mkdir()
+        new_folder(temporary)
         for number, pixels in enumerate(video_frames(file)):
             if number in wanted:
                 Image.fromarray(pixels()).save(temporary / f"{number:06d}.png", compress_level=1)
@@ -147,7 +149,7 @@ def video_frames(file: Path) -> Iterator[Callable[[], np.ndarray]]:
         return standard_range(coded, FROM_LIGHT[curve])
 
     try:
-        with av.open(str(file)) as container:
+        with open_video(file) as container:
             if not container.streams.video:
                 raise UserError(f"{file} holds no video; give a video file or a folder of photographs")
             for frame in container.decode(video=0):

@@ -13,6 +13,7 @@ from fvgen.errors import UserError
 from fvgen.geometry.conventions import from_realestate10k
 from fvgen.scenes.images import image_size
 from fvgen.scenes.scene import Frame, Scene, posed_scene
+from fvgen.system.doors import read_text
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
@@ -35,10 +36,7 @@ def read_realestate10k(folder: Path, images: str | None = None) -> Scene:
     if file is None:
         name = folder.resolve().name
         raise UserError(f"{folder} has no camera file {name}.txt in it or beside it; copy it from the data set there")
-    try:
-        text = file.read_text(errors="replace")
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); check its permissions") from error
+    text = read_text(file, errors="replace", cure="check its permissions")
     place = folder / "images" if (folder / "images").is_dir() else folder
     stored = {path.stem: path for path in sorted(place.iterdir()) if path.suffix.lower() in SUFFIXES}
     try:
