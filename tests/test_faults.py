@@ -1,5 +1,5 @@
-"""What happens when the n-th write, rename, fsync or allocation of a command fails, for every n of a short run."""
-name, and the same command finishes once the cause is gone."""
+"""The n-th write, rename or flush fails, for every n of a short command: one sentence, nothing half-written under a
+final name, and the same command finishes once the cause is gone."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fvgen.errors import UserError
 from fvgen.geometry.gaussians import Gaussians
 from fvgen.system.doors import read_bytes
-from fvgen.system.files import atomic_path
+from fvgen.system.files import atomic_path, write_bytes
 
 SH0 = 0.28209479177387814  # the constant spherical harmonic, sqrt(1 / 4 pi)
 NAMES = (
@@ -38,7 +38,7 @@ def write_splat(file: str | Path, gaussians: Gaussians) -> None:
     header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(gaussians)}"]
     header += [*(f"property float {name}" for name in NAMES), "end_header", ""]
     with atomic_path(Path(file)) as temporary:
-        temporary.write_bytes("\n".join(header).encode() + rows.astype("<f4").tobytes())
+        write_bytes(temporary, "\n".join(header).encode() + rows.astype("<f4").tobytes())
 
 
 def read_splat(file: str | Path) -> Gaussians:

@@ -22,7 +22,7 @@ from fvgen.splats.fitting import FitSettings, fit, seeds
 from fvgen.splats.ply import read_points, write_splat
 from fvgen.splats.viewer import write_viewer
 from fvgen.system.doors import read_json
-from fvgen.system.files import judge_output, write_json
+from fvgen.system.files import judge_output, writable_folder, write_json
 
 WRITTEN = ("scene.ply", "scene.html", "scene.json")
 HOLDOUT = "holdout"  # beside a data set: views to score on
@@ -71,7 +71,7 @@ def reconstruct(
     unseen = held_out(made, dataset / HOLDOUT, height, width)
     if unseen:
         told(f"{unseen['views']} photographs held out: {unseen['psnr']:.2f} dB, SSIM {unseen['ssim']:.3f}")
-    folder.mkdir(parents=True, exist_ok=True)
+    writable_folder(folder)
     write_splat(folder / "scene.ply", made)
     write_viewer(folder / "scene.html", made, cameras)
     names = [path.name for path in scene.image_paths]
