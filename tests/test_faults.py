@@ -1,5 +1,5 @@
-"""The n-th write, rename or flush fails, for every n of a short command: one sentence, nothing half-written under a final
-name, and the same command finishes once the cause is gone."""
+"""The n-th write, rename or flush fails, for every n of a short command: one sentence, nothing half-written under a
+final name, and the same command finishes once the cause is gone."""
 
 from __future__ import annotations
 
@@ -91,6 +91,7 @@ CLOCKS = {
 """Files with seconds or the output's own path in them."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ENOSPC", "EIO"])
 def test_an_export_survives_every_fault(stage, tmp_path, kind):
     distill(stage(iterations=1))
