@@ -91,6 +91,7 @@ CLOCKS = {
 """Files with seconds or the output's own path in them."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["ENOSPC", "EIO"])
 def test_an_export_survives_every_fault(stage, tmp_path, kind):
     distill(stage(iterations=1))

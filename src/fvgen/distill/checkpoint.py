@@ -147,8 +147,9 @@ def _read(file: Path, cure: str) -> dict[str, Any]:
         state = read_state(file)
     except Unreadable as error:
         raise UserError(f"checkpoint {file.parent} is damaged or cut short ({error.reason}); {cure}") from error
-    if problem := state_problem(state):
-        raise UserError(f"checkpoint {file.parent} does not fit this run's networks ({file.name}: {problem}); {cure}")
+    wrong = state_problem(state) if isinstance(state, dict) else f"it holds {type(state).__name__}"
+    if wrong:
+        raise UserError(f"checkpoint {file.parent} ({file.name}: {wrong}) does not fit this run's networks; {cure}")
     return state
 
 

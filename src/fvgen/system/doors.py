@@ -238,17 +238,14 @@ def load_pickle(path: str | Path, allowed: Sequence[type] = (), mapped: bool | N
         return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip if mapped is None else mapped)
 
 
-def read_state(path: str | Path, cure: str = COPY_AGAIN) -> dict[str, Any]:
-    """The dictionary that torch.save wrote."""
+def read_state(path: str | Path, cure: str = COPY_AGAIN) -> Any:
+    """What torch.save wrote."""
     try:
-        state = load_pickle(path)
+        return load_pickle(path)
     except UserError:
         raise
     except (OSError, EOFError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, UnpicklingError) as e:
         raise Unreadable(path, first_line(e), cure) from e
-    if not isinstance(state, dict):
-        raise Unreadable(path, f"it holds no dictionary but {type(state).__name__}", cure)
-    return state
 
 
 def plain_tensors(named: Mapping[Any, Any]) -> str | None:
