@@ -162,6 +162,8 @@ def fit(
         model.optimizer.zero_grad()
         loss.backward()
         model.optimizer.step()
+        with torch.no_grad():  # other viewers cut what lies beyond, each in its own way
+            model.values["colors"].clamp_(0, 1)
         if (iteration + 1) % EVERY == 0 and iteration + 1 < 0.8 * settings.iterations:
             model.move(settings, generator)
         on_step(iteration + 1, settings.iterations)

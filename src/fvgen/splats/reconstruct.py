@@ -72,8 +72,6 @@ def reconstruct(
     if unseen:
         told(f"{unseen['views']} photographs held out: {unseen['psnr']:.2f} dB, SSIM {unseen['ssim']:.3f}")
     writable_folder(folder)
-    write_splat(folder / "scene.ply", made)
-    write_viewer(folder / "scene.html", made, cameras)
     names = [path.name for path in scene.image_paths]
     views = [
         {"name": name, "generated": was, "psnr": round(value, 3), "world_from_cam": pose, "intrinsics": lens}
@@ -84,7 +82,10 @@ def reconstruct(
     facts: dict[str, Any] = {"made_by": "fvgen reconstruct", "dataset": str(dataset), "seed": seed}
     facts |= {"gaussians": len(made), "height": height, "width": width, "settings": asdict(settings)}
     facts |= {"holdout": unseen} if unseen else {}
+    # First: it tells whose the others are, should the process end between them.
     write_json(folder / "scene.json", facts | {"axes": "OpenCV: x right, y down, z forward", "views": views})
+    write_splat(folder / "scene.ply", made)
+    write_viewer(folder / "scene.html", made, cameras)
     return folder
 
 
