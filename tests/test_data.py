@@ -256,6 +256,7 @@ def test_demos_that_cannot_be_judged(shards, kept, teacher_folder, tmp_path):
     out, model = tmp_path / "out", {"teacher": str(teacher_folder)}
     assert "say with --held-out which clips judge" in refusal(lambda: demo(out, kept, **model))
     assert "with --keep-frames" in refusal(lambda: demo(out, kept, held_out=shards, **model))
-    assert "is empty" in refusal(lambda: demo(out, kept, held_out=tmp_path, **model))
+    (tmp_path / "empty").mkdir()
+    assert "is empty" in refusal(lambda: demo(out, kept, held_out=tmp_path / "empty", **model))
     assert "no model folder" in refusal(lambda: demo(out, kept, held_out=kept, teacher="huge"))
     assert not out.exists()

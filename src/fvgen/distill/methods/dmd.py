@@ -218,6 +218,7 @@ class Dmd(Method):
     ) -> None:
         self.settings, self.teacher, self.critic = settings, teacher, critic
         self.normalizer, self.constant, self.world = normalizer, constant, world
+        self.parts = 1  # in which the clips of an update come
         self.learners = {each.name: each for each in (student, head, fake_score) if each is not None}
         states = {"normalizer": normalizer, "ratio_constant": constant}
         self.states = {name: state for name, state in states.items() if state is not None}
@@ -259,6 +260,7 @@ class Dmd(Method):
         for turn in range(settings.critic_updates):
             earlier, rows = rows, []
             parts = deal()
+            self.parts = len(parts)
             starts = [draws.copy() for _, draws in parts] if len(parts) > 1 else []
             shared = student_learns and turn == settings.critic_updates - 1 and len(parts) == 1
             for batch, draws in parts:
@@ -430,7 +432,7 @@ class Dmd(Method):
                 logits = head(*seen.features)
             adversarial = self.adversarial_loss(rollout, seen, logits)
             if settings.gan_weight and seen.x_tau.requires_grad:
-                seen.x_tau.register_hook(partial(_watch, metrics, "gradient_gan"))
+                seen.x_tau.register_hook(partial(_watch, metrics, "gradient_gan", self.parts))
             losses.append(settings.gan_weight * self.adversarial_step(adversarial, x0, draws))
             metrics["loss_student_gan"] = adversarial
         metrics["student_std"] = x0.detach().std()
@@ -507,10 +509,10 @@ def _heeding(row: Metrics, earlier: Metrics) -> Metrics:
     return row | {name: torch.where(old.isfinite(), new, old) for name, (new, old) in pairs.items()}
 
 
-def _watch(metrics: Metrics, name: str, gradient: Tensor) -> None:
-    """The mean size of a loss's gradient at the student's noised output, in units of 1/n of a mean over n entries:
-    as large as the matching loss's is where both weigh the same."""
-    metrics[MONITOR + name] = gradient.abs().mean() * gradient.numel()
+def _watch(metrics: Metrics, name: str, parts: int, gradient: Tensor) -> None:
+    """The mean size of a loss's gradient at the student's noised output, in units of 1/n of a mean over the n entries
+    of all parts: as large as the matching loss's is where both weigh the same."""
+    metrics[MONITOR + name] = gradient.abs().mean() * gradient.numel() * parts
 
 
 def _sum(losses: list[Tensor]) -> Tensor:
