@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
@@ -194,6 +195,25 @@ def test_the_fake_score_starts_as_the_earlier_stages_student(config, tmp_path):
         method = distill.Trainer(settings).method
         found = {name.removeprefix("network."): x for name, x in method.fake_score.state_dict().items()}
         assert all(torch.equal(student[name], found[name]) for name in student) == as_student
+
+
+@pytest.mark.parametrize("student_input", ["noised", "simulated"])
+def test_any_step_students_learn_every_count_as_often(play, student_input):
+    """Their timesteps by count: 1 sees 999 alone, 2 half as often 499, ..."""
+    method, batch = play("dmd", any_step=True, student_input=student_input)
+    make = {"noised": method.noised_input, "simulated": method.simulated_input}[student_input]
+    method.learners["student"].module.forward = lambda x_t, t, condition: x_t  # the draws alone matter
+    stream, seen = draws(), Counter()
+    for _ in range(400):
+        seen.update(make(batch, stream)[1].tolist())
+    chance = Counter()
+    for count in (1, 2, 4, 8):
+        chance.update({t: 1 / (4 * count) for t in trailing_timesteps(count)})
+    assert seen.keys() == chance.keys()
+    # Draws: 800 clips of one each, or 400 that two clips share. Five standard deviations of a binomial.
+    each = 1 if student_input == "noised" else 2
+    for t, p in chance.items():
+        assert abs(seen[t] / 800 - p) < 5 * (p * (1 - p) * each / 800) ** 0.5
 
 
 def test_both_gradients_sizes_are_told(config):

@@ -55,6 +55,7 @@ if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarte
     from fvgen.models.denoiser import Denoiser, Teacher
 
 
+STEP_COUNTS = (1, 2, 4, 8)
 MORE_OF_HEAD = 4  # updates at most that a head below its floor gets more
 
 
@@ -64,6 +65,10 @@ class DmdSettings(MethodSettings):
     all_learners: ClassVar[tuple[str, ...]] = ("student", "head", "fake_score")
 
     student_steps: Literal[1, 2, 4, 8] = Field(4, description="NFE of the student")
+    any_step: bool = Field(
+        False,
+        description="learn to sample in 1, 2, 4 and 8 steps, each as often; student_steps is then only its default",
+    )
     student_input: Literal["noised", "simulated"] = Field(
         "noised",
         description="what the student denoises: noised real clips (FVGen algorithm 1) or its own earlier steps (DMD2)",
@@ -228,7 +233,7 @@ class Dmd(Method):
     def build(cls, setup: Setup) -> Dmd:
         from fvgen.distill.methods.networks import build_dmd  # takes seconds to import
 
-        return build_dmd(cls, setup)
+        return build_dmd(cls, setup, cls.head_on)
 
     def export(self, folder: Path, weights: Mapping[str, Mapping[str, Tensor]], base: Any, config: StageConfig) -> None:
         from fvgen.distill.methods.written import write_adapter, write_head, write_student
@@ -303,15 +308,22 @@ class Dmd(Method):
 
     def noised_input(self, batch: LatentBatch, draws: Draws) -> tuple[Tensor, Tensor]:
         """A real clip noised to one of the student's timesteps, drawn per sample (algorithm 1, lines 4 and 5)."""
-        timesteps = torch.tensor(trailing_timesteps(self.settings.student_steps), device=batch.latents.device)
-        t = timesteps[draws.integers(0, len(timesteps), batch.latents)]
+        most = STEP_COUNTS[-1] if self.settings.any_step else self.settings.student_steps
+        timesteps = torch.tensor(trailing_timesteps(most), device=batch.latents.device)
+        place = draws.integers(0, most, batch.latents)
+        if self.settings.any_step:  # the trailing timesteps of fewer steps are among those of more
+            counts = torch.tensor(STEP_COUNTS, device=place.device)[draws.integers(0, len(STEP_COUNTS), batch.latents)]
+            stride = torch.div(most, counts, rounding_mode="floor")
+            place = (torch.div(place, stride, rounding_mode="floor") + 1) * stride - 1
+        t = timesteps[place]
         return self.schedule.add_noise(batch.latents, draws.normal(batch.latents), t), t
 
     @torch.no_grad()
     def simulated_input(self, batch: LatentBatch, draws: Draws) -> tuple[Tensor, Tensor]:
         """The student's own sampling from pure noise down to a random timestep (DMD2, section 4.5), one for the
         batch."""
-        timesteps = trailing_timesteps(self.settings.student_steps)[::-1]
+        count = STEP_COUNTS[draws.shared_integer(len(STEP_COUNTS))] if self.settings.any_step else None
+        timesteps = trailing_timesteps(count or self.settings.student_steps)[::-1]
         stop = draws.shared_integer(len(timesteps))
         x_t = draws.normal(batch.latents)
         for t, t_next in pairwise(timesteps[: stop + 1]):

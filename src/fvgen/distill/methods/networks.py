@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +25,10 @@ from fvgen.pipelines.folders import load_head, load_pipeline
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.system.doors import load_tensors, not_finite
 
-if TYPE_CHECKING:
-    from fvgen.distill.methods.dmd import Dmd
 
-
-def build_dmd(kind: type[Dmd], setup: Setup) -> Method:
-    """Student, head and fake score around a teacher; the student starts as the teacher or as the earlier stage's.
+def build_dmd(kind: Callable[..., Method], setup: Setup, head_on: str = "teacher") -> Method:
+    """Student, head and fake score around a teacher; the student starts as the teacher or as the earlier stage's, the
+    head sees the features of ``head_on``.
 
     All networks stay in evaluation mode: the teacher's dropout would add noise to every target.
     """
@@ -39,8 +36,8 @@ def build_dmd(kind: type[Dmd], setup: Setup) -> Method:
     torch.manual_seed(config.run.seed)  # initial weights of head and adapters
     critic = make_critic(setup) if settings.judging else None
     networks, exact = denoisers(setup, ["student", *["fake_score"] * settings.matching])
-    if critic is not None and kind.head_on != "teacher":
-        critic = replace(critic, source=networks[kind.head_on])
+    if critic is not None and head_on != "teacher":
+        critic = replace(critic, source=networks[head_on])
     normalizer = None
     if settings.matching and critic is not None:
         at_equality = divergences.weight(settings.divergence, torch.zeros(1)).item()
