@@ -74,9 +74,9 @@ def cheap_weights(module: nn.Module, device: str, dtype: torch.dtype = torch.bfl
 def inputs(unet: ViewCrafterUNet, size: tuple[int, int, int], device: str) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy and condition latents, a timestep, and a context of the published length."""
     generator = torch.Generator().manual_seed(1)
-    sample = torch.randn(1, 8, *size, generator=generator).to(device, torch.bfloat16)
+    sample = torch.randn(1, 8, *size, generator=generator).to(device, unet.dtype)
     tokens = unet.config.text_tokens + 256
-    context = torch.randn(1, tokens, unet.config.context_dim, generator=generator).to(device, torch.bfloat16)
+    context = torch.randn(1, tokens, unet.config.context_dim, generator=generator).to(device, unet.dtype)
     return sample, torch.tensor([500], device=device), context
 
 

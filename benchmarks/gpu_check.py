@@ -65,6 +65,13 @@ class Report:
         return self.size == "full"
 
     @property
+    def dtype(self) -> Any:
+        """bfloat16, which CPUs without instructions for it convolve a hundred times as slowly as float32."""
+        import torch
+
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    @property
     def clips(self) -> tuple[tuple[int, int, int], ...]:
         return CLIPS[self.size]
 
@@ -165,7 +172,7 @@ def clips(report: Report) -> None:
     preset, unet = full_size.PRESETS[report.size], random_unet(report)
     with full_size.torch.device("meta"):
         vae = full_size.AutoencoderKL(**full_size.vae_config(preset["vae"]))
-    vae = full_size.cheap_weights(vae, report.device)
+    vae = full_size.cheap_weights(vae, report.device, report.dtype)
     for frames, height, width in report.clips:
         size = (frames, height // 8, width // 8)
         for row in full_size.seconds_per_clip(unet, vae, size, preset["steps"], report.device):
@@ -241,7 +248,7 @@ def random_unet(report: Report) -> Any:
 
     with full_size.torch.device("meta"):
         unet = full_size.ViewCrafterUNet(**full_size.PRESETS[report.size]["unet"])
-    return full_size.cheap_weights(unet, report.device)
+    return full_size.cheap_weights(unet, report.device, report.dtype)
 
 
 def iteration_settings(report: Report) -> Any:
@@ -249,7 +256,8 @@ def iteration_settings(report: Report) -> Any:
     import stage2_iteration
 
     zero = {"deepspeed": str(REPOSITORY / ZERO)} if find_spec("deepspeed") and report.device == "cuda" else {}
-    return stage2_iteration.settings(report.device, **SHARING, **zero)
+    cheap = {"precision": "float32"} if report.device == "cpu" else {}
+    return stage2_iteration.settings(report.device, **SHARING, **zero, **cheap)
 
 
 def blueprint_of(report: Report) -> Any:
