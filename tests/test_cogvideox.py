@@ -443,7 +443,7 @@ def test_families_do_not_mix(stage, tmp_path):
     for folder, kind in ((first / "student", "FVGenPipeline"), (teacher, "CogVideoXTeacherPipeline")):
         folder.mkdir(parents=True)
         (folder / "model_index.json").write_text(json.dumps({"_class_name": kind}))
-    (first / "summary.json").write_text("{}")
+    (first / "summary.json").write_text(json.dumps({"stage": "gan", "iterations": 1, "seconds": 1.0}))
     config = stage("dmd", init=str(first), teacher=str(teacher))
     sentence = refusal(lambda: Trainer(config))
     assert sentence.startswith(f"init={first} holds a student of the family viewcrafter, but teacher={teacher} is of")

@@ -14,7 +14,15 @@ import pytest
 import torch
 
 from fvgen.errors import UserError, did_you_mean
-from fvgen.system.files import append_line, atomic_path, no_leftovers, recover, writable_folder, write_json
+from fvgen.system.files import (
+    append_line,
+    atomic_path,
+    no_leftovers,
+    recover,
+    writable_folder,
+    write_json,
+    write_tensors,
+)
 
 
 def write_file(path: Path, text: str) -> None:
@@ -332,3 +340,24 @@ def test_ctrl_c_leaves_no_new_folder(tmp_path):
         new.mkdir()
         raise KeyboardInterrupt
     assert old.exists() and not new.exists()
+
+
+def test_what_a_kill_leaves_of_weights_is_known_by_our_name(tmp_path, monkeypatch):
+    """safetensors writes under a name of its own beside the file; that stays within a folder of ours."""
+
+    def killed(tensors, file, metadata=None):
+        (Path(file).parent / ".tmpQ7w3Kd").write_bytes(b"half")
+        raise SystemExit
+
+    monkeypatch.setattr("safetensors.torch.save_file", killed)
+    monkeypatch.setattr("fvgen.system.files.remove", lambda path: None)  # the process is gone
+    with pytest.raises(SystemExit):
+        write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    monkeypatch.undo()
+    (left,) = tmp_path.iterdir()
+    assert left.name.startswith("x.safetensors.partial-")
+    recover(tmp_path / "x.safetensors")  # this process is alive: it may be at work
+    assert left.exists()
+    dead = left.rename(left.with_name(left.name.replace(f"-{os.getpid()}-", "-4194305-")))  # above any Linux has
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    assert not dead.exists() and [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]

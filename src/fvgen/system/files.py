@@ -96,7 +96,7 @@ def _beside(path: Path, suffix: str) -> Path:
 
 def _at_work(leftover: Path, name: str) -> bool:
     """Whether a temporary path may be somebody's who is still writing it."""
-    found = re.fullmatch(r"-([0-9a-f]{6})-(\d{1,10})-\d+", leftover.name.removeprefix(name))
+    found = re.fullmatch(r"-([0-9a-f]{6})-(\d{1,10})-\d+(-0)?", leftover.name.removeprefix(name))
     if found is None:
         return False
     if found[1] != HOST:
@@ -300,7 +300,15 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        # safetensors writes under a name of its own (.tmpXXXXXX) beside the one that it is given: in a folder of ours
+        # whatever a kill leaves of that is known by the folder's name.
+        inner = temporary.with_name(temporary.name + "-0")
+        try:
+            inner.mkdir()
+            save_file({name: x.contiguous() for name, x in tensors.items()}, inner / "0", metadata=metadata)
+            os.replace(inner / "0", temporary)
+        finally:
+            remove(inner)
 
 
 def write_state(path: Path, state: object) -> None:
