@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from lvdm_files import CLIP, lvdm_settings, lvdm_state, write_yaml
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small_models import small_tokenizer, student_of
 from torch import Tensor
@@ -281,6 +283,20 @@ def test_folders_that_cannot_go_back(folder, teacher_folder, tmp_path):
     content["model"]["params"]["unet_config"]["params"]["context_dim"] = 24
     with pytest.raises(UserError, match="unet does not fit its configuration"):
         convert_back(folder, tmp_path / "back.ckpt", str(write_yaml(tmp_path / "other.yaml", content)))
+
+
+def test_what_is_missing_beside_the_networks_is_missing_in_the_checkpoint(folder, tmp_path):
+    """Leftovers that lost a tensor, and leftovers that are gone: a checkpoint without those keys would load nowhere."""
+    for lost in ("betas", next(key for key in load_file(folder / LEFTOVERS) if "." in key)):
+        copy = tmp_path / lost
+        shutil.copytree(folder, copy)
+        kept = {key: value for key, value in load_file(copy / LEFTOVERS).items() if key != lost}
+        with safe_open(folder / LEFTOVERS, framework="pt") as file:
+            save_file(kept, copy / LEFTOVERS, metadata=file.metadata())
+        with pytest.raises(UserError) as error:
+            convert_back(copy, tmp_path / "back.ckpt")
+        assert "\n" not in str(error.value) and LEFTOVERS in str(error.value), str(error.value)
+        assert not (tmp_path / "back.ckpt").exists()
 
 
 def test_unknown_components_are_refused(config, checkpoint, tmp_path):

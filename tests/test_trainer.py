@@ -21,14 +21,16 @@ import processes
 import pytest
 import torch
 import yaml
-from small_models import LATENTS, random_latents, small_clips
+from safetensors.torch import load_file, save_file
+from small_models import CONTEXT, FRAMES, LATENTS, TEXT_TOKENS, random_latents, small_clips, small_teacher
+from viewcrafter_reference import small_unet
 
 from fvgen.clips.folder import save_clips
 from fvgen.distill import RunConfig, StageConfig, Trainer, changed, export_checkpoint, read_metrics, run
 from fvgen.errors import UserError
 from fvgen.models.head import DiscriminatorHead
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
-from fvgen.pipelines.folders import load_pipeline
+from fvgen.pipelines.folders import load_pipeline, save_model
 
 
 def same_files(first: Path, second: Path) -> bool:
@@ -556,10 +558,31 @@ def test_the_newest_checkpoints_stay_and_the_best(stage):
     assert kept == sorted({best, 5, 6})
 
 
-def test_a_metric_that_is_none(stage):
+def test_a_metric_that_is_none(stage, tmp_path):
     assert "keep_best_by='loss_studnt' is no metric; did you mean 'loss_student'?" in refused(
         stage(keep_best_by="loss_studnt")
     )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_first_stage_of_another_size(stage, tmp_path):
+    run(stage("gan"))
+    wider, sizes = small_teacher(), {"context_dim": CONTEXT, "text_tokens": TEXT_TOKENS, "temporal_length": FRAMES}
+    wider.register_modules(unet=small_unet(model_channels=32, **sizes))
+    save_model(wider, tmp_path / "wider")
+    sentence = refused(stage("dmd", init=str(tmp_path / "gan"), teacher=str(tmp_path / "wider")))
+    assert "holds a student of another size than teacher=" in sentence and not (tmp_path / "dmd").exists()
+
+
+def test_a_teacher_that_was_replaced_before_an_export(stage, teacher_folder, tmp_path):
+    """The adapters, or the parts that no stage trains, would be another model's."""
+    shutil.copytree(teacher_folder, tmp_path / "teacher")
+    run(stage("gan", teacher=str(tmp_path / "teacher")))
+    weights = next((tmp_path / "teacher" / "unet").glob("*.safetensors"))
+    save_file({key: value + 1e-3 for key, value in load_file(weights).items()}, weights)
+    with pytest.raises(UserError, match=r"is not the one that the run in .* began with"):
+        export_checkpoint(tmp_path / "gan", tmp_path / "student")
+    assert not (tmp_path / "student").exists()
 
 
 def test_metrics_that_are_cut_short(finished, tmp_path):

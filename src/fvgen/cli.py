@@ -214,9 +214,7 @@ def _reconstruct(
 
 
 def _generate(photographs: list[Path], out: Path, size: str | None, options: dict[str, Any]) -> None:
-    for photograph in photographs:
-        if not there(photograph):
-            raise UserError(f"photograph {photograph} does not exist; check the path")
+    existing(*photographs, what="photograph")
     both = numbers(size, "x", "size", "320x512") if size else None
 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -275,12 +273,12 @@ def _inspect(path: str, out: Path, clips: int | None, teacher: str | None) -> No
     print(run_inspect(path, out, clips, teacher))
 
 
-def existing(*paths: str | Path) -> None:
+def existing(*paths: str | Path, what: str = "data folder") -> None:
     """Judge paths before anything is imported that takes seconds. Raises UserError for the first that is not there;
     addresses (s3://...) and the words for built-in clips pass."""
     for path in paths:
         if not is_builtin(path) and "://" not in str(path) and not there(path):
-            raise UserError(f"data folder {path} does not exist; check the path")
+            raise UserError(f"{what} {path} does not exist; check the path")
 
 
 def numbers(text: str, separator: str, name: str, example: str) -> tuple[int, int]:
@@ -294,6 +292,7 @@ def numbers(text: str, separator: str, name: str, example: str) -> tuple[int, in
 def _convert(
     config: str | None, checkpoint: str, out: Path, only: str | None, to_lvdm: bool, layout: str | None
 ) -> None:
+    existing(*filter(None, [config]), what="--config")
     from fvgen.convert import command as conversion  # takes seconds to import
 
     components = conversion.ALL if only is None else [name.strip() for name in only.split(",")]
@@ -334,7 +333,8 @@ def export(
 
 
 def _export(run: Path, out: Path, iteration: int | None) -> None:
-    from fvgen.distill import export_checkpoint
+    existing(run, what="run folder")
+    from fvgen.distill import export_checkpoint  # takes seconds to import
 
     print(f"Student: {export_checkpoint(run, out, iteration)}")
 
@@ -372,7 +372,8 @@ def _plan(
     rate: tuple[float, float],
     words: list[str] | None,
 ) -> None:
-    from fvgen.distill import read_stage_config
+    existing(file, what="--config")
+    from fvgen.distill import read_stage_config  # takes seconds to import
     from fvgen.distill.methods import METHODS
     from fvgen.models.family import Size
     from fvgen.planning.plan import Hardware, clip_size, command, print_plan, profiles, teacher_blueprint
@@ -398,6 +399,7 @@ def guarded(call: Callable[[], object]) -> None:
     """Run ``call``; a `UserError` becomes one sentence on stderr and exit code 2, Ctrl-C exit code 130, an end that was
     asked for and came in order exit code 0. What the system refuses where nobody expected it is the user's to mend,
     too: a sentence that names it."""
+    _reopen_closed()
     try:
         call()
         sys.stdout.flush()
@@ -438,12 +440,19 @@ def _refuse(sentence: str) -> NoReturn:
     with suppress(OSError):
         print(f"fvgen: {' '.join(sentence.splitlines())}", file=sys.stderr)
         sys.stderr.flush()
-    if sys.stdout is not None:  # nothing that is left there may change the exit code
-        try:
-            sys.stdout.flush()
-        except (OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):  # nothing that is left there may change the exit code
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(2)
+
+
+def _reopen_closed() -> None:
+    """Where stdout or stderr was closed (`>&-`), the next file that is opened would take its place."""
+    for descriptor, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
 
 
 class Parser(argparse.ArgumentParser):
@@ -469,11 +478,15 @@ def positive(text: str) -> int:
 
 
 def main() -> None:
+    _reopen_closed()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
     try:
-        sys.exit(app(standalone_mode=False))
+        code = app(standalone_mode=False)
+        if code == 130:  # newer typer's answer to Ctrl-C before a command had begun
+            raise KeyboardInterrupt
+        sys.exit(code)
     except Exception as error:
         # typer's own errors; their class is click's or, in newer versions, a copy of it
         if type(error).__name__ == "Abort":  # Ctrl-C before a command had begun

@@ -65,10 +65,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         else:
             os.replace(temporary, path)
     except BaseException as error:
+        reason = disk_reason(error) or _vanished(error, path, temporary)
         with suppress(OSError):  # the first error is the one to tell
             remove(temporary)
             recover(path)
-        if reason := disk_reason(error):
+        if reason:
             raise CannotWrite(f"cannot write {path}: {reason}") from error
         raise
 
@@ -269,6 +270,14 @@ def disk_reason(error: BaseException) -> str | None:
     if number in FULL or re.search(r"PytorchStreamWriter failed|unexpected pos", str(error)):
         return "the disk is full; free some space and run the same command again"
     return f"{_in_words(number)}; choose another output folder" if number in PLACE else None
+
+
+def _vanished(error: BaseException, path: Path, temporary: Path) -> str | None:
+    """The cure where a folder went away under our hands, or None. torch says that in words of its own."""
+    lost = isinstance(error, FileNotFoundError) or (isinstance(error, RuntimeError) and "does not exist" in str(error))
+    if not lost or (path.parent.exists() and str(temporary) not in str(error)):
+        return None
+    return "its folder was moved or deleted meanwhile; put it back, or choose another output folder"
 
 
 def _in_words(number: int) -> str:
