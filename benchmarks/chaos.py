@@ -290,12 +290,14 @@ def main() -> None:
     parser.add_argument("--zero-faults", type=int, default=0, help="of a run of two, under ZeRO-2")
     parser.add_argument("--iterations", type=positive, default=4)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--out", type=Path, help="what is there from an earlier call stays, unless it is measured again"
+    )
     args = parser.parse_args()
-    result = {}
+    result = json.loads(args.out.read_text()) if args.out and args.out.is_file() else {}
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(builtin_clips("train", 8).path, Path(folder) / "clips")
-        settings = {"teacher": "tiny", "data": f"{folder}/clips", "batch_size": 1, "iterations": args.iterations}
+        settings = {"teacher": "tiny", "data": f"{folder}/clips", "iterations": args.iterations}
         settings |= {"checkpoint_every": 1, "critic_updates": 1, "track": "false", "sample_every": 0}
         settings |= {"student_input": "noised"}  # cheaper: what is at stake here is files and processes
         for name, faults, processes in (
@@ -305,7 +307,9 @@ def main() -> None:
             if faults:
                 scratch = Path(folder) / str(processes)
                 scratch.mkdir()
-                result[name] = Chaos(settings, scratch, processes, random.Random(args.seed)).run(faults)
+                result[name] = Chaos(
+                    settings | {"batch_size": processes}, scratch, processes, random.Random(args.seed)
+                ).run(faults)
                 print(json.dumps(result[name]), flush=True)
                 if args.out:
                     write_json(args.out, result)

@@ -1,11 +1,12 @@
 """What one training iteration costs: counted work, peak memory, seconds, on the fair step benchmark's network.
 
-    python benchmarks/training.py [--iterations 20] [--loops fvgen fvgen-two-views bare] [--out FILE.json]
+    python benchmarks/training.py [--iterations 20] [--loops LOOP ...] [--out FILE.json]
 
 One iteration is a student update and a critic update (fake score and discriminator) of stage "dmd" at guidance 5, with
 softened reverse KL, four-step timesteps, float32 and AdamW: the work for which FastGen's f-distillation was counted at
 39.55 GFLOP, 5,811 tensor operations and 1.23 GB of peak resident memory. ``fvgen`` runs fvgen's own updates, engines
 and objectives with ``same_noise=true`` (one look at the student per iteration, as in FVGen's algorithm 1),
+``fvgen-one-pass`` with ``one_pass=true`` as well (the fake score's pass for its own loss also judges the student),
 ``fvgen-two-views`` with the default, and ``bare`` the same work as one writes it down in plain torch, sharing only the
 teacher's pass: it reproduces the 39.55 GFLOP, which shows that networks and work are equal. Wall-clock times swing with
 the machine; gate on the counters. The last line of the output is JSON.
@@ -70,10 +71,10 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def settings(same_noise: bool = True, fused: bool = True) -> StageConfig:
-    """Of both loops."""
+def settings(**changes: bool) -> StageConfig:
+    """Of all loops."""
     common = {"out": "unused", "batch_size": LATENTS[0], "critic_updates": 1, "guidance": 5.0}
-    return stage_config("dmd", common | {"fused": fused, "same_noise": same_noise})
+    return stage_config("dmd", common | {"fused": True, "same_noise": True} | changes)
 
 
 def method_of(config: StageConfig) -> Dmd:
@@ -153,6 +154,7 @@ def bare_loop(config: StageConfig) -> Callable[[int], None]:
 
 LOOPS: dict[str, Callable[[], Callable[[int], None]]] = {
     "fvgen": lambda: fvgen_loop(settings()),
+    "fvgen-one-pass": lambda: fvgen_loop(settings(one_pass=True)),
     "fvgen-two-views": lambda: fvgen_loop(settings(same_noise=False)),
     "bare": lambda: bare_loop(settings()),
 }

@@ -249,6 +249,38 @@ def test_one_look_serves_head_and_student(stage):
     assert passes == {False: 3, True: 2}
 
 
+def test_one_pass_of_the_fake_score_teaches_it_and_judges_the_student(stage):
+    """One pass fewer; and the student is judged by what the fake score said before it learnt, at the head's place."""
+    passes, seen = {}, []
+    for one in (False, True):
+        config = stage("dmd", same_noise=True, one_pass=one, guidance=1.0, out=f"{stage().run.out}{one}")
+        method = (trainer := Trainer(config)).method
+        before = {name: weight.clone() for name, weight in method.fake_score.state_dict().items()}
+        calls, inputs = [], []
+
+        def note(module, arguments, output, calls=calls):
+            calls.append(True)
+
+        handle = method.fake_score.network.register_forward_hook(note)
+        judge = method.matching_loss
+        method.matching_loss = lambda *a, judge=judge, inputs=inputs: (inputs.append(a), judge(*a))[1]
+        row = trainer.iterate(1)
+        handle.remove()
+        passes[one] = len(calls)
+        assert row["loss_fake_score"] > 0 and row["loss_student_dmd"] >= 0
+        (rollout, view, _), after = inputs[0], method.fake_score.state_dict()
+        seen.append(view.x0_fake)
+    assert passes == {False: 2, True: 1} and seen[0] is None
+    assert any(not torch.equal(after[name], before[name]) for name in before)  # it has learnt meanwhile
+    method.fake_score.load_state_dict(before)
+    with torch.no_grad():
+        expected = method.fake_score(view.x_tau, view.tau, rollout.batch.condition)
+    torch.testing.assert_close(seen[1], expected, rtol=1e-4, atol=1e-5)
+    velocity = method.schedule.velocity(rollout.x0.detach(), view.noise, view.tau)
+    found = method.schedule.v_from_x0(view.x_tau.detach(), expected, view.tau)
+    assert row["loss_fake_score"] == pytest.approx((found - velocity).square().mean().item(), rel=1e-3)
+
+
 # --- What is refused, in one sentence, before any long work ---
 
 
@@ -360,6 +392,7 @@ def test_parts_that_do_not_divide(stage):
             "offload_teacher=true does not go with share_backbone=true",
         ),
         ({"same_noise": True, "accumulation": 2}, "same_noise=true needs accumulation=1"),
+        ({"one_pass": True}, "one_pass"),
     ],
 )
 def test_settings_that_contradict_each_other(stage, changes, words):

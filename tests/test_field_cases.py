@@ -296,14 +296,20 @@ def test_pixels_that_are_not_square(tmp_path):
     av = pytest.importorskip("av")
     from fvgen.scenes.readers.photographs import extract_video
 
-    with av.open(str(tmp_path / "old.mp4"), "w") as container:
-        out = container.add_stream("libx264", rate=10)
-        out.height, out.width, out.pix_fmt = 48, 64, "yuv420p"
-        out.codec_context.sample_aspect_ratio = Fraction(3, 2)
-        frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), dtype=np.uint8), format="rgb24")
-        container.mux([*out.encode(frame), *out.encode()])
-    found = extract_video(tmp_path / "old.mp4", tmp_path / "frames", 1)
+    def write(name: str, shape: Fraction) -> Path:
+        with av.open(str(tmp_path / name), "w") as container:
+            out = container.add_stream("libx264", rate=10)
+            out.height, out.width, out.pix_fmt = 48, 64, "yuv420p"
+            out.codec_context.sample_aspect_ratio = shape
+            frame = av.VideoFrame.from_ndarray(np.zeros((48, 64, 3), dtype=np.uint8), format="rgb24")
+            container.mux([*out.encode(frame), *out.encode()])
+        return tmp_path / name
+
+    found = extract_video(write("old.mp4", Fraction(3, 2)), tmp_path / "frames", 1)
     assert (found.height, found.width) == (48, 96)
+    wide = write("wide.mp4", Fraction(20, 1))
+    assert "20 times as wide as high" in refusal(lambda: extract_video(wide, tmp_path / "more", 1))
+    assert not (tmp_path / "more").exists()
 
 
 # --- d. One door for pixels ---

@@ -33,6 +33,7 @@ from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.conventions import to_realestate10k
 from fvgen.scenes.formats import read_scene
 from fvgen.scenes.images import distorted
+from fvgen.scenes.readers import photographs
 from fvgen.scenes.readers.photographs import extract_video, read_photographs
 
 
@@ -367,6 +368,14 @@ def test_a_phones_video_is_turned_upright(tmp_path, turn):
     found = extract_video(tmp_path / "a.mp4", tmp_path / "frames", 1)
     read = np.asarray(Image.open(found.image_paths[0])).astype(float)
     assert np.abs(read - np.rot90(pixels, turn // 90)).mean() < 12
+
+
+def test_a_video_that_would_take_a_day(tmp_path, monkeypatch):
+    """The bound at a smaller number: a film that reaches it takes minutes to write."""
+    monkeypatch.setattr(photographs, "MOST_FRAMES", 11)
+    write_video(tmp_path / "a.mp4")
+    expect(lambda: extract_video(tmp_path / "a.mp4", tmp_path / "out", 4), "more than 11 frames")
+    assert not (tmp_path / "out").exists()
 
 
 def test_videos_that_cannot_be(tmp_path):

@@ -16,7 +16,8 @@ h being the part of the network up to the tap (about half of it), and why not fe
 
 The head sees the student's clip at one tau and the student is judged at another, so as not to be judged where the head
 has just been fitted; ``same_noise=true`` (algorithm 1 as printed: one tau and noise for both) makes them one pass and
-saves h. Below that nothing can be shared: what remains are different networks, or one network at different inputs. Each
+saves h. ``one_pass=true`` lets the fake score learn at that place as well: its pass with a graph is then the one that
+judges the student, too, which saves 1. Below that nothing can be shared: what remains are different networks. Each
 further critic update costs 1 + 2 h and the fake score's pass. With several parts (``accumulation``) the student's
 rollout is computed again for its own update, for keeping all parts' graphs would keep the memory that they are to save.
 """
@@ -24,7 +25,7 @@ rollout is computed again for its own update, for keeping all parts' graphs woul
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -116,6 +117,11 @@ class DmdSettings(MethodSettings):
         description="judge the student at the tau and noise at which the head has just learnt (FVGen algorithm 1 as "
         "printed): one teacher pass to the tap fewer",
     )
+    one_pass: bool = Field(
+        False,
+        description="the fake score, too, learns there (same_noise only): the pass that it learns from is the one that "
+        "judges the student",
+    )
 
     @property
     def matching(self) -> bool:
@@ -145,6 +151,8 @@ class DmdSettings(MethodSettings):
             idle |= dict.fromkeys(of_head, "where no head learns")
         if not self.gan_weight:
             idle["balance"] = "where gan_weight is 0"
+        if not self.matching or not self.same_noise:
+            idle["one_pass"] = "without same_noise and a fake score"
         if not self.judging or not self.r1_weight:
             idle["r1_sigma"] = "where r1_weight is 0"
         if not self.judging and not self.matching:
@@ -188,15 +196,16 @@ class Rollout:
 
 @dataclass(frozen=True)
 class View:
-    """The student's answer as the critics see it: ``x_tau``, noised to ``tau`` [B] with ``noise``, and what the teacher
-    makes of it. ``features`` carry the answer's graph; ``x0_real``, the guided real score's estimate, has none (and is
-    None where no distribution is matched)."""
+    """The student's answer as the critics see it: ``x_tau``, noised to ``tau`` [B] with ``noise``, and what they make
+    of it. ``features`` carry the answer's graph; the clean estimates have none: ``x0_real`` is the guided real score's
+    (None where no distribution is matched), ``x0_fake`` the fake score's (None where it has not looked yet)."""
 
     tau: Tensor
     noise: Tensor
     x_tau: Tensor
-    features: tuple[Tensor, ...]
-    x0_real: Tensor | None
+    features: tuple[Tensor, ...] = ()
+    x0_real: Tensor | None = None
+    x0_fake: Tensor | None = None
 
 
 class Dmd(Method):
@@ -333,16 +342,19 @@ class Dmd(Method):
 
     # --- The critics ---
 
-    def look(self, rollout: Rollout, draws: Draws) -> View:
-        """One conditional pass of the teacher over the student's answer at a random tau."""
-        x0, condition = rollout.x0, rollout.batch.condition
+    def place(self, x0: Tensor, draws: Draws) -> View:
+        """The student's answer at a random tau, where nobody has looked yet."""
         tau, noise = draws.integers(self.settings.t_min, self.settings.t_max + 1, x0), draws.normal(x0)
-        x_tau = self.schedule.add_noise(x0, noise, tau)
+        return View(tau, noise, self.schedule.add_noise(x0, noise, tau))
+
+    def look(self, rollout: Rollout, draws: Draws, at: View | None = None) -> View:
+        """One conditional pass of the teacher over the student's answer, ``at`` a given place or a new one."""
+        at, condition = at or self.place(rollout.x0, draws), rollout.batch.condition
         if self.fake_score is None:
-            return View(tau, noise, x_tau, self.critic.features(x_tau, tau, condition), None)
+            return replace(at, features=self.critic.features(at.x_tau, at.tau, condition))
         taps = self.critic.taps if self.critic and self.head_on == "teacher" else ()
-        x0_real, features = self.teacher.judge(x_tau, tau, condition, taps)
-        return View(tau, noise, x_tau, features, x0_real)
+        x0_real, features = self.teacher.judge(at.x_tau, at.tau, condition, taps)
+        return replace(at, features=features, x0_real=x0_real)
 
     def update_critics(self, rollout: Rollout, draws: Draws) -> Metrics:
         """The head learns to tell real from student (Eq. 5), the fake score to denoise the student's output (Eq. 2)."""
@@ -358,8 +370,14 @@ class Dmd(Method):
     def update_critics_and_look(self, rollout: Rollout, draws: Draws) -> tuple[Metrics, View]:
         """The same where the student is then judged by the very `View` that the head learns from. The fake score goes
         first, so that its graph and the view's are never in memory together."""
-        metrics = {} if self.fake_score is None else self.update_fake_score(rollout, draws)
-        seen = self.look(rollout, draws)
+        metrics, at = {}, None
+        if self.settings.one_pass and self.fake_score is not None:
+            at = self.place(rollout.x0, draws)
+            metrics, x0_fake = self.fake_score_step(rollout, at.x_tau.detach(), at.tau, at.noise, draws)
+            at = replace(at, x0_fake=x0_fake)
+        elif self.fake_score is not None:
+            metrics = self.update_fake_score(rollout, draws)
+        seen = self.look(rollout, draws, at)
         return metrics | ({} if self.critic is None else self.update_head(rollout, draws, seen)), seen
 
     def update_head(self, rollout: Rollout, draws: Draws, seen: View | None = None) -> Metrics:
@@ -401,12 +419,19 @@ class Dmd(Method):
         x0 = rollout.x0.detach()
         t = draws.integers(0, 1000, x0)
         noise = draws.normal(x0)
-        x_t = self.schedule.add_noise(x0, noise, t)
+        return self.fake_score_step(rollout, self.schedule.add_noise(x0, noise, t), t, noise, draws)[0]
+
+    def fake_score_step(
+        self, rollout: Rollout, x_t: Tensor, t: Tensor, noise: Tensor, draws: Draws
+    ) -> tuple[Metrics, Tensor]:
+        """That step at ``x_t``, the student's output noised to ``t`` [B] with ``noise``; and the clean latents that the
+        fake score saw in it before."""
         prediction = self.fake_score.velocity(x_t, t, rollout.batch.condition)
-        loss = denoising_loss(prediction, self.schedule.velocity(x0, noise, t)).mean()
+        loss = denoising_loss(prediction, self.schedule.velocity(rollout.x0.detach(), noise, t)).mean()
         more, metrics = self.more_of_fake_score(rollout, draws)
         norm = self.learn("fake_score", loss if more is None else loss + more)
-        return {"loss_fake_score": loss, "grad_norm_fake_score": norm} | metrics
+        x0_fake = self.schedule.x0_from_v(x_t, prediction.detach(), t)
+        return {"loss_fake_score": loss, "grad_norm_fake_score": norm} | metrics, x0_fake
 
     def more_of_fake_score(self, rollout: Rollout, draws: Draws) -> tuple[Tensor | None, Metrics]:
         """What a method lets the fake score learn beside that, a scalar, and what is logged of it."""
@@ -491,7 +516,9 @@ class Dmd(Method):
         every ratio weighs one, and of a relativistic head's the constant is taken off first."""
         tau = seen.tau
         with torch.no_grad():
-            x0_fake = self.fake_score(seen.x_tau, tau, rollout.batch.condition)
+            x0_fake = seen.x0_fake
+            if x0_fake is None:
+                x0_fake = self.fake_score(seen.x_tau, tau, rollout.batch.condition)
             x0_real = self.real_estimate(rollout, seen)
         if logits is None:
             gradient = dmd_gradient(rollout.x0, x0_real, x0_fake, torch.ones_like(tau, dtype=torch.float32))

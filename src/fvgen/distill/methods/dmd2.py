@@ -43,9 +43,9 @@ class Dmd2(Dmd):
     head_on: ClassVar = "fake_score"
     settings: Dmd2Settings
 
-    def look(self, rollout: Rollout, draws: Draws) -> View:
+    def look(self, rollout: Rollout, draws: Draws, at: View | None = None) -> View:
         """The teacher's estimate and the fake score's features at one random tau."""
-        seen = super().look(rollout, draws)
+        seen = super().look(rollout, draws, at)
         with self.learners["fake_score"].frozen():
             features = self.critic.features(seen.x_tau, seen.tau, rollout.batch.condition)
         return replace(seen, features=features)

@@ -20,6 +20,8 @@ from fvgen.system.places import sha256_of
 
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", *HEIC)
 VIDEOS = (".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v")
+MOST_FRAMES = 200_000  # of a video: nearly two hours; a few MB of a still picture can stand for a year
+WIDEST = 8.0  # a pixel's width over its height
 SMALLEST = 16  # pixels on the short side: below it nothing can be matched
 
 
@@ -142,6 +144,8 @@ def video_frames(file: Path) -> Iterator[Callable[[], np.ndarray]]:
     def pixels(frame: av.VideoFrame) -> np.ndarray:
         curve, width = int(frame.color_trc), frame.width
         if shape := container.streams.video[0].sample_aspect_ratio:  # pixels that are not square, of old cameras
+            if not 1 / WIDEST <= shape <= WIDEST:
+                raise UserError(f"video {file} has pixels {float(shape):g} times as wide as high; convert it")
             width = max(1, round(frame.width * shape))
         if curve not in FROM_LIGHT:
             return frame.to_ndarray(format="rgb24", width=width)
@@ -152,7 +156,9 @@ def video_frames(file: Path) -> Iterator[Callable[[], np.ndarray]]:
         with open_video(file) as container:
             if not container.streams.video:
                 raise UserError(f"{file} holds no video; give a video file or a folder of photographs")
-            for frame in container.decode(video=0):
+            for number, frame in enumerate(container.decode(video=0)):
+                if number == MOST_FRAMES:
+                    raise UserError(f"video {file} has more than {MOST_FRAMES} frames; cut it to what you need")
                 yield lambda frame=frame: upright(frame)
     except (av.error.FFmpegError, ValueError, OSError) as error:
         if isinstance(error, UserError):
