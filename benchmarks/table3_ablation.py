@@ -19,6 +19,7 @@ TABLE = Table(
         "GAN start, DMD with head": "fvgen",
         "GAN start, DMD with head, softened": "fvgen-softened",
         "GAN start, DMD without head": "fvgen-no-gan-later",
+        "GAN start, DMD with head, one pass": "fvgen dmd.same_noise=true dmd.one_pass=true",
         "GAN alone": "adversarial",
         "DMD with head": "dmd-gan",
         "DMD alone": "dmd",

@@ -1,5 +1,5 @@
-"""Tables of trained students, three seeds a row, that a kill does not start again: table2_distillation.py and
-table3_ablation.py say which rows.
+"""Tables of trained students, three seeds a row, that a kill does not start again: table2_distillation.py,
+table3_ablation.py and few_steps.py say which rows.
 
 Every row and seed is a training (`recipes/distill.py` with a file of recipes/configs/rivals) and a scoring
 (`benchmarks/quality.py`), each in a process of its own, and leaves WORK/ROW/SEED.json. The same command goes on where
@@ -33,6 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 RIVALS = REPOSITORY / "recipes" / "configs" / "rivals"
 METRICS = ("psnr", "ssim", "lpips", "kid_squeeze", "fid")
 UNTRAINED = "untrained"
+ANY_STEP = "any_step=true"
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,8 @@ class Claim:
 
 @dataclass(frozen=True)
 class Table:
-    """``rows``: name on the page -> file of recipes/configs/rivals without its ending; ``paper``: its own rows."""
+    """``rows``: name on the page -> file of recipes/configs/rivals without its ending, and settings that differ from it
+    (with `ANY_STEP` among them the student is scored in all of the few steps); ``paper``: its own rows."""
 
     title: str
     script: str
@@ -77,8 +79,9 @@ class Settings:
             raise UserError(f"there are no settings {name!r} in {file.parent}; take one of {known}")
         return cls(name=name, **yaml.safe_load(file.read_text()))
 
-    def words(self, file: str, seed: int, out: Path) -> list[str]:
+    def words(self, method: str, seed: int, out: Path) -> list[str]:
         """The words after `recipes/distill.py`: equal iterations for every row, however many stages it has."""
+        file, *changes = method.split()
         path = RIVALS / f"{file}.yaml"
         stages = yaml.safe_load(path.read_text())
         words = [str(path), f"out={out}", f"seed={seed}", f"teacher={self.teacher}", f"data={self.data}"]
@@ -87,7 +90,7 @@ class Settings:
             words.append(f"{stage}.iterations={count}")
             if "head_warmup" in stages[stage]:
                 words.append(f"{stage}.head_warmup={self.head_warmup}")
-        return words
+        return words + changes
 
 
 # --- Runs ---
@@ -120,35 +123,42 @@ def run_untrained(settings: Settings, seed: int, work: Path) -> dict[str, Any]:
     return {"rows": scored(["--model", settings.teacher, *few], settings, seed, work / f"{seed}.log")}
 
 
-def run_trained(file: str, settings: Settings, seed: int, work: Path) -> dict[str, Any]:
-    """A student's row, and how it was made."""
+def run_trained(method: str, settings: Settings, seed: int, work: Path) -> dict[str, Any]:
+    """A student's rows, one for each number of steps, and how it was made."""
     start = time.monotonic()
-    made = call("recipes/distill.py", settings.words(file, seed, work / str(seed)), work / f"{seed}.train.log")
+    made = call("recipes/distill.py", settings.words(method, seed, work / str(seed)), work / f"{seed}.train.log")
     seconds = time.monotonic() - start
-    row = scored(["--model", made["student"]], settings, seed, work / f"{seed}.log")[-1]
+    steps = [["--steps", str(count)] for count in settings.few_steps] if ANY_STEP in method else [[]]
+    log = work / f"{seed}.log"
+    rows = [scored(["--model", made["student"], *each], settings, seed, log)[-1] for each in steps]
     metrics = [distill.read_metrics(stage) for stage in made["stages"]]
     pairs = [x["head_pair_accuracy"] for rows in metrics for x in rows if "head_pair_accuracy" in x]
-    row |= {"iterations": sum(len(rows) for rows in metrics), "train_seconds": round(seconds)}
-    return {"rows": [row | {"head_pair_accuracy": statistics.mean(pairs) if pairs else None}]}
+    facts = {"iterations": sum(len(rows) for rows in metrics), "train_seconds": round(seconds)}
+    facts["head_pair_accuracy"] = statistics.mean(pairs) if pairs else None
+    return {"rows": [row | facts for row in rows]}
 
 
 def runs(table: Table, settings: Settings, chosen: Sequence[str], work: Path) -> Iterator[tuple[str, int, Path]]:
-    """(file of the method or `UNTRAINED`, seed, results), the untrained first, row by row."""
-    for file in dict.fromkeys([UNTRAINED, *(table.rows[name] for name in chosen)]):
+    """(method or `UNTRAINED`, seed, results), the untrained first, row by row."""
+    for method in dict.fromkeys([UNTRAINED, *(table.rows[name] for name in chosen)]):
         for seed in settings.seeds:
-            yield file, seed, work / file / f"{seed}.json"
+            yield method, seed, results_of(method, seed, work)
+
+
+def results_of(method: str, seed: int, work: Path) -> Path:
+    return work / method.replace(" ", ",") / f"{seed}.json"
 
 
 def run_missing(table: Table, settings: Settings, chosen: Sequence[str], work: Path, jobs: int) -> None:
     """All that has no results yet."""
 
-    def one(file: str, seed: int, results: Path) -> None:
-        if file == UNTRAINED:
+    def one(method: str, seed: int, results: Path) -> None:
+        if method == UNTRAINED:
             found = run_untrained(settings, seed, results.parent)
         else:
-            found = run_trained(file, settings, seed, results.parent)
+            found = run_trained(method, settings, seed, results.parent)
         write_json(results, found)
-        print(f"{time.strftime('%H:%M:%S')} {file} seed {seed}", flush=True)
+        print(f"{time.strftime('%H:%M:%S')} {method} seed {seed}", flush=True)
 
     with ThreadPoolExecutor(jobs) as pool:
         missing = [run for run in runs(table, settings, chosen, work) if not run[2].is_file()]
@@ -167,9 +177,11 @@ def collected(table: Table, settings: Settings, work: Path) -> dict[str, list[di
         for row in json.loads(file.read_text())["rows"] if file.is_file() else []:
             rows.setdefault(untrained_name(row), []).append(row)
     for name, method in table.rows.items():
-        files = [work / method / f"{seed}.json" for seed in settings.seeds]
-        if all(file.is_file() for file in files):
-            rows[name] = [json.loads(file.read_text())["rows"][0] for file in files]
+        files = [results_of(method, seed, work) for seed in settings.seeds]
+        if not all(file.is_file() for file in files):
+            continue
+        for each in zip(*(json.loads(file.read_text())["rows"] for file in files), strict=True):
+            rows[f"{name} in {each[0]['steps']} steps" if ANY_STEP in method else name] = list(each)
     return rows
 
 
@@ -196,8 +208,8 @@ def best_few(rows: Mapping[str, list[dict[str, Any]]], steps: int) -> str | None
 def result_of(table: Table, settings: Settings, work: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
     """All that the JSON file holds."""
     rows = collected(table, settings, work)
-    baseline = best_few(rows, 4)
-    ways = [best_few(rows, steps) for steps in settings.few_steps]
+    best = {steps: best_few(rows, steps) for steps in settings.few_steps}
+    ways, trained = list(best.values()), {name for name, each in rows.items() if "iterations" in each[0]}
     whole = [name for name, each in rows.items() if name.startswith("teacher") and "way" not in each[0]]
     curve = [
         (mean(rows[name], "lpips"), mean(rows[name], "psnr"))
@@ -206,7 +218,7 @@ def result_of(table: Table, settings: Settings, work: Path, facts: Mapping[str, 
     ]
     found: dict[str, Any] = {}
     for name, each in rows.items():
-        if name not in (*table.rows, "render", *whole, *ways):
+        if name not in (*trained, "render", *whole, *ways):
             continue  # the other untrained ways stay in by_seed
         row: dict[str, Any] = {"nfe": each[0].get("nfe"), "seeds": len(each)}
         for metric in (*METRICS, "head_pair_accuracy", "iterations", "train_seconds"):
@@ -214,16 +226,21 @@ def result_of(table: Table, settings: Settings, work: Path, facts: Mapping[str, 
             values = [one.get(metric) for one in each]
             if metric in METRICS and row[metric] is not None and len(values) > 1:
                 row[f"{metric}_std"] = statistics.stdev(values)
-        if baseline and name in table.rows:
+        baseline = best.get(each[0]["steps"])
+        if baseline and name in trained:
+            row["baseline"] = baseline
             row["minus_baseline"] = {
                 metric: paired([one[metric] for one in each], [one[metric] for one in rows[baseline]])
                 for metric in METRICS
             }
             on_curve = None if row["lpips"] is None else psnr_at_equal_lpips(curve, row["lpips"])
             row["psnr_above_teachers_curve"] = None if on_curve is None else row["psnr"] - on_curve
+            if whole and row["lpips"] is not None:
+                gap = mean(rows[baseline], "lpips") - mean(rows[whole[0]], "lpips")
+                row["gap_closed"] = (mean(rows[baseline], "lpips") - row["lpips"]) / gap
         found[name] = row
     claims = [claim_row(claim, rows) for claim in table.claims]
-    return {**facts, "baseline": baseline, "rows": found, "claims": claims, "curve": curve, "by_seed": rows}
+    return {**facts, "baseline": best.get(4), "rows": found, "claims": claims, "curve": curve, "by_seed": rows}
 
 
 def claim_row(claim: Claim, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -237,23 +254,26 @@ def claim_row(claim: Claim, rows: Mapping[str, list[dict[str, Any]]]) -> dict[st
 
 def markdown(table: Table, result: Mapping[str, Any]) -> str:
     lines = [f"# {table.title}", "", f"Written by benchmarks/{table.script}; docs/evaluation.md is the protocol.", ""]
-    shown = ("command", "commit", "hardware", "data", "clips", "seeds", "baseline")
+    shown = ("command", "commit", "hardware", "data", "clips", "seeds")
     lines += [f"- {key}: {result[key]}" for key in shown]
     lines += [
         "",
-        "Means over seeds; in brackets the difference to the baseline, paired by seed, with its 95 % interval.",
+        "Means over seeds; in brackets the difference to the best untrained way in as many steps, paired by seed, with",
+        "its 95 % interval. LPIPS gap closed: 0 is that way, 1 the teacher's whole steps.",
         "",
     ]
     head = ["", "NFE", "PSNR", "SSIM", "LPIPS (squeeze)", "kid_squeeze", "FID", "PSNR above the teacher's curve"]
-    head += ["pairs ordered rightly", "iterations", "s to train"]
+    head += ["LPIPS gap closed", "pairs ordered rightly", "iterations", "s to train"]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, row in result["rows"].items():
         cells = [name, cell(row["nfe"], 0)]
         for metric, digits in (("psnr", 2), ("ssim", 3), ("lpips", 4), ("kid_squeeze", 3), ("fid", 1)):
             cells.append(cell(row[metric], digits) + bracket((row.get("minus_baseline") or {}).get(metric), digits))
-        cells.append(cell(row.get("psnr_above_teachers_curve"), 2))
+        cells += [cell(row.get("psnr_above_teachers_curve"), 2), cell(row.get("gap_closed"), 2)]
         cells += [cell(row["head_pair_accuracy"], 2), cell(row["iterations"], 0), cell(row["train_seconds"], 0)]
         lines.append(f"| {' | '.join(cells)} |")
+    if not table.claims:
+        return "\n".join(lines) + "\n"
     lines += ["", "## What the paper says", "", "| claim | metric | found here | difference |", "|---|---|---|---|"]
     for claim in result["claims"]:
         by = bracket(claim["by"], 4).strip(" ()")

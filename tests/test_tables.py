@@ -15,7 +15,7 @@ from scipy import stats
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
 verdicts = import_module("verdicts")
 tables = import_module("tables")
-TABLE2, TABLE3 = (import_module(name).TABLE for name in ("table2_distillation", "table3_ablation"))
+TABLE2, TABLE3, FEW = (import_module(name).TABLE for name in ("table2_distillation", "table3_ablation", "few_steps"))
 
 
 def test_the_interval_is_the_paired_t_tests():
@@ -53,13 +53,21 @@ def test_the_teachers_curve_is_linear_between_its_points_and_ends_at_its_ends():
 
 def test_every_row_has_its_file_and_equal_iterations(tmp_path):
     settings = tables.Settings.read("tiny")
-    for table in (TABLE2, TABLE3):
+    for table in (TABLE2, TABLE3, FEW):
         names = {*table.rows}
         assert all({claim.better, claim.worse} <= names for claim in table.claims)
         for file in table.rows.values():
             words = settings.words(file, 0, tmp_path)
             stages = tables.distill.read_stages(words[0], words[1:])
             assert sum(stage.run.iterations for stage in stages) == 60
+    one = tables.distill.read_stages(*_split(settings.words(FEW.rows["FVGen, 1 step"], 0, tmp_path)))
+    assert [stage.method.student_steps for stage in one] == [1, 1]
+    every = tables.distill.read_stages(*_split(settings.words(FEW.rows["FVGen, any step,"], 0, tmp_path)))
+    assert all(stage.method.any_step for stage in every)
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    return words[0], words[1:]
 
 
 def test_a_table_from_results(tmp_path):
@@ -86,7 +94,13 @@ def test_a_table_from_results(tmp_path):
             row(0.21 + shift, 22.9, way="DDIM eta 0, plain"),
             row(0.30 + shift, 24, way="DDIM eta 0, plain", steps=1),
         ]
-        made = {"untrained": untrained, "fvgen": [row(0.195 + 2 * shift, 22.8)], "dmd2": [row(0.205 + shift, 22.1)]}
+        done = {"iterations": 60}
+        made = {
+            "untrained": untrained,
+            "fvgen": [row(0.195 + 2 * shift, 22.8, **done)],
+            "dmd2": [row(0.205 + shift, 22.1, **done)],
+            "dmd,any_step=true": [row(0.23 + shift, 23, **done, steps=1), row(0.2, 22, **done)],
+        }
         for name, rows in made.items():
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / f"{seed}.json").write_text(json.dumps({"rows": rows}))
@@ -100,6 +114,11 @@ def test_a_table_from_results(tmp_path):
     found = {(claim["claim"], claim["metric"]): claim["found"] for claim in result["claims"]}
     assert found["FVGen beats DMD2", "lpips"] == "reproduced"
     assert found["FVGen beats CausVid", "lpips"] == "not run"
+    assert result["rows"]["DMD2"]["gap_closed"] == pytest.approx(0.5)  # .205 between .21 and .20
+    few = tables.result_of(FEW, settings, tmp_path, facts)["rows"]
+    assert few["DMD, any step, in 1 steps"]["baseline"] == "teacher, 1 steps, DDIM eta 0, plain"
+    assert few["DMD, any step, in 1 steps"]["gap_closed"] == pytest.approx(0.7)  # .23 between .30 and .20
+    assert few["DMD, any step, in 4 steps"]["nfe"] == 4 and "DMD, 1 step" not in few
     page = tables.markdown(TABLE2, result)
     assert "| FVGen | 4 |" in page and "0.1970 (-0.0140 ± " in page
 
