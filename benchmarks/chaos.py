@@ -95,8 +95,11 @@ def train(words: list[str], log: str, clock_back: bool) -> None:
 
 
 def send(number: int, to_all: bool = False) -> Callable[[Start, random.Random], None]:
+    """To everyone, or to one of those that train: what the front process of DeepSpeed's launcher gets alone it keeps to
+    itself."""
+
     def fault(start: Start, rng: random.Random) -> None:
-        for pid in start.everyone() if to_all else [rng.choice([start.pid, *start.workers()])]:
+        for pid in start.everyone() if to_all else [rng.choice(start.workers())]:
             try:
                 os.kill(pid, number)
             except ProcessLookupError:

@@ -315,3 +315,21 @@ def test_what_does_not_go_together_is_one_sentence(config, name, settings, told)
     words = {key: value for key, value in given.items() if value is not None}
     with pytest.raises(UserError, match=told):
         distill.stage_config(name, {"out": "x", "student_lr": 1e-3, **words})
+
+
+@pytest.mark.parametrize("shift", [0.25, 1.0, 4.0])
+def test_the_shift_of_tau_has_the_stated_distribution(play, shift):
+    """P(u' <= x) for uniform u and u' = s u / (1 + (s - 1) u) is x / (s - (s - 1) x), within four standard errors."""
+    method, _ = play("gan", t_min=100, t_max=900, tau_shift=shift)
+    count = 20_000
+    tau = method.draw_tau(torch.zeros(count), draws())
+    assert tau.min() >= 100 and tau.max() <= 900
+    for share in (0.2, 0.5, 0.8):
+        expected = share / (shift - (shift - 1) * share)
+        found = (tau <= 100 + 800 * share).double().mean().item()
+        assert abs(found - expected) < 4 * (expected * (1 - expected) / count) ** 0.5 + shift / 800
+
+
+def test_no_shift_draws_what_was_drawn_before(play):
+    method, _ = play("gan", t_min=20, t_max=399)
+    assert torch.equal(method.draw_tau(torch.zeros(64), draws()), draws().integers(20, 400, torch.zeros(64)))

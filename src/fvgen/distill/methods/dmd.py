@@ -99,6 +99,12 @@ class DmdSettings(MethodSettings):
     taps: str = Field("", description="where the head looks, names with commas between; '' is the family's own choice")
     t_min: int = Field(20, ge=0, le=999, description="lowest timestep at which samples are noised for the critics")
     t_max: int = Field(979, ge=0, le=999, description="highest one")
+    tau_shift: float = Field(
+        1.0,
+        gt=0,
+        le=100,
+        description="s: the share u of the way from t_min to t_max becomes s u / (1 + (s - 1) u); 1 is uniform",
+    )
 
     dmd_weight: float = Field(1.0, ge=0, description="of the distribution-matching loss in the student's loss")
     divergence: str = Field("softened_reverse_kl", description=f"one of {', '.join(DIVERGENCES)}")
@@ -156,7 +162,8 @@ class DmdSettings(MethodSettings):
         if not self.judging or not self.r1_weight:
             idle["r1_sigma"] = "where r1_weight is 0"
         if not self.judging and not self.matching:
-            idle |= dict.fromkeys(("t_min", "t_max", "same_noise", "critic_updates", "head_warmup"), "without critics")
+            of_critics = ("t_min", "t_max", "tau_shift", "same_noise", "critic_updates", "head_warmup")
+            idle |= dict.fromkeys(of_critics, "without critics")
         return idle
 
     @model_validator(mode="after")
@@ -344,8 +351,17 @@ class Dmd(Method):
 
     def place(self, x0: Tensor, draws: Draws) -> View:
         """The student's answer at a random tau, where nobody has looked yet."""
-        tau, noise = draws.integers(self.settings.t_min, self.settings.t_max + 1, x0), draws.normal(x0)
+        tau, noise = self.draw_tau(x0, draws), draws.normal(x0)
         return View(tau, noise, self.schedule.add_noise(x0, noise, tau))
+
+    def draw_tau(self, x0: Tensor, draws: Draws) -> Tensor:
+        """[B] timesteps at which the critics look, one a clip."""
+        low, high, shift = self.settings.t_min, self.settings.t_max, self.settings.tau_shift
+        tau = draws.integers(low, high + 1, x0)
+        if shift == 1:
+            return tau
+        u = (tau - low) / max(high - low, 1)
+        return low + (shift * u / (1 + (shift - 1) * u) * (high - low)).round().long()
 
     def look(self, rollout: Rollout, draws: Draws, at: View | None = None) -> View:
         """One conditional pass of the teacher over the student's answer, ``at`` a given place or a new one."""
@@ -384,7 +400,7 @@ class Dmd(Method):
         """One step of the discriminator head on the critic's features, of ``seen`` where there is such a view."""
         settings, critic, batch, x0 = self.settings, self.critic, rollout.batch, rollout.x0.detach()
         if seen is None:
-            tau, noise = draws.integers(settings.t_min, settings.t_max + 1, x0), draws.normal(x0)
+            tau, noise = self.draw_tau(x0, draws), draws.normal(x0)
         else:
             tau, noise = seen.tau, seen.noise
         real_tau = self.schedule.add_noise(batch.latents, noise, tau)

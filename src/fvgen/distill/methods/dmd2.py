@@ -53,7 +53,7 @@ class Dmd2(Dmd):
     def more_of_fake_score(self, rollout: Rollout, draws: Draws) -> tuple[Tensor | None, Metrics]:
         """The head's loss, as the fake score's features could lower it; the head stays as it is."""
         settings, x0, real = self.settings, rollout.x0.detach(), rollout.batch.latents
-        tau, noise = draws.integers(settings.t_min, settings.t_max + 1, x0), draws.normal(x0)
+        tau, noise = self.draw_tau(x0, draws), draws.normal(x0)
         noised = (self.schedule.add_noise(clip, noise, tau) for clip in (real, x0))
         pair = [self.critic.features(clip, tau, rollout.batch.condition) for clip in noised]
         with self.learners["head"].frozen() as head:
