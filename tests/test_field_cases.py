@@ -133,20 +133,12 @@ def test_a_camera_in_the_first_line_is_not_lost():
         from_realestate10k(text.split("\n", 1)[1], HEIGHT, WIDTH)
 
 
-def test_masks_are_no_photographs_and_unread_poses_are_said(tmp_path, capsys, monkeypatch):
-    from fvgen.errors import UserError
-    from fvgen.posing.sources import open_source
+def test_masks_are_no_photographs(tmp_path):
     from fvgen.scenes.readers.photographs import read_photographs
 
-    monkeypatch.setenv("FVGEN_CACHE", str(tmp_path / "cache"))
     folder = tmp_path / "photographs"
     write_images(folder, ["0.png", "1.png", "dynamic_mask_0.png"])
     assert [path.name for path in read_photographs(folder).image_paths] == ["0.png", "1.png"]
-    (folder / "keyframes" / "cameras").mkdir(parents=True)
-    (folder / "keyframes" / "cameras" / "1.json").write_text("{}")
-    with pytest.raises(UserError):
-        open_source(folder)  # noise
-    assert "(Polycam) are not read, new ones are estimated" in capsys.readouterr().err
 
 
 # --- b. Implausible numbers ---

@@ -277,6 +277,7 @@ def existing(*paths: str | Path, what: str = "data folder") -> None:
     """Judge paths before anything is imported that takes seconds. Raises UserError for the first that is not there;
     addresses (s3://...) and the words for built-in clips pass."""
     for path in paths:
+        path = Path(path).parent if Path(path).parent.suffix == ".torch" else path  # a scene in a chunk
         if not is_builtin(path) and "://" not in str(path) and not there(path):
             raise UserError(f"{what} {path} does not exist; check the path")
 

@@ -1,4 +1,4 @@
-"""What scenes are taken from: posed scenes in any known format, folders of photographs, video files.
+"""What scenes are taken from: posed scenes in any known format or in chunks, folders of photographs, video files.
 
 Photographs without poses get them when they are first opened. The posed scene is kept in fvgen's cache, under the
 SHA-256 of what it was made from, never beside the user's files: so it is made once, whoever asks, and the same
@@ -21,6 +21,7 @@ from filelock import FileLock
 
 from fvgen.clips.builtin import cache_folder
 from fvgen.errors import CannotWrite, UserError
+from fvgen.posing.chunks import SUFFIX, chunk_scenes, in_chunk, scene_of_chunk
 from fvgen.posing.reconstruct import LEFT_OUT, pose_photographs
 from fvgen.scenes.formats import read_scene, scene_format
 from fvgen.scenes.readers.photographs import (
@@ -37,13 +38,6 @@ from fvgen.system.files import writable_folder
 from fvgen.system.places import sha256_of
 
 VIDEO_FRAMES = 64  # taken of a video at most, evenly spaced: a clip of 16 frames with a stride of 4 needs as many
-
-
-UNREAD_POSES = {  # beside photographs; patterns, and whose they are
-    "keyframes/cameras/*.json": "Polycam",
-    "cameras/*.json": "Polycam",
-    "poses_bounds.npy": "LLFF",
-}
 
 
 @dataclass(frozen=True)
@@ -85,10 +79,22 @@ def find_sources(paths: Sequence[str | Path]) -> list[Source]:
     return sources
 
 
+def the_scene_of(path: Path) -> Path:
+    """A scene in a chunk, or the only one of a chunk. Raises UserError for a chunk of several."""
+    if path.suffix != SUFFIX:
+        return path
+    scenes = chunk_scenes(path)
+    if len(scenes) > 1:
+        raise UserError(f"{path} holds {len(scenes)} scenes; give one of them, such as {scenes[0]}")
+    return scenes[0]
+
+
 def is_source(path: Path) -> bool:
-    """A posed scene, a folder of photographs, or a video file."""
+    """A posed scene, a folder of photographs, a video file, or a chunk of scenes or one in it."""
     if path.is_file():
-        return path.suffix.lower() in VIDEOS
+        return path.suffix.lower() in VIDEOS or path.suffix == SUFFIX
+    if in_chunk(path):
+        return True
     return path.is_dir() and (_is_scene(path) or holds_photographs(path))
 
 
@@ -98,6 +104,8 @@ def _is_scene(folder: Path) -> bool:
 
 def _below(path: Path) -> list[Path]:
     """The path itself, or its scenes. Scenes below a folder count before photographs in it, which may be a preview."""
+    if in_chunk(path):
+        return chunk_scenes(path) if path.suffix == SUFFIX else [path]
     if path.is_file() and not is_source(path):
         raise UserError(f"{path} is a file but no video ({', '.join(VIDEOS)}); give a video or the folder of a scene")
     try:
@@ -115,7 +123,7 @@ def _below(path: Path) -> list[Path]:
             f"data folder {path} {'holds no scene' if entries else 'is empty'}; give one with poses "
             "(transforms.json or sparse/0), photographs or videos, or the parent of such"
         )
-    return sources
+    return [one for entry in sources for one in (_below(entry) if in_chunk(entry) else [entry])]
 
 
 # --- Opening ---
@@ -125,15 +133,13 @@ def open_source(path: str | Path, points: str = "auto") -> Opened:
     """Read a scene, and pose it first where it is not: by DUSt3R for ``points`` = "dust3r", else as `pose_photographs`
     does on its own. Raises UserError for whatever is wrong with it, and where it cannot be posed."""
     path = Path(path)
+    if in_chunk(path):
+        path = scene_of_chunk(the_scene_of(path))
     if path.is_dir() and (scene_format(path) or not _has_photographs(path)):
         scene = read_scene(path)
         for note in scene.notes:
             _say(f"{path}: {note}")
         return Opened(scene, scene_format(path), {})
-    if path.is_dir():
-        for pattern, program in UNREAD_POSES.items():
-            if found := next(iter(sorted(path.glob(pattern))), None):
-                _say(f"{path}: the poses in {found.relative_to(path)} ({program}) are not read, new ones are estimated")
     return _opened(path if path.is_file() else read_photographs(path), points)
 
 

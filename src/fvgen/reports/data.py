@@ -14,6 +14,7 @@ from fvgen.clips.builtin import builtin_clips
 from fvgen.clips.folder import ClipFolder
 from fvgen.clips.worlds import WORLDS, is_builtin
 from fvgen.errors import UserError
+from fvgen.posing.chunks import SUFFIX
 from fvgen.posing.sources import find_sources
 from fvgen.shards.prepare import prepare
 from fvgen.shards.reader import ShardClips, ShardSet, holds_shards
@@ -31,7 +32,7 @@ def kind_of(data: str | Path) -> Kind:
         return "builtin"
     if holds_shards(data):
         return "shards"
-    if (Path(data) / "index.json").exists():
+    if (Path(data) / "index.json").exists() and not any(Path(data).glob(f"*{SUFFIX}")):  # pixelSplat has one, too
         return "clips"
     find_sources([data])
     return "scenes"

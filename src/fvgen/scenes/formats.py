@@ -18,6 +18,7 @@ from fvgen.scenes import colmap_files
 from fvgen.scenes.images import load_depth, load_image
 from fvgen.scenes.readers.colmap import read_colmap
 from fvgen.scenes.readers.nerfstudio import read_dl3dv, read_nerfstudio, read_splits
+from fvgen.scenes.readers.phones import LLFF, polycam_folders, read_llff, read_polycam
 from fvgen.scenes.readers.realestate10k import camera_file, read_realestate10k
 from fvgen.scenes.scene import Scene
 
@@ -36,6 +37,8 @@ FORMATS: dict[str, Format] = {  # the first that detects its files is meant
     "dl3dv": Format(lambda folder: (folder / "nerfstudio" / "transforms.json").exists(), read_dl3dv),
     "synthetic": Format(lambda folder: (folder / "transforms_train.json").exists(), read_splits),
     "colmap": Format(lambda folder: colmap_files.model_folder(folder) is not None, read_colmap),
+    "polycam": Format(lambda folder: polycam_folders(folder) is not None, read_polycam),
+    "llff": Format(lambda folder: (folder / LLFF).exists(), read_llff),
     "realestate10k": Format(lambda folder: camera_file(folder) is not None, read_realestate10k),
 }
 

@@ -10,7 +10,8 @@ from fvgen.clips.views import capture_order
 from fvgen.depth.depth_pro import lacks as lacks_depth_pro
 from fvgen.depth.dust3r_model import missing as lacks_dust3r
 from fvgen.errors import UserError
-from fvgen.posing.sources import open_photographs, open_source
+from fvgen.posing.chunks import in_chunk
+from fvgen.posing.sources import open_photographs, open_source, the_scene_of
 from fvgen.scenes.formats import find_scenes, scene_format
 from fvgen.scenes.readers.photographs import VIDEOS, Photographs, holds_photographs, photographs_of, read_photographs
 from fvgen.scenes.scene import Scene
@@ -74,6 +75,9 @@ def _photographs(paths: Sequence[str | Path]) -> Photographs | None:
     files = [Path(path) for path in paths]
     if not files:
         raise UserError("no photographs were given; name 1 to 50 of them, a folder of them, a video or a posed scene")
+    if len(files) == 1 and in_chunk(files[0]):
+        the_scene_of(files[0])
+        return None
     for file in files:
         if not file.exists():
             raise UserError(f"photograph {file} does not exist; check the path")
