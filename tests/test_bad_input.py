@@ -337,7 +337,7 @@ def test_folders_without_scenes(tmp_path):
     expect(run([*words, "file"], tmp_path), "file is a file but no video")
     expect(run([*words, "data"], tmp_path), "data folder data is empty")
     write_nerfstudio(tmp_path / "data" / "desk")
-    expect(run([*words, "data"], tmp_path), "one scene cannot be split")
+    expect(run([*words, "data"], tmp_path), "the one scene desk has 4 photographs with poses")
     assert not (tmp_path / "out").exists()
 
 

@@ -13,12 +13,15 @@ import pytest
 import torch
 from checks import refusal
 from conftest import REPOSITORY
+from scene_files import NAMES, VIEWS, document, write_depth, write_nerfstudio
 from small_models import FRAMES, STEPS, small_teacher, student_of
 
 from fvgen.clips.filters import LIMITS
 from fvgen.clips.folder import ClipFolder
 from fvgen.pipelines.folders import save_model
-from fvgen.reports.data import kind_of, open_clips, split
+from fvgen.posing.sources import Source
+from fvgen.reports.data import kind_of, open_clips, split, split_views
+from fvgen.scenes.formats import read_scene
 from fvgen.shards.encoders import render_needs
 from fvgen.shards.reader import ShardClips, ShardSet
 
@@ -111,9 +114,37 @@ def test_split_keeps_all_scenes_once_and_in_order(count):
     assert held_out == [f"s{i:02d}" for i in range(1, count, 4)] and len(train) >= len(held_out) >= 1
 
 
-@pytest.mark.parametrize("scenes", [[], ["only"]])
-def test_too_few_scenes_to_split(scenes):
-    assert "give a folder with two or more" in refusal(lambda: split(scenes))
+def test_one_scene_is_split_by_its_photographs(tmp_path):
+    """The last quarter, or as many as a clip needs, is held out; pixels, cameras, depths and masks are the same ones,
+    and no photograph is on both sides."""
+    folder = tmp_path / "scene"
+    folder.mkdir()
+    write_depth(folder)
+    contents = document(depth=True) | {"k1": 0.01}
+    contents["frames"][1]["mask_path"] = "depth/01.png"
+    write_nerfstudio(folder, contents)
+    whole = read_scene(folder)
+    train, held = split_views(Source("desk", folder), 2, tmp_path / "split")
+    assert (train.name, held.name) == ("desk-train", "desk-held-out")
+    parts = [read_scene(source.path) for source in (train, held)]
+    assert [path.name for part in parts for path in part.image_paths] == NAMES
+    views = iter(range(VIEWS))
+    for part in parts:
+        for view in range(len(part)):
+            whole_view = next(views)
+            assert (part.image(view) == whole.image(whole_view)).all()
+            assert torch.equal(part.depth(view), whole.depth(whole_view))
+            assert (view in part.masks) == (whole_view in whole.masks)
+    joined = torch.cat([part.cameras.world_from_cam for part in parts])
+    torch.testing.assert_close(joined, whole.cameras.world_from_cam, rtol=0, atol=1e-6)
+    torch.testing.assert_close(parts[0].cameras.intrinsics, whole.cameras.intrinsics[:2], rtol=1e-6, atol=0)
+
+
+def test_one_scene_that_is_too_small_to_split(tmp_path):
+    write_nerfstudio(tmp_path / "scene")
+    sentence = refusal(lambda: split_views(Source("desk", tmp_path / "scene"), 3, tmp_path / "split"))
+    assert "has 4 photographs with poses" in sentence and "give 6 or more" in sentence
+    assert not (tmp_path / "split").exists()
 
 
 # --- What models need ---

@@ -12,10 +12,12 @@ from rich.progress import Progress
 
 from fvgen.clips.builtin import builtin_clips
 from fvgen.clips.folder import ClipFolder
+from fvgen.clips.views import capture_order
 from fvgen.clips.worlds import WORLDS, is_builtin
 from fvgen.errors import UserError
 from fvgen.posing.chunks import SUFFIX
-from fvgen.posing.sources import find_sources
+from fvgen.posing.sources import Source, find_sources, open_source
+from fvgen.scenes.subset import write_subset
 from fvgen.shards.prepare import prepare
 from fvgen.shards.reader import ShardClips, ShardSet, holds_shards
 
@@ -72,11 +74,25 @@ def prepare_scenes(sources: Sequence[str | Path], out: str | Path, **choices: An
 
 
 def split(scenes: Sequence[T]) -> tuple[list[T], list[T]]:
-    """(train, held out): every fourth scene is held out, at least one, beginning with the second.
-
-    Raises UserError for a single scene: what the student has seen cannot judge it.
-    """
-    if len(scenes) < 2:
-        raise UserError("one scene cannot be split into training and held-out scenes; give a folder with two or more")
+    """(train, held out): every fourth of two or more scenes is held out, at least one, beginning with the second."""
     train = [scene for index, scene in enumerate(scenes) if index % 4 != 1]
     return train, list(scenes[1::4])
+
+
+def split_views(source: Source, frames: int, folder: Path) -> tuple[Source, Source]:
+    """(train, held out) of a single scene: the last quarter of its photographs in the order of their names, at least
+    ``frames``, is held out, so that what judges shows places that no clip to train on ends in.
+
+    Raises UserError for a scene of fewer than 2 ``frames``.
+    """
+    scene = open_source(source.path).scene
+    if len(scene) < 2 * frames:
+        raise UserError(
+            f"the one scene {source.name} has {len(scene)} photographs with poses, of which clips of {frames} frames "
+            f"cannot hold any back; give {2 * frames} or more, another scene with --held-out, or a folder of scenes"
+        )
+    order = capture_order(scene)
+    held = max(frames, len(scene) // 4)
+    parts = {"train": order[:-held], "held-out": order[-held:]}
+    made = [Source(f"{source.name}-{name}", write_subset(scene, views, folder / name)) for name, views in parts.items()]
+    return made[0], made[1]

@@ -20,7 +20,7 @@ from fvgen.pipelines.presets import model_folder
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.posing.sources import Source, find_sources
-from fvgen.reports.data import Clips, kind_of, open_clips, prepare_scenes, split
+from fvgen.reports.data import Clips, kind_of, open_clips, prepare_scenes, split, split_views
 from fvgen.reports.evaluate import (
     Contestant,
     best,
@@ -45,7 +45,7 @@ OURS = {"stage1_gan", "stage2_dmd", "data", "student", "report.json", "report.ht
 class DemoData:
     """Where clips come from, judged but not made yet.
 
-    train: a `StageConfig.data`, or scenes. test: for `open_clips`, or scenes.
+    train: a `StageConfig.data`, or scenes. test: for `open_clips`, or scenes; none where one scene is to be split.
     """
 
     name: str
@@ -84,7 +84,7 @@ def demo(
         claim(out)
         pipeline = load_pipeline(teacher, TeacherPipeline).to(device)
         choices = {"frames": frames, "size": size, "clips_per_scene": REAL_CLIPS_PER_SCENE, "device": device}
-        train, test = made(found, out / "data", teacher, choices)
+        train, test = made(found, out / "data", teacher, choices, pipeline.frames)
         pipeline.check_clip(test.frames, test.height, test.width)
     settings = read_yaml(str(files("fvgen") / "configs" / "tiny.yaml"))
     config = run_config({**settings, "teacher": teacher, "data": train, "seed": seed, "device": device}, out)
@@ -133,7 +133,7 @@ def judged(data: str | Path | None, held_out: str | Path | None) -> DemoData:
             if scene.path.is_dir() and scene_format(scene.path):
                 read_scene(scene.path)
         if held_out is None:
-            return DemoData(name, *split(scenes))
+            return DemoData(name, *split(scenes)) if len(scenes) > 1 else DemoData(name, scenes, [])
         train: str | list[Source] = scenes
     elif held_out is None and kind != "builtin":
         raise UserError(f"{data} is prepared and cannot be split; say with --held-out which clips judge")
@@ -145,9 +145,13 @@ def judged(data: str | Path | None, held_out: str | Path | None) -> DemoData:
     return DemoData(name, train, test)
 
 
-def made(found: DemoData, folder: Path, teacher: str, choices: dict) -> tuple[str, Clips]:
-    """What to train on, as a `StageConfig.data`, and the clips that judge: scenes are prepared below ``folder``."""
+def made(found: DemoData, folder: Path, teacher: str, choices: dict, frames: int) -> tuple[str, Clips]:
+    """What to train on, as a `StageConfig.data`, and the clips that judge: scenes are prepared below ``folder``.
+    ``frames``: the teacher's own."""
     train, test = found.train, found.test
+    if test == []:
+        one, other = split_views(train[0], choices["frames"] or frames, folder / "split")
+        train, test = [one], [other]
     if isinstance(train, list):
         train = str(prepare_scenes([scene.path for scene in train], folder / "train", teacher=teacher, **choices))
     if isinstance(test, list):
