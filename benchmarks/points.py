@@ -1,6 +1,6 @@
 """How good points from photographs are: depth, poses, and renders of views that were held out.
 
-    python benchmarks/points.py --data DIR [--parts depth poses renders] [--views 2] [--name points]
+    python benchmarks/points.py --data DIR [--parts depth poses renders focal] [--views 2] [--name points]
 
 What is measured, without network weights, on the real scenes of DIR:
 
@@ -11,6 +11,8 @@ What is measured, without network weights, on the real scenes of DIR:
   similarity: rotation (degrees) and position (share of the cameras' extent), median and largest; focal length.
 * renders: the cloud of the first and last view of a five-view path, drawn in the three between; PSNR over the pixels
   that are covered (opacity over a half), and their share. For each source of points that the scene allows.
+* focal: two photographs alone, a tenth of the scene apart, posed with the usual focal length and with the true one:
+  that focal length over the true one, rotation and direction of the second camera against the published ones (degrees).
 
 Each part replaces its section of results/NAME.json and keeps the others; NAME.md is written from it. The last line is
 JSON.
@@ -31,9 +33,11 @@ from torch import Tensor
 from fvgen.cli import Parser, guarded, positive
 from fvgen.clips.views import choose_views
 from fvgen.depth.maps import DEPTHS, STEREO_SIDE, point_maps
+from fvgen.errors import UserError
 from fvgen.geometry.cameras import project
 from fvgen.geometry.pointcloud import render_points, unproject
 from fvgen.posing.reconstruct import pose_photographs
+from fvgen.posing.two_views import USUAL_FOCAL, two_views
 from fvgen.scenes.formats import Scene, read_scene
 from fvgen.scenes.images import fit_depth, fit_image
 from fvgen.scenes.readers.photographs import Photographs
@@ -158,6 +162,31 @@ def measure_renders(scene: Scene, source: str) -> dict:
     }
 
 
+# --- Focal length of a pair ---
+
+
+def measure_focal(scene: Scene) -> dict:
+    """What it costs that two photographs do not tell their focal length."""
+    views = [0, max(1, len(scene) // 10)]
+    first, second = (scene.image(view) for view in views)
+    true = scene.cameras.intrinsics[0, 0, 0].item()
+    usual = USUAL_FOCAL * max(scene.cameras.height, scene.cameras.width)
+    one, other = scene.cameras.cam_from_world[views].double()
+    theirs = one @ torch.linalg.inv(other)
+    row = {"scene": scene.name, "usual_over_true": round(usual / true, 3)}
+    for name, focal in (("usual", usual), ("true", true)):
+        try:
+            ours = two_views(first, second, focal, scene.name).cameras.world_from_cam[1].double()
+        except UserError as error:
+            row[f"{name}_refused"] = str(error).split(";")[0]
+            continue
+        chord = (ours[:3, :3] - theirs[:3, :3]).norm()
+        cosine = torch.nn.functional.cosine_similarity(ours[:3, 3], theirs[:3, 3], dim=0)
+        row[f"{name}_rotation"] = round(torch.rad2deg(2 * (chord / 8**0.5).clamp(max=1).asin()).item(), 2)
+        row[f"{name}_direction"] = round(torch.rad2deg(cosine.clamp(-1, 1).acos()).item(), 2)
+    return row
+
+
 def note(results: dict) -> str:
     """The results as a page of Markdown."""
     return page("Points from photographs", "points.py", [TARGETS], results)
@@ -167,7 +196,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--data", required=True, help="folder of scenes")
     parser.add_argument(
-        "--parts", default=["depth", "poses", "renders"], choices=["depth", "poses", "renders"], nargs="+"
+        "--parts", default=["depth", "poses", "renders"], choices=["depth", "poses", "renders", "focal"], nargs="+"
     )
     parser.add_argument("--depth-scenes", default=["fox", "hololens_office", "vr_apartment"], nargs="+")
     parser.add_argument("--pose-scenes", nargs="+", help="default: all of DIR")
@@ -188,6 +217,8 @@ def main() -> None:
             tasks = [(measure_depth, name, args.views) for name in args.depth_scenes]
         elif part == "poses":
             tasks = [(measure_poses, name) for name in args.pose_scenes or everything]
+        elif part == "focal":
+            tasks = [(measure_focal, name) for name in args.pose_scenes or everything]
         else:
             sources = ("depth", "stereo", "colmap")
             tasks = [(measure_renders, name, s) for name in args.render_scenes or everything for s in sources]

@@ -52,7 +52,7 @@ def pose_pair(photographs: Photographs, folder: str | Path) -> Scene:
     folder = Path(folder)
     first, second = (load_image(path) for path in photographs.image_paths)
     focal = focal_length(photographs.image_paths[0], photographs.height, photographs.width)
-    pair = _two_views(first, second, focal, photographs.name)
+    pair = two_views(first, second, focal, photographs.name)
     with atomic_path(folder) as temporary:
         new_folder(temporary / "images")
         names = [copy_photograph(path, temporary / "images").name for path in photographs.image_paths]
@@ -90,7 +90,9 @@ def focal_length(path: Path, height: int, width: int) -> float:
     return share * max(height, width)
 
 
-def _two_views(first: np.ndarray, second: np.ndarray, focal: float, name: str) -> Pair:
+def two_views(first: np.ndarray, second: np.ndarray, focal: float, name: str) -> Pair:
+    """Cameras and points of two photographs uint8 [H, W, 3] with this focal length in pixels. Raises UserError as
+    `pose_pair` does; ``name`` is theirs in messages."""
     try:
         import cv2
     except ImportError as error:
