@@ -91,7 +91,9 @@ def test_the_gpu_check_as_it_is_started():
     assert states.pop("gaussians") == "skipped" and set(states.values()) == {"done"} and len(states) == 9
 
 
-@pytest.mark.parametrize(("name", "script"), [("prepare", ""), ("points", ""), ("speed-tiny", "speed")])
+@pytest.mark.parametrize(
+    ("name", "script"), [("prepare", ""), ("points", ""), ("consistency", ""), ("speed-tiny", "speed")]
+)
 def test_pages_say_what_was_measured(name, script):
     """Nobody has edited one without the other, and the pages of past runs can still be written."""
     results = REPOSITORY / "benchmarks" / "results" / name

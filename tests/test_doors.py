@@ -43,6 +43,7 @@ EXCEPTIONS = {
     ("depth/depth_pro.py", "from_pretrained"): "after strict.judge_json; transformers' own classes, use_safetensors",
     ("walks/film.py", "open"): "PyAV writes below a temporary path",
     ("posing/reconstruct.py", "open"): "pycolmap's data base below a temporary path",
+    ("posing/together.py", "open"): "pycolmap's data base in a temporary folder",
     ("scenes/readers/photographs.py", "copyfile"): "from a photograph that was opened to below a temporary path",
     ("reports/demo.py", "copytree"): "the student of this very run, to below a temporary path",
     ("posing/reconstruct.py", "rmtree"): "below a temporary path",

@@ -149,20 +149,28 @@ def generate(
 @app.command()
 def evaluate(
     predicted: Annotated[Path, typer.Argument(help="A folder of pictures, a data set, or a video.")],
-    truth: Annotated[Path, typer.Argument(help="The same of what it should be; names match, or the order.")],
+    truth: Annotated[
+        Path | None, typer.Argument(help="The same of what it should be; names match, or the order.")
+    ] = None,
+    cameras: Annotated[
+        bool, typer.Option("--cameras", help="Also camera errors and consistency, by structure from motion: minutes.")
+    ] = False,
     out: Annotated[
         Path | None, typer.Option(help="JSON file for the scores; a CSV of all frames goes beside it.")
     ] = None,
 ) -> None:
-    """PSNR, SSIM, LPIPS, FID and KID of any number of pictures."""
-    guarded(partial(_evaluate, predicted, truth, out))
+    """PSNR, SSIM, LPIPS, FID and KID of any number of pictures; whether they obey their cameras."""
+    guarded(partial(_evaluate, predicted, truth, out, cameras))
 
 
-def _evaluate(predicted: Path, truth: Path, out: Path | None) -> None:
-    existing(predicted, truth)
+def _evaluate(predicted: Path, truth: Path | None, out: Path | None, cameras: bool) -> None:
+    existing(*(place for place in (predicted, truth) if place is not None))
     from fvgen.reports.compare import compare  # takes seconds to import
 
-    result = compare(predicted, truth, out)
+    result = compare(predicted, truth, out, cameras)
+    if failed := result.get("camera_error", {}).get("failed"):
+        share = f"{len(failed)} of {result['camera_error']['generated']}"
+        print(f"fvgen: {share} generated frames have no camera error: {', '.join(failed)}", file=sys.stderr)
     for name, reason in result["why_null"].items():
         print(f"fvgen: {name} is null: {reason}", file=sys.stderr)
     print(json.dumps({key: value for key, value in result.items() if key not in ("frames", "why_null")}))

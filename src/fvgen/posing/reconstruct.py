@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 
@@ -70,10 +71,7 @@ def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = F
     bits: features and matches on as many threads as torch has, the rest on one. Raises UserError where pycolmap is
     missing, and where fewer than half of the photographs, or fewer than three, could be posed.
     """
-    try:
-        import pycolmap
-    except ImportError as error:
-        raise UserError("posing photographs needs pycolmap; `pip install fvgen[photos]`, or give poses") from error
+    pycolmap = import_pycolmap("posing photographs needs pycolmap; `pip install fvgen[photos]`, or give poses")
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} is already there; choose another folder for the reconstruction")
@@ -84,8 +82,10 @@ def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = F
         for path in photographs.image_paths:
             copy_photograph(path, images)
         try:
-            with _quiet(pycolmap):
-                found = _run(pycolmap, database, images, models, in_order)
+            with quiet(pycolmap):
+                extract(pycolmap, database, images, pycolmap.CameraMode.SINGLE)
+                match(pycolmap, database, in_order)
+                found = build_models(pycolmap, database, images, models)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"COLMAP failed on {photographs.name} ({first_line(error)}); check the photographs"
@@ -109,24 +109,54 @@ def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = F
     return read_scene(folder, "colmap")
 
 
-def _run(pycolmap, database: Path, images: Path, models: Path, in_order: bool) -> dict:
-    """Features, matches, models. Random numbers are seeded everywhere; where sums are threaded there is one thread."""
+# --- COLMAP's steps: random numbers are seeded everywhere; where sums are threaded there is one thread ---
+
+
+def import_pycolmap(lack: str) -> ModuleType:
+    """Raises UserError, saying ``lack``, where it is not installed."""
+    try:
+        import pycolmap
+    except ImportError as error:
+        raise UserError(lack) from error
+    return pycolmap
+
+
+def extract(pycolmap: ModuleType, database: Path, images: Path, mode: Any, contrast: float | None = None) -> None:
+    """Features of all images; ``mode``: which of them share a lens; ``contrast``: the least, COLMAP's own if None."""
     pycolmap.set_random_seed(0)
-    extraction, matching = pycolmap.FeatureExtractionOptions(), pycolmap.FeatureMatchingOptions()
-    extraction.num_threads = matching.num_threads = torch.get_num_threads()
-    extraction.use_gpu = matching.use_gpu = False
-    geometry, mapping = pycolmap.TwoViewGeometryOptions(), pycolmap.IncrementalPipelineOptions()
+    options = pycolmap.FeatureExtractionOptions()
+    options.num_threads, options.use_gpu = torch.get_num_threads(), False
+    if contrast is not None:
+        options.sift.peak_threshold = contrast
+    pycolmap.extract_features(database, images, camera_mode=mode, extraction_options=options)
+
+
+def match(pycolmap: ModuleType, database: Path, in_order: bool = False) -> None:
+    """Matches that some two cameras explain, of all pairs or of neighbours."""
+    options, geometry = pycolmap.FeatureMatchingOptions(), pycolmap.TwoViewGeometryOptions()
+    options.num_threads, options.use_gpu = torch.get_num_threads(), False
     geometry.ransac.random_seed = 0
+    run = pycolmap.match_sequential if in_order else pycolmap.match_exhaustive
+    run(database, matching_options=options, verification_options=geometry)
+
+
+def build_models(
+    pycolmap: ModuleType, database: Path, images: Path, models: Path, fewest: int | None = None
+) -> dict[int, Any]:
+    """Reconstructions, each of views that hang together. ``fewest``: points that place a view through a lens that is
+    known and stays as it is, twice as many the first two; None: COLMAP's own numbers, and lenses are estimated."""
+    mapping = pycolmap.IncrementalPipelineOptions()
     mapping.num_threads = mapping.mapper.num_threads = 1
     mapping.random_seed = mapping.mapper.random_seed = mapping.triangulation.random_seed = 0
     mapping.ba_use_gpu = False
-    pycolmap.extract_features(database, images, camera_mode=pycolmap.CameraMode.SINGLE, extraction_options=extraction)
-    match = pycolmap.match_sequential if in_order else pycolmap.match_exhaustive
-    match(database, matching_options=matching, verification_options=geometry)
+    if fewest is not None:
+        mapping.ba_refine_focal_length = mapping.ba_refine_extra_params = False
+        mapping.mapper.abs_pose_min_num_inliers, mapping.mapper.init_min_num_inliers = fewest, 2 * fewest
+        mapping.min_model_size = FEWEST
     return pycolmap.incremental_mapping(database, images, models, mapping)
 
 
-def _left_out(pycolmap, database: Path, placed: set[str]) -> dict[str, str]:
+def _left_out(pycolmap: ModuleType, database: Path, placed: set[str]) -> dict[str, str]:
     """Names of the images without a pose, and why."""
     with pycolmap.Database.open(database) as found:
         names = {image.image_id: image.name for image in found.read_all_images()}
@@ -143,7 +173,7 @@ def _left_out(pycolmap, database: Path, placed: set[str]) -> dict[str, str]:
 
 
 @contextmanager
-def _quiet(pycolmap) -> Iterator[None]:
+def quiet(pycolmap: ModuleType) -> Iterator[None]:
     """Without COLMAP's lines about each image on stderr; what fails it tells by exceptions and empty results."""
     before = pycolmap.logging.minloglevel
     pycolmap.logging.minloglevel = int(pycolmap.logging.Level.FATAL)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,92 +15,57 @@ from fvgen.errors import UserError
 from fvgen.metrics import METRICS, Unavailable, frechet_distance, inception_features, kernel_distance, psnr, ssim
 from fvgen.metrics.frechet import squeeze_distance, squeeze_features
 from fvgen.metrics.image import lpips
-from fvgen.scenes.formats import read_scene, scene_format
-from fvgen.scenes.images import load_image
-from fvgen.scenes.readers.photographs import VIDEOS, is_picture, video_frames
-from fvgen.system.doors import read_object, there
+from fvgen.reports.camera_scores import PER_CAMERA, camera_scores, commanded
+from fvgen.reports.frames import Frames, matched, open_frames
+from fvgen.system.doors import read_object
 from fvgen.system.files import atomic_path, judge_output, write_json, write_text
 
 BATCH = 64  # frames in memory: 130 MB at 320x512
 PER_FRAME = ("psnr", "ssim", "lpips")
 
 
-@dataclass(frozen=True)
-class Frames:
-    """Named pictures, read one after the other: ``read`` gives [3, H, W] in [0, 1] each, in the order of ``names``."""
-
-    place: Path
-    names: list[str]
-    read: Callable[[], Iterator[Tensor]]
-
-
-def open_frames(place: str | Path) -> Frames:
-    """Of a folder of pictures, a data set (its views), or a video. Raises UserError."""
-    path = Path(place)
-    if not there(path):
-        raise UserError(f"{path} does not exist; check the path")
-    if path.suffix.lower() in VIDEOS:
-        count = sum(1 for _ in video_frames(path))
-
-        def decoded() -> Iterator[Tensor]:
-            return (_tensor(pixels()) for pixels in video_frames(path))
-
-        return Frames(path, [f"{k:05d}" for k in range(count)], decoded)
-    if not path.is_dir():
-        raise UserError(f"{path} is neither a folder nor a video; give a folder of pictures, a data set or a video")
-    if scene_format(path):
-        scene = read_scene(path)
-        views = range(len(scene.image_paths))
-        names = [file.stem for file in scene.image_paths]
-        return Frames(path, names, lambda: (_tensor(scene.image(view)) for view in views))
-    files = sorted(file for file in path.iterdir() if is_picture(file))
-    if not files:
-        raise UserError(f"{path} holds no pictures; give a folder of pictures, a data set or a video")
-    return Frames(path, [file.stem for file in files], lambda: (_tensor(load_image(file)) for file in files))
-
-
-def matched(predicted: Frames, truth: Frames) -> list[str]:
-    """The names under which pairs are listed: pictures match by name where all names do, else by their order. Raises
-    UserError where neither is possible."""
-    if predicted.names == truth.names:
-        return predicted.names
-    if len(predicted.names) == len(truth.names) and not set(predicted.names) & set(truth.names):
-        return predicted.names
-    only = sorted(set(predicted.names) ^ set(truth.names))
-    if len(predicted.names) != len(truth.names):
-        raise UserError(
-            f"{predicted.place} has {len(predicted.names)} pictures, {truth.place} has {len(truth.names)}; give sets "
-            "that match"
-        )
-    raise UserError(f"{predicted.place} and {truth.place} do not match: {only[0]} is in one of them; name them alike")
-
-
-def compare(predicted: str | Path, truth: str | Path, out: str | Path | None = None) -> dict[str, Any]:
+def compare(
+    predicted: str | Path, truth: str | Path | None = None, out: str | Path | None = None, cameras: bool = False
+) -> dict[str, Any]:
     """Every metric of the pictures in ``predicted`` against those in ``truth``: means, the reason for each that is
-    None, and ``frames``, a row each. ``out``: a JSON file to write, and beside it a CSV of the rows.
+    None, and ``frames``, a row each. ``cameras``: also `fvgen.reports.camera_scores`, which do without a truth where
+    ``predicted`` is what `fvgen generate` wrote. ``out``: a JSON file to write, and beside it a CSV of the rows.
 
-    Raises UserError for sets that do not match, of other sizes, or empty.
+    Raises UserError for sets that do not match, of other sizes, or empty, and where ``cameras`` are not known.
     """
+    if truth is None and not cameras:
+        raise UserError(f"there is nothing to compare {predicted} with; name the true pictures, or add --cameras")
     out = None if out is None else judge_scores(out, predicted, truth)
-    ours, theirs = open_frames(predicted), open_frames(truth)
-    names = matched(ours, theirs)
-    tally = Tally()
-    for one, other in _batches(ours, theirs, names):
-        tally.add(one, other)
-    result = {"predicted": str(predicted), "truth": str(truth), **tally.result()}
-    rows = [{"name": name, **row} for name, row in zip(names, tally.rows, strict=True)]
+    ours, theirs = open_frames(predicted), None if truth is None else open_frames(truth)
+    names = ours.names if theirs is None else matched(ours, theirs)
+    obeyed = camera_scores(commanded(ours, theirs), names) if cameras else None
+    result: dict[str, Any] = {"predicted": str(predicted), "truth": None if truth is None else str(truth)}
+    rows: list[dict[str, Any]] = [{"name": name} for name in names]
+    if theirs is None:
+        result |= {"n": len(names), "why_null": {}}
+    else:
+        tally = Tally()
+        for one, other in _batches(ours, theirs, names):
+            tally.add(one, other)
+        result |= tally.result()
+        rows = [row | more for row, more in zip(rows, tally.rows, strict=True)]
+    if obeyed is not None:
+        result |= obeyed.scores
+        result["why_null"] |= obeyed.why
+        rows = [row | obeyed.rows.get(number, dict.fromkeys(PER_CAMERA)) for number, row in enumerate(rows)]
+    result["frames"] = rows
     if out is not None:
-        write_json(out, result | {"frames": rows})
+        write_json(out, result)
         text = io.StringIO()
-        table = csv.DictWriter(text, ("name", *PER_FRAME))
+        table = csv.DictWriter(text, rows[0])
         table.writeheader()
         table.writerows(rows)
         with atomic_path(out.with_suffix(".csv")) as temporary:
             write_text(temporary, text.getvalue())
-    return result | {"frames": rows}
+    return result
 
 
-def judge_scores(out: str | Path, predicted: str | Path, truth: str | Path) -> Path:
+def judge_scores(out: str | Path, predicted: str | Path, truth: str | Path | None) -> Path:
     """Raises UserError where scores cannot go: what is there is replaced only if it holds scores."""
 
     def ours(file: Path) -> bool:
@@ -110,7 +74,7 @@ def judge_scores(out: str | Path, predicted: str | Path, truth: str | Path) -> P
         except UserError:
             return False
 
-    path = judge_output(out, ours, [predicted, truth])
+    path = judge_output(out, ours, [place for place in (predicted, truth) if place is not None])
     if path.suffix != ".json":
         raise UserError(f"--out {path} does not end in .json; name a JSON file")
     if path.with_suffix(".csv").exists() and not path.exists():
@@ -191,11 +155,6 @@ def _batches(ours: Frames, theirs: Frames, names: list[str]) -> Iterator[tuple[T
 
 def _stacked(rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.stack([one for one, _ in rows]), torch.stack([other for _, other in rows])
-
-
-def _tensor(pixels: Any) -> Tensor:
-    """uint8 [H, W, 3] to [3, H, W] in [0, 1]."""
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).float() / 255
 
 
 def _size(image: Tensor) -> str:

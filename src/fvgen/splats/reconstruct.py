@@ -17,6 +17,7 @@ from fvgen.metrics import score_images
 from fvgen.pipelines.folders import check_device
 from fvgen.scenes.formats import read_scene
 from fvgen.scenes.images import fit_image
+from fvgen.scenes.readers.nerfstudio import generated_views, stated
 from fvgen.scenes.scene import Scene, local
 from fvgen.splats.fitting import FitSettings, fit, seeds
 from fvgen.splats.ply import read_points, write_splat
@@ -97,7 +98,7 @@ def start_points(dataset: Path, scene: Scene) -> tuple[Tensor, Tensor]:
     if scene.points is not None and len(scene.points):
         grey = torch.full_like(scene.points, 0.5)
         return scene.points, grey if scene.point_colors is None else scene.point_colors
-    name = _document(dataset).get("ply_file_path")
+    name = stated(dataset).get("ply_file_path")
     if isinstance(name, str):
         points, colors = read_points(local(dataset, name))
         if len(points):
@@ -148,24 +149,6 @@ def _ours(file: Path) -> bool:
         return False
     found = read_json(file)
     return isinstance(found, dict) and found.get("made_by") == "fvgen reconstruct"
-
-
-def generated_views(dataset: Path, scene: Scene) -> list[bool]:
-    """Which views a model made, as the data set's transforms.json says; none where it does not say."""
-    frames = _document(dataset).get("frames", [])
-    found = {
-        Path(frame["file_path"]).name: frame.get("generated") is True
-        for frame in frames
-        if isinstance(frame, dict) and isinstance(frame.get("file_path"), str)
-    }
-    return [found.get(path.name, False) for path in scene.image_paths]
-
-
-def _document(dataset: Path) -> dict[str, Any]:
-    """transforms.json, which the reader has judged; empty for other formats."""
-    file = dataset / "transforms.json"
-    found = read_json(file) if file.is_file() else {}
-    return found if isinstance(found, dict) else {}
 
 
 def _size(scene: Scene) -> tuple[int, int]:

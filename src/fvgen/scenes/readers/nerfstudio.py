@@ -9,6 +9,7 @@ import math
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,6 +70,23 @@ def _listed(file: Path) -> tuple[dict, list]:
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{file} has no list of frames, so the scene has no poses; export the poses again")
     return document, listed
+
+
+def generated_views(folder: Path, scene: Scene) -> list[bool]:
+    """Which views a model made, as the folder's transforms.json says; none where it does not say."""
+    found = {
+        Path(frame["file_path"]).name: frame.get("generated") is True
+        for frame in stated(folder).get("frames", [])
+        if isinstance(frame, dict) and isinstance(frame.get("file_path"), str)
+    }
+    return [found.get(path.name, False) for path in scene.image_paths]
+
+
+def stated(folder: Path) -> dict[str, Any]:
+    """transforms.json, which the reader has judged; empty for other formats."""
+    file = folder / "transforms.json"
+    found = read_json(file) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _notes(folder: Path, document: dict, listed: list, cloud: Cloud) -> tuple[str, ...]:
