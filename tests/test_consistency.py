@@ -143,6 +143,7 @@ def test_errors_are_those_that_were_put_in_and_failures_count(tmp_path):
     scores = json.loads((tmp_path / "scores.json").read_text())
     error, consistency = scores["camera_error"], scores["consistency"]
     assert (error["given"], error["given_placed"], error["generated"], error["failures"]) == (2, 2, 5, 1)
+    assert error["given_rotation_degrees"] < 0.5
     assert error["failed"] == ["04"] and error["obeyed"] == 3 / 5 and consistency["registered"] == 4 / 5
     rows = {row["name"]: row for row in scores["frames"]}
     # a tenth of the turn that was put in; at 229 pixels of focal length half a degree is two pixels

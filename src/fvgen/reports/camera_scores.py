@@ -105,10 +105,11 @@ def camera_scores(asked: Commanded, names: list[str]) -> CameraScores:
             "sampson": _number(own.median()) if len(own) else None,
             "agreeing": int((own < AGREE).sum()),
         }
-    placed = [names[n] for n in asked.numbers if rows[n]["rotation_degrees"] is not None]
+    failed = [names[n] for n in asked.numbers if rows[n]["rotation_degrees"] is None]
+    own_error = error.rotation[~asked.generated].rad2deg()
     scores = {
         "camera_error": _error_summary(rows, asked, int(found.world_from_cam[~asked.generated, 0, 0].isfinite().sum()))
-        | {"failed": [names[n] for n in asked.numbers if names[n] not in placed]},
+        | {"given_rotation_degrees": _number(own_error[own_error.isfinite()].mean()), "failed": failed},
         "consistency": _consistency(found, asked, distances, rows),
     }
     return CameraScores(scores, rows, {"camera_error": why} if why else {})
