@@ -274,8 +274,12 @@ def disk_reason(error: BaseException) -> str | None:
 
 def _vanished(error: BaseException, path: Path, temporary: Path) -> str | None:
     """The cure where a folder went away under our hands, or None. torch says that in words of its own."""
-    lost = isinstance(error, FileNotFoundError) or (isinstance(error, RuntimeError) and "does not exist" in str(error))
-    if not lost or (path.parent.exists() and str(temporary) not in str(error)):
+    below = str(temporary) + os.sep  # the temporary path itself is missing where nothing was ever written to it
+    if isinstance(error, FileNotFoundError):
+        lost = below in str(error)
+    else:
+        lost = isinstance(error, RuntimeError) and f"{temporary} does not exist" in str(error)
+    if not lost and (path.parent.exists() or not isinstance(error, OSError | RuntimeError)):
         return None
     return "its folder was moved or deleted meanwhile; put it back, or choose another output folder"
 
