@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fvgen.cli import Parser, guarded, positive
 from fvgen.clips.builtin import DATA_SEED
 from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator
 from fvgen.pipelines.base import NovelViewPipeline
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import write_json
 from fvgen.walks.chain import SEAMS, chain, walk_spans
 from fvgen.walks.paths import Walk

@@ -34,9 +34,9 @@ from typing import Any
 
 from resume import WRITTEN, contents, intact
 
-from fvgen.cli import Parser, guarded, positive
 from fvgen.clips.builtin import builtin_clips
 from fvgen.errors import UserError
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import TEMPORARY, locked, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -31,10 +31,10 @@ import torch
 from pages import page
 from torch import Tensor
 
-from fvgen.cli import Parser, guarded
 from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator
 from fvgen.geometry.cameras import Cameras
 from fvgen.reports.compare import compare
+from fvgen.system.command import Parser, guarded
 from fvgen.system.files import atomic_path, write_json
 from fvgen.walks.dataset import View, write_views
 

@@ -15,8 +15,8 @@ import json
 import statistics
 from pathlib import Path
 
-from fvgen.cli import guarded
 from fvgen.errors import UserError
+from fvgen.system.command import guarded
 from fvgen.system.files import write_json
 
 METRICS = ("psnr", "ssim", "lpips", "kid_squeeze")

@@ -22,12 +22,12 @@ from typing import Any
 import torch
 
 from fvgen import distill
-from fvgen.cli import Parser, guarded, positive
 from fvgen.clips.builtin import builtin_clips
 from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.reports.evaluate import evaluate, score, student_contestant, teacher_contestant
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import write_json
 
 # Of a loss of the first iteration, relative; of PSNR, dB. A GPU without TF32 is a hundred times nearer.

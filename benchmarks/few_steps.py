@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from tables import ANY_STEP, Table, main
 
-from fvgen.cli import guarded
+from fvgen.system.command import guarded
 
 TABLE = Table(
     title="Students of few steps",

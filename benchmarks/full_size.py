@@ -25,7 +25,6 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from fvgen.cli import Parser, guarded, positive
 from fvgen.convert.sizes import vae_config
 from fvgen.diffusion.samplers import ddim, few_step
 from fvgen.diffusion.schedule import NoiseSchedule, trailing_timesteps
@@ -34,6 +33,7 @@ from fvgen.models.denoiser import Denoiser, Teacher
 from fvgen.models.viewcrafter.family import call
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 from fvgen.pipelines.folders import check_device
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import atomic_path, write_json
 
 VAE = {"ch": 128, "ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "in_channels": 3, "out_ch": 3, "z_channels": 4}

@@ -33,8 +33,8 @@ from typing import Any
 
 from pages import page
 
-from fvgen.cli import Parser, guarded, positive
 from fvgen.errors import UserError
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import atomic_path, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -21,7 +21,7 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", "65536")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from fvgen.cli import Parser, guarded, positive
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import write_json
 
 

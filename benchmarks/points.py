@@ -30,7 +30,6 @@ import torch
 from pages import page
 from torch import Tensor
 
-from fvgen.cli import Parser, guarded, positive
 from fvgen.clips.views import choose_views
 from fvgen.depth.maps import DEPTHS, STEREO_SIDE, point_maps
 from fvgen.errors import UserError
@@ -41,6 +40,7 @@ from fvgen.posing.two_views import USUAL_FOCAL, two_views
 from fvgen.scenes.formats import Scene, read_scene
 from fvgen.scenes.images import fit_depth, fit_image
 from fvgen.scenes.readers.photographs import Photographs
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -29,11 +29,12 @@ import psutil
 import torch
 from pages import page
 
-from fvgen.cli import Parser, guarded, numbers, positive
+from fvgen.cli import numbers
 from fvgen.errors import UserError
 from fvgen.scenes.formats import find_scenes, read_scene
 from fvgen.shards.prepare import prepare
 from fvgen.shards.reader import ShardSet
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"

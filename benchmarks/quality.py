@@ -18,7 +18,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fvgen.cli import Parser, existing, guarded, numbers, positive
+from fvgen.cli import existing, numbers
+from fvgen.system.command import Parser, guarded, positive
 
 
 def score_model(model: str, clips: list, args: Any) -> list[dict]:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from verdicts import paired
 
-from fvgen.cli import Parser, guarded, positive
 from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator
 from fvgen.clips.worlds import WORLDS
 from fvgen.geometry.cameras import Cameras
@@ -32,6 +31,7 @@ from fvgen.geometry.pointcloud import unproject
 from fvgen.metrics import score_images
 from fvgen.scenes.images import fit_image
 from fvgen.splats.fitting import FitSettings, fit, seeds
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import write_json
 from fvgen.walks.chain import chain
 from fvgen.walks.dataset import View, write_views

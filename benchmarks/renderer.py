@@ -23,9 +23,9 @@ from pathlib import Path
 
 import torch
 
-from fvgen.cli import Parser, guarded, positive
 from fvgen.geometry.cameras import Cameras, look_at, pinhole
 from fvgen.geometry.pointcloud import render_points, unproject
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -24,9 +24,9 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from fvgen.cli import Parser, guarded, positive
 from fvgen.distill.checkpoint import INDEX, CheckpointFolder, checksum
 from fvgen.errors import UserError
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import write_json
 
 WRITTEN = (

@@ -19,7 +19,6 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fvgen.cli import Parser, guarded
 from fvgen.clips.builtin import builtin_clips
 from fvgen.distill import read_yaml, run, stage_config
 from fvgen.distill.settings import StageConfig
@@ -29,6 +28,7 @@ from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.reports.data import BUILTIN_CLIPS
 from fvgen.reports.evaluate import evaluate, score, student_contestant
+from fvgen.system.command import Parser, guarded
 from fvgen.system.files import atomic_path, write_json
 
 RESULTS = Path(__file__).parent / "results"

@@ -22,12 +22,13 @@ from pathlib import Path
 import torch
 from pages import page
 
-from fvgen.cli import Parser, existing, guarded, numbers, positive
+from fvgen.cli import existing, numbers
 from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.reports.data import open_clips
 from fvgen.reports.evaluate import PARTS, Contestant, Result, evaluate, few_step_teachers, teacher_contestant
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import atomic_path, write_json, write_text
 
 RESULTS = Path(__file__).parent / "results"

@@ -26,7 +26,6 @@ from typing import Any
 import torch
 from full_size import cheap_weights
 
-from fvgen.cli import Parser, deepspeed_setting, guarded, positive
 from fvgen.clips.latents import LatentBatch
 from fvgen.distill.config import changed, parse_overrides, stage_config
 from fvgen.distill.draws import Draws
@@ -43,6 +42,7 @@ from fvgen.models.family import Blueprint, Size, named
 from fvgen.pipelines.folders import check_device
 from fvgen.planning.cache import remembered
 from fvgen.planning.plan import CPU_RUNTIME_GB, SHARES, Choice, Hardware, estimate
+from fvgen.system.command import Parser, deepspeed_setting, guarded, positive
 from fvgen.system.files import write_json
 from fvgen.system.processes import World
 

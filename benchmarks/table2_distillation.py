@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from tables import Claim, Table, main
 
-from fvgen.cli import guarded
+from fvgen.system.command import guarded
 
 TABLE = Table(
     title="Ways to distil one teacher (FVGen, Table 2)",

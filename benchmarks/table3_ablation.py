@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from tables import Claim, Table, main
 
-from fvgen.cli import guarded
+from fvgen.system.command import guarded
 
 TABLE = Table(
     title="What each part of FVGen does (its Table 3)",

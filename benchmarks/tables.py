@@ -25,8 +25,8 @@ import yaml
 from verdicts import paired, psnr_at_equal_lpips, verdict
 
 from fvgen import distill
-from fvgen.cli import Parser, positive
 from fvgen.errors import UserError
+from fvgen.system.command import Parser, positive
 from fvgen.system.files import write_json
 
 REPOSITORY = Path(__file__).resolve().parents[1]

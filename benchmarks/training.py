@@ -29,7 +29,6 @@ from step_network import CONTEXT, LATENTS, TAPS, StepHead, StepNetwork, call
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fvgen.cli import Parser, guarded, positive
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill.config import stage_config
 from fvgen.distill.draws import Draws
@@ -41,6 +40,7 @@ from fvgen.models.condition import Condition
 from fvgen.models.critic import Critic
 from fvgen.models.denoiser import Denoiser, Teacher
 from fvgen.objectives import RatioNormalizer, divergences, dmd, gan
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import write_json
 from fvgen.system.processes import ALONE
 from fvgen.system.work import Work

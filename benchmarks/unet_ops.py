@@ -22,10 +22,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fvgen.cli import Parser, guarded, positive
 from fvgen.convert.names import KEY_MAPS
 from fvgen.models.viewcrafter.unet import IMAGE_TOKENS_PER_FRAME, ViewCrafterUNet
 from fvgen.pipelines.presets import SHIPPED
+from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import write_json
 
 FRAMES, HEIGHT, WIDTH = 8, 12, 16  # of the tiny preset's latents

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 
 from fvgen import distill
-from fvgen.cli import Parser, guarded
+from fvgen.system.command import Parser, guarded
 
 
 def main() -> None:

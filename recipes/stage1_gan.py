@@ -5,13 +5,13 @@
 
 Writes out/metrics.jsonl (a line per iteration), out/log.txt (how far it is), out/checkpoints, and at the end
 out/student (a pipeline folder) and out/head (the discriminator). The same command again resumes. Settings:
-`fvgen.distill.settings`, and the method's own in `fvgen.distill.methods.dmd`.
+`fvgen.distill.settings`, and the method's own in `fvgen.distill.methods.dmd_settings`.
 """
 
 from __future__ import annotations
 
 from fvgen import distill
-from fvgen.cli import Parser, deepspeed_setting, guarded
+from fvgen.system.command import Parser, deepspeed_setting, guarded
 
 
 def main() -> None:

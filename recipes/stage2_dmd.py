@@ -11,7 +11,7 @@ likewise.
 from __future__ import annotations
 
 from fvgen import distill
-from fvgen.cli import Parser, deepspeed_setting, guarded
+from fvgen.system.command import Parser, deepspeed_setting, guarded
 
 
 def main() -> None:

@@ -35,7 +35,7 @@ def file(tmp_path: Path) -> Path:
 def sentence(error: pytest.ExceptionInfo) -> str:
     """The message, which must be one line of bounded length."""
     message = str(error.value)
-    assert "\n" not in message and len(message) < 1000, message
+    assert "\n" not in message and len(message) < 900, message
     return message
 
 

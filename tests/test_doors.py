@@ -33,7 +33,7 @@ OWNERS = {  # names of `WORDS` that mean a file only after these
     "copy2": {"shutil"},
 }
 EXCEPTIONS = {
-    ("cli.py", "open"): "os.devnull, in place of a standard output that is closed",
+    ("system/command.py", "open"): "os.devnull, in place of a standard output that is closed",
     ("pipelines/strict.py", "from_pretrained"): "the door for model folders",
     ("pipelines/folders.py", "from_pretrained"): "leads to FolderOnHub's, which judges",
     ("pipelines/folders.py", "save_pretrained"): "below a temporary path",

@@ -130,8 +130,8 @@ def test_ctrl_c_before_anything_happened(tmp_path, moment):
     time.sleep(moment)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=300)
-    # Before Python has a handler the signal itself ends the process; before ours is up, Python's own does.
-    assert process.returncode in (130, -signal.SIGINT, 1) and process.returncode != 0
+    # Before ours is up, Python itself ends the process by the signal.
+    assert process.returncode in (130, -signal.SIGINT)
     if process.returncode == 130:
         assert said.decode().startswith("fvgen: interrupted") and said.count(b"\n") == 1
     assert not (tmp_path / "demo").exists()

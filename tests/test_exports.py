@@ -88,6 +88,12 @@ def test_a_phones_cameras_without_photographs(tmp_path):
     assert "none of the 4 cameras" in refusal(lambda: read_scene(tmp_path))
 
 
+@pytest.mark.parametrize(("format", "words"), [("polycam", "has no keyframes/cameras"), ("llff", "poses_bounds.npy")])
+def test_a_format_that_is_asked_for_and_is_not_there(tmp_path, format, words):
+    write_nerfstudio(tmp_path)
+    assert words in refusal(lambda: read_scene(tmp_path, format))
+
+
 # --- LLFF ---
 
 
@@ -230,6 +236,9 @@ def test_code_in_a_chunk_is_not_run(chunk):
 
     torch.save([entry() | {"url": Run()}], chunk)
     refusal(lambda: chunk_scenes(chunk))
-    chunk.write_bytes(chunk.read_bytes()[:2000])
+    torch.save([entry()], chunk)
+    whole = chunk.read_bytes()
+    assert chunk_scenes(chunk) == [chunk / "0a1b"]
+    chunk.write_bytes(whole[:2000])  # damaged after it was read: what is remembered is no longer true
     refusal(lambda: chunk_scenes(chunk))
     assert not chunk.with_name("ran").exists()

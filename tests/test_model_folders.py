@@ -91,6 +91,7 @@ CASES: dict[str, tuple[Damage, str]] = {
     "pickled weights": (pickled, "diffusion_pytorch_model.bin"),
     "a pipe": (pipe, "it is a pipe"),
     "a billion blocks": (edit("unet/config.json", num_res_blocks=10**9), "num_res_blocks is 1000000000"),
+    "more digits than a float has": (edit("unet/config.json", num_res_blocks=10**400), "num_res_blocks is"),
     "a width as text": (edit("unet/config.json", context_dim="32"), "context_dim is '32', no number"),
     "an unknown setting": (edit("unet/config.json", num_res_block=1), "did you mean 'num_res_blocks'?"),
     "no channels": (edit("vae/config.json", block_out_channels=[]), "block_out_channels is [], empty"),

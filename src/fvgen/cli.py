@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import re
 import sys
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from fvgen.clips.worlds import is_builtin
-from fvgen.errors import Stopped, UserError, first_line, short
+from fvgen.errors import UserError, short
 from fvgen.pipelines.presets import model_folder
+from fvgen.system.command import guarded, interrupted, reopen_closed
 from fvgen.system.doors import there
-from fvgen.system.environment import number
 
-QUIET_SECONDS = 10.0
 MOST, MOST_FRAMES, MOST_SIDE = 1_000_000, 10_000, 65_536  # what is beyond would never end, and is a slip of the finger
 
 app = typer.Typer(
@@ -285,8 +279,8 @@ def existing(*paths: str | Path, what: str = "data folder") -> None:
     """Judge paths before anything is imported that takes seconds. Raises UserError for the first that is not there;
     addresses (s3://...) and the words for built-in clips pass."""
     for path in paths:
-        path = Path(path).parent if Path(path).parent.suffix == ".torch" else path  # a scene in a chunk
-        if not is_builtin(path) and "://" not in str(path) and not there(path):
+        inside = Path(path).parent.is_file()  # a scene in a chunk, or the reader will say what not
+        if not is_builtin(path) and "://" not in str(path) and not there(path) and not inside:
             raise UserError(f"{what} {path} does not exist; check the path")
 
 
@@ -404,90 +398,8 @@ def _plan(
     print_plan(estimates, hardware, Console(), lambda choice: command(choice, hardware, config, file, words or ()))
 
 
-def guarded(call: Callable[[], object]) -> None:
-    """Run ``call``; a `UserError` becomes one sentence on stderr and exit code 2, Ctrl-C exit code 130, an end that was
-    asked for and came in order exit code 0. What the system refuses where nobody expected it is the user's to mend,
-    too: a sentence that names it."""
-    _reopen_closed()
-    try:
-        call()
-        sys.stdout.flush()
-    except Stopped as stopped:
-        print(f"fvgen: {stopped}", file=sys.stderr)
-        sys.exit(0)
-    except UserError as error:
-        _refuse(str(error))
-    except KeyboardInterrupt:
-        print("fvgen: interrupted; the same command again resumes", file=sys.stderr)
-        sys.exit(130)
-    except BrokenPipeError:  # `fvgen ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        sys.exit(141)
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        _refuse(f"{where}{error.strerror or first_line(error)}; mend that and run the same command again")
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not NO_MEMORY.search(str(error)):
-            raise
-        _refuse(
-            f"there is not enough memory ({first_line(error)}); take smaller clips, a smaller batch or fewer workers"
-        )
-
-
-NO_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory|Cannot allocate", re.IGNORECASE)
-
-
-def _refuse(sentence: str) -> NoReturn:
-    try:
-        others = number("RANK", 0) > 0
-    except UserError as error:
-        sentence, others = str(error), False
-    if others:
-        # All processes of a run make the same mistake. The launcher ends the others when the first one has ended; a
-        # sentence that only this one has to say comes through.
-        time.sleep(QUIET_SECONDS)
-    with suppress(OSError):
-        print(f"fvgen: {' '.join(sentence.splitlines())}", file=sys.stderr)
-        sys.stderr.flush()
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):  # nothing that is left there may change the exit code
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    sys.exit(2)
-
-
-def _reopen_closed() -> None:
-    """Where stdout or stderr was closed (`>&-`), the next file that is opened would take its place."""
-    for descriptor, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
-            setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
-
-
-class Parser(argparse.ArgumentParser):
-    """The parser of recipes and benchmarks: ``description`` keeps its lines, a mistake is a `UserError`."""
-
-    def __init__(self, description: str | None) -> None:
-        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
-
-
-def deepspeed_setting(file: str) -> list[str]:
-    """A recipe's --deepspeed option as a setting."""
-    return [f"deepspeed={file}"] if file else []
-
-
-def positive(text: str) -> int:
-    """An integer of at least 1, as a type for `argparse`."""
-    if not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):
-        raise argparse.ArgumentTypeError(f"{short(text)} is no number of at least 1")
-    return int(text)
-
-
 def main() -> None:
-    _reopen_closed()
+    reopen_closed()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")  # a file's name need not be text
@@ -499,16 +411,14 @@ def main() -> None:
     except Exception as error:
         # typer's own errors; their class is click's or, in newer versions, a copy of it
         if type(error).__name__ == "Abort":  # Ctrl-C before a command had begun
-            print("fvgen: interrupted; the same command again resumes", file=sys.stderr)
-            sys.exit(130)
+            interrupted()
         if not hasattr(error, "format_message"):
             raise
         sentence = str(UserError(" ".join(error.format_message().split()).rstrip(".")))
         print(f"fvgen: {sentence}; see --help", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("fvgen: interrupted; the same command again resumes", file=sys.stderr)
-        sys.exit(130)
+        interrupted()
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from typing import Any
 
 LONGEST = 2000  # characters of a sentence: what a file holds, or a name, may be of any length
 
+LISTED = 40  # known names that a sentence lists
+
 # What a file holds may be of any length; an error message is one sentence.
 SHORT = Repr()
 SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 100
@@ -47,7 +49,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A clause such as ``; did you mean 'seed'?``, or the list of known names when none is near."""
     known = sorted(known)
     near = get_close_matches(name[:100], known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+    more = f" and {len(known) - LISTED} more" if len(known) > LISTED else ""
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known[:LISTED])}{more}"
 
 
 def first_line(error: BaseException) -> str:

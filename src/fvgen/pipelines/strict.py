@@ -110,12 +110,12 @@ def _scalar_problem(name: str, value: Any, default: Any) -> str | None:
         return None if isinstance(value, str) else "no text"
     if isinstance(value, bool | str):
         return "no number" if isinstance(default, int | float) or name in RANGES else None
-    if not isinstance(value, int | float) or not math.isfinite(value):
+    if not isinstance(value, int | float) or not abs(value) < math.inf:  # NaN; `isfinite` fails on 400 digits
         return "no finite number"
-    if isinstance(default, int) and not float(value).is_integer():
-        return "no whole number"
     low, high = RANGES.get(name, (-LARGEST, LARGEST))
-    return None if low <= value <= high else f"not within {low:g} and {high:g}"
+    if not low <= value <= high:
+        return f"not within {low:g} and {high:g}"
+    return "no whole number" if isinstance(default, int) and not float(value).is_integer() else None
 
 
 def arguments_of(kind: type) -> tuple[dict[str, Any], set[str]]:

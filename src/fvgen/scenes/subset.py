@@ -22,7 +22,7 @@ def write_subset(scene: Scene, views: Sequence[int], folder: Path) -> Path:
         frame = {"file_path": _place(scene.image_paths[view]), "transform_matrix": poses[view].tolist()}
         if scene.lenses is None:
             matrix = scene.cameras.intrinsics[view].double()
-            frame |= zip(LENS, (matrix[[0, 1], [0, 1]].tolist() + matrix[:2, 2].tolist()), strict=False)
+            frame |= zip(LENS[:4], matrix[[0, 1], [0, 1]].tolist() + matrix[:2, 2].tolist(), strict=True)
         else:
             frame |= zip(LENS, scene.lenses[view].tolist(), strict=True)
         if scene.depth_paths is not None:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 1 << 30  # of a file that is read whole: the index of a million clips has half of that
 MOST_YAML = 1 << 20
-MOST_DIGITS = 300  # of a whole number in JSON: more are no float
 MOST_NODES = 20_000  # of a YAML file once its aliases are written out
 COPY_AGAIN = "copy it again"
 
@@ -117,17 +116,11 @@ def packaged_text(package: str, name: str) -> str:
 def parse_json(text: str | bytes, path: object, cure: str = COPY_AGAIN) -> Any:
     """The value of a JSON text; ``path``: where it stands."""
     try:
-        return json.loads(text, parse_int=_whole)
+        return json.loads(text)
     except RecursionError as error:
         raise Unreadable(path, "it is nested too deeply", cure) from error
     except ValueError as error:  # also a number of more digits than Python reads
         raise Unreadable(path, f"it is no valid JSON: {first_line(error)}", cure) from error
-
-
-def _whole(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
-        raise ValueError(f"a number has {len(digits)} digits")
-    return int(digits)
 
 
 def read_json(path: str | Path, cure: str = COPY_AGAIN) -> Any:

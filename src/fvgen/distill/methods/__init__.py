@@ -13,8 +13,9 @@ from typing import Any
 from fvgen.distill.methods.base import Method
 from fvgen.distill.methods.controls import FrozenHead, RandomGradient
 from fvgen.distill.methods.data_forcing import DataForcing, DataForcingSettings
-from fvgen.distill.methods.dmd import Dmd, DmdSettings
+from fvgen.distill.methods.dmd import Dmd
 from fvgen.distill.methods.dmd2 import Dmd2, Dmd2Settings
+from fvgen.distill.methods.dmd_settings import DmdSettings
 from fvgen.distill.methods.regression import Consistency, ConsistencySettings, OdePairs, OdePairsSettings
 from fvgen.distill.settings import MethodSettings
 from fvgen.errors import UserError, did_you_mean

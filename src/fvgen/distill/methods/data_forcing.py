@@ -16,7 +16,8 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from fvgen.distill.methods.dmd import Dmd, DmdSettings, Rollout, View
+from fvgen.distill.methods.dmd import Dmd, Rollout, View
+from fvgen.distill.methods.dmd_settings import DmdSettings
 
 
 class DataForcingSettings(DmdSettings):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from fvgen.distill.draws import Draws
 from fvgen.distill.methods.base import Metrics
-from fvgen.distill.methods.dmd import Dmd, DmdSettings, Rollout, View
+from fvgen.distill.methods.dmd import Dmd, Rollout, View
+from fvgen.distill.methods.dmd_settings import DmdSettings
 from fvgen.objectives.gan import discriminator_loss
 
 

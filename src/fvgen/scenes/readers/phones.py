@@ -22,7 +22,7 @@ from fvgen.geometry.conventions import from_opengl
 from fvgen.scenes.images import image_size
 from fvgen.scenes.readers.photographs import PHOTOGRAPHS, is_picture
 from fvgen.scenes.scene import IMAGE_FOLDERS, Frame, Scene, posed_scene
-from fvgen.system.doors import open_array, read_object
+from fvgen.system.doors import open_array, read_object, regular
 
 POLYCAM = (  # (folder of cameras, folder of images): those that Polycam has optimised, then ARKit's own
     ("keyframes/corrected_cameras", "keyframes/corrected_images"),
@@ -45,7 +45,10 @@ def read_polycam(folder: Path, images: str | None = None) -> Scene:
     """Every camera file that has its photograph, in the order of their names (time stamps); metres."""
     if images is not None:
         raise UserError(f"{folder}: Polycam's exports have no {images}; leave out the choice of images")
-    cameras, place = polycam_folders(folder)
+    folders = polycam_folders(folder)
+    if folders is None:
+        raise UserError(f"{folder} has no keyframes/cameras and keyframes/images; give a Polycam raw export")
+    cameras, place = folders
     stored = {path.stem: path for path in sorted(place.iterdir()) if is_picture(path)}
     files = sorted(cameras.glob("*.json"))
     frames = [_polycam_frame(file, read_object(file), stored[file.stem]) for file in files if file.stem in stored]
@@ -80,7 +83,7 @@ def _number(file: Path, values: Mapping[str, Any], key: str, default: float | No
 def read_llff(folder: Path, images: str | None = None) -> Scene:
     """The photographs of ``images`` (or images_2, images_4, images_8) in the order of their names, a row of the table
     each."""
-    file = folder / LLFF
+    file = regular(folder / LLFF, "make it with LLFF's imgs2poses")
     try:
         table = np.asarray(open_array(file), dtype=np.float64)
     except (ValueError, OSError, TypeError) as error:
