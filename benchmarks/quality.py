@@ -1,7 +1,7 @@
 """PSNR, SSIM, LPIPS, FID and seconds per clip of any models on the same clips, wherever these come from.
 
     python benchmarks/quality.py --model DIR [DIR ...] --data DATA [--few-steps N] [--steps N] [--guidance G]
-        [--clips N] [--seed S] [--device D] [--prepared DIR] [--size HxW] [--frames F]
+        [--clips N] [--first K] [--seed S] [--device D] [--prepared DIR] [--size HxW] [--frames F]
 
 What is measured: every frame of every clip that the point cloud was not made from, against the photograph; seconds are
 medians over clips of what a user waits for: encoding the render, sampling, decoding. Why: the one number that a user
@@ -19,6 +19,8 @@ import json
 from typing import Any
 
 from fvgen.cli import existing, numbers
+from fvgen.clips.worlds import is_builtin
+from fvgen.errors import UserError
 from fvgen.system.command import Parser, guarded, positive
 
 
@@ -57,6 +59,7 @@ def main() -> None:
     )
     parser.add_argument("--guidance", type=float, help="of a teacher; its own if not given")
     parser.add_argument("--clips", type=positive, help="at most this many clips")
+    parser.add_argument("--first", type=int, default=0, help="the clip to begin with: built-in 0 to 15 chose settings")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
@@ -67,7 +70,7 @@ def main() -> None:
 
     from fvgen.pipelines.folders import check_device
     from fvgen.pipelines.presets import model_folder
-    from fvgen.reports.data import kind_of, open_clips
+    from fvgen.reports.data import BUILTIN_CLIPS, kind_of, open_clips
     from fvgen.reports.evaluate import score_renders
     from fvgen.shards.encoders import load_encoders
 
@@ -75,10 +78,18 @@ def main() -> None:
     for model in args.model:
         model_folder(model)
     check_device(args.device)
-    found = open_clips(args.data, args.prepared, args.model[0], size=size, frames=args.frames, device=args.device)
+    if args.first < 0:
+        raise UserError(f"--first {args.first} is below 0; give the number of a clip")
+    choices = {"size": size, "frames": args.frames, "device": args.device}
+    if is_builtin(args.data):
+        choices["builtin"] = max(BUILTIN_CLIPS, args.first + (args.clips or 1))
+    found = open_clips(args.data, args.prepared, args.model[0], **choices)
     for model in args.model:  # before hours are spent on another one
         load_encoders(model).check_clip(found.frames, found.height, found.width)
-    clips = [found[index] for index in range(min(len(found), args.clips or len(found)))]
+    chosen = range(len(found))[args.first :][: args.clips]
+    if not chosen:
+        raise UserError(f"--first {args.first} leaves none of {len(found)} clips; give a smaller one")
+    clips = [found[index] for index in chosen]
     render = score_renders(clips)
     told("render", render)
     rows = []
@@ -86,7 +97,13 @@ def main() -> None:
         for row in score_model(model, clips, args):
             told(" by ".join(row[key] for key in ("model", "way") if key in row), row)
             rows.append(row)
-    facts = {"data": args.data, "clips": len(clips), "frames": found.frames, "height": found.height}
+    facts = {
+        "data": args.data,
+        "clips": len(clips),
+        "first": args.first,
+        "frames": found.frames,
+        "height": found.height,
+    }
     facts |= {"width": found.width, "seed": args.seed, "device": args.device, "torch": torch.__version__}
     print(json.dumps({**facts, "render": render, "models": rows}))
 

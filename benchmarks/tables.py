@@ -64,6 +64,7 @@ class Settings:
     name: str
     teacher: str
     data: str
+    first_clip: int
     clips: int
     seeds: Sequence[int]
     few_steps: Sequence[int]
@@ -112,7 +113,8 @@ def call(script: str, words: Sequence[str], log: Path) -> dict[str, Any]:
 
 def scored(words: Sequence[str], settings: Settings, seed: int, log: Path) -> list[dict[str, Any]]:
     """Rows of quality.py."""
-    common = ["--data", settings.data, "--clips", str(settings.clips), "--seed", str(seed)]
+    common = ["--data", settings.data, "--first", str(settings.first_clip), "--clips", str(settings.clips)]
+    common += ["--seed", str(seed)]
     found = call("benchmarks/quality.py", [*words, *common], log)
     return [{"way": "render", **found["render"]}, *found["models"]]
 
@@ -125,9 +127,8 @@ def run_untrained(settings: Settings, seed: int, work: Path) -> dict[str, Any]:
 
 def run_trained(method: str, settings: Settings, seed: int, work: Path) -> dict[str, Any]:
     """A student's rows, one for each number of steps, and how it was made."""
-    start = time.monotonic()
     made = call("recipes/distill.py", settings.words(method, seed, work / str(seed)), work / f"{seed}.train.log")
-    seconds = time.monotonic() - start
+    seconds = sum(json.loads((Path(stage) / "summary.json").read_text())["seconds"] for stage in made["stages"])
     steps = [["--steps", str(count)] for count in settings.few_steps] if ANY_STEP in method else [[]]
     log = work / f"{seed}.log"
     rows = [scored(["--model", made["student"], *each], settings, seed, log)[-1] for each in steps]
@@ -323,7 +324,7 @@ def main(table: Table, doc: str | None) -> None:
         "commit": commit(),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, one thread a run",
         "data": settings.data,
-        "clips": settings.clips,
+        "clips": f"{settings.first_clip} to {settings.first_clip + settings.clips - 1}",
         "seeds": list(settings.seeds),
     }
     result = result_of(table, settings, work, facts)

@@ -40,20 +40,23 @@ def kind_of(data: str | Path) -> Kind:
     return "scenes"
 
 
-def open_clips(data: str | Path, prepared: str | Path, model: str, **choices: Any) -> Clips:
+def open_clips(
+    data: str | Path, prepared: str | Path, model: str, builtin: int = BUILTIN_CLIPS, **choices: Any
+) -> Clips:
     """The clips of ``data`` with their pixels.
 
     Args:
         data: a word of `WORLDS` (the test split), or a path of any `kind_of`; shards may be at an address, too.
         prepared: a folder for the shards of scenes; what is there already is taken as it is.
         model: preset or folder of the model whose needs decide how scenes are prepared, see `render_needs`.
+        builtin: how many of the built-in ones.
         choices: for scenes, of `fvgen.shards.prepare.prepare`.
 
     Raises UserError for data that are damaged, hold no pixels, or give no clip.
     """
     kind = kind_of(data)
     if kind == "builtin":
-        return builtin_clips("test", BUILTIN_CLIPS, world=WORLDS[str(data)])
+        return builtin_clips("test", builtin, world=WORLDS[str(data)])
     if kind == "clips":
         return ClipFolder(data)
     if kind == "scenes":
