@@ -10,6 +10,7 @@ import torch
 from small_models import LATENTS, STEPS, small_clips, small_teacher, student_of
 
 from fvgen.clips.clip import Clip
+from fvgen.errors import UserError
 from fvgen.reports.evaluate import (
     Contestant,
     best,
@@ -40,6 +41,17 @@ def test_known_frames_are_not_scored(clips):
     wrong = [torch.where(known, clip.truth, noise) for clip in clips]
     assert score_videos(right, clips)["psnr"] == 100 and score_videos(right, clips)["n"] == 4
     assert score_videos(wrong, clips)["psnr"] < 15
+
+
+def test_hidden_pixels_are_not_scored(clips):
+    shown = torch.zeros_like(clips[0].truth[:, 0], dtype=torch.bool)
+    shown[..., : shown.shape[-1] // 2] = True
+    masked = [dataclasses.replace(clips[0], shown=shown), clips[1]]
+    noise = torch.rand(clips[0].truth.shape, generator=stream())
+    videos = [torch.where(shown[:, None], clips[0].truth, noise), clips[1].truth]
+    assert score_videos(videos, masked)["psnr"] == 100 and score_videos(videos, clips)["psnr"] < 99
+    with pytest.raises(UserError, match="shown is"):
+        dataclasses.replace(clips[0], shown=shown[:1])
 
 
 def test_a_render_is_scored_without_evaluations(clips):

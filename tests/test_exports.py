@@ -195,6 +195,9 @@ def test_a_chunk_is_data_like_any_other(chunk, tmp_path):
     write_nerfstudio(chunk.parent / "another")
     assert len(find_sources([chunk.parent])) == 3
     assert inspect(chunk / "0a1b", tmp_path / "page.html").is_file()
+    for several in (chunk, chunk.parent):
+        page = inspect(several, tmp_path / "page.html").read_text()
+        assert f"is shown, the first of {2 if several == chunk else 3} scenes" in page
 
 
 CHUNKS: dict[str, tuple[object, str]] = {
@@ -227,6 +230,15 @@ def test_scenes_of_a_chunk_that_cannot_be(chunk, case):
     change, words = SCENES[case]
     torch.save([entry() | change], chunk)
     assert words in refusal(lambda: open_source(chunk))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"), (b"<!DOCTYPE html><html>", "is a web page")],
+)
+def test_what_is_usually_saved_in_place_of_a_chunk(chunk, content, words):
+    chunk.write_bytes(content)
+    assert words in refusal(lambda: chunk_scenes(chunk))
 
 
 def test_code_in_a_chunk_is_not_run(chunk):

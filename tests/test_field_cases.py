@@ -95,6 +95,45 @@ def test_masks_are_honoured_and_said(tmp_path, capsys):
     assert "has another size than its image" in refusal(lambda: read_scene(tmp_path))
 
 
+def hide_left(file: Path, factor: int = 1) -> None:
+    """A mask, ``factor`` times as large as the photographs, that hides their left half."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    row = np.where(np.arange(factor * WIDTH) < factor * WIDTH // 2, 0, 255).astype(np.uint8)
+    Image.fromarray(np.tile(row, (factor * HEIGHT, 1))).save(file)
+
+
+@pytest.mark.parametrize("name", ["{}.png", "{stem}.png"])
+def test_masks_beside_a_colmap_model(tmp_path, name):
+    """COLMAP's own names, 00.png.png, and those of others, 00.png."""
+    write_colmap(tmp_path)
+    hide_left(tmp_path / "masks" / name.format(NAMES[1], stem=Path(NAMES[1]).stem))
+    scene = read_scene(tmp_path)
+    assert list(scene.masks) == [1] and "masks of 1 frames" in scene.notes[0]
+    shown = scene.shown([0, 1], HEIGHT, WIDTH)
+    assert shown[0].all() and not shown[1, :, : WIDTH // 2].any() and shown[1, :, WIDTH // 2 :].all()
+    assert scene.shown([0, 2], HEIGHT, WIDTH) is None
+
+
+def test_masks_of_other_names_are_said(tmp_path):
+    write_colmap(tmp_path)
+    hide_left(tmp_path / "masks" / "other.png")
+    scene = read_scene(tmp_path)
+    assert not scene.masks and "has the name of a photograph" in scene.notes[0]
+
+
+@pytest.mark.parametrize(("place", "factor"), [("masks", 2), ("masks_2", 1)])
+def test_masks_of_smaller_photographs(tmp_path, place, factor):
+    """As large as the camera says, or beside them in a folder of their own."""
+    contents = document() | {"w": 2 * WIDTH, "h": 2 * HEIGHT}
+    contents |= {key: 2 * contents[key] for key in ("fl_x", "fl_y", "cx", "cy")}
+    contents["frames"][0]["mask_path"] = "masks/0.png"
+    write_nerfstudio(tmp_path, contents)
+    (tmp_path / "images").rename(tmp_path / "images_2")
+    hide_left(tmp_path / place / "0.png", factor)
+    shown = read_scene(tmp_path).shown([0], HEIGHT, WIDTH)[0]
+    assert not shown[:, : WIDTH // 2].any() and shown[:, WIDTH // 2 :].all()
+
+
 def test_synthetic_splits_are_one_scene(tmp_path):
     cameras = from_opengl(world()[0].world_from_cam)
     for split, views in {"train": [0, 1], "val": [2], "test": [3]}.items():

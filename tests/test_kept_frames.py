@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from checks import hashes, refusal
+from PIL import Image
 from safetensors import safe_open
+from scene_files import HEIGHT, WIDTH
 
+from fvgen.clips.folder import save_clips
 from fvgen.geometry.cameras import project
 from fvgen.geometry.pointcloud import point_radius, render_points, unproject
 from fvgen.scenes.formats import read_scene
@@ -70,6 +76,35 @@ def test_frames_change_nothing_else(kept, shards, make_shards, tmp_path):
     assert "keep_frames" not in (shards / "part-1-of-1.json").read_text()
     make_shards(tmp_path / "again", keep_frames=True)
     assert hashes(tmp_path / "again") == hashes(kept)
+
+
+def test_masks_come_with_the_frames(make_shards, shard_scenes, shards, tmp_path):
+    """In the shards that need them alone: the scene without masks has none, and both are one data set."""
+    data = tmp_path / "data"
+    for name in ("scene0", "scene1"):
+        shutil.copytree(shard_scenes / name, data / name)
+    contents = json.loads((data / "scene0" / "transforms.json").read_text())
+    (data / "scene0" / "masks").mkdir()
+    for number, frame in enumerate(contents["frames"]):
+        pixels = np.full((HEIGHT, WIDTH), 255, dtype=np.uint8)
+        pixels[: 3 + number] = 0
+        Image.fromarray(pixels).save(data / "scene0" / "masks" / f"{number}.png")
+        frame["mask_path"] = f"masks/{number}.png"
+    (data / "scene0" / "transforms.json").write_text(json.dumps(contents))
+    make_shards(tmp_path / "out", data, keep_frames=True)
+    found = ShardSet(tmp_path / "out")
+    scene = read_scene(data / "scene0")
+    for clip, record in zip(found.clips(), found.records, strict=True):
+        if record.scene == "scene1":
+            assert clip.shown is None
+            continue
+        views = [[path.name for path in scene.image_paths].index(name) for name in record.frames]
+        expected = torch.stack([fit_depth(scene.shows(view), *SIZE) for view in views])
+        assert torch.equal(clip.shown, expected) and not expected.all(dim=2).all()
+    assert {record.scene for record in found.records} == {"scene0", "scene1"}
+    assert found[0].condition.keys() == ShardSet(shards)[0].condition.keys()  # a mask is no condition
+    folder = save_clips(tmp_path / "clips", list(found.clips()), {})
+    assert torch.equal(folder[0].shown, found.clips()[0].shown) and folder[len(folder) - 1].shown.all()
 
 
 def test_shards_without_frames_say_how_to_get_some(shards, kept, make_shards):

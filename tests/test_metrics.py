@@ -100,6 +100,49 @@ def test_values_outside_the_range_are_refused():
         metrics.psnr(random_images() * 2 - 1, random_images())
 
 
+def left_half(count: int = 2, height: int = 40, width: int = 48) -> torch.Tensor:
+    shown = torch.zeros(count, height, width, dtype=torch.bool)
+    shown[..., : width // 2] = True
+    return shown
+
+
+def test_what_is_hidden_counts_nowhere(shared, squeezenet):
+    """Whatever was predicted there, NaN included, every score is the same; PSNR is that of the part that is shown."""
+    truth, predicted, shown = random_images(2, 40, 48), random_images(2, 40, 48, seed=1), left_half()
+    scores = metrics.score_images(predicted, truth, shown)
+    for other in (0.0, 1.0, float("nan")):
+        changed = torch.where(shown[:, None], predicted, other)
+        assert metrics.score_images(changed, truth, shown) == scores
+        assert metrics.score_images(predicted, torch.where(shown[:, None], truth, other), shown) == scores
+    assert scores["psnr"] == pytest.approx(metrics.score_images(predicted[..., :24], truth[..., :24])["psnr"], rel=1e-5)
+    assert scores["lpips"] is not None and scores["kid_squeeze"] is not None
+    right = torch.where(shown[:, None], truth, predicted)
+    assert metrics.score_images(right, truth, shown)["psnr"] == 100
+    assert metrics.score_images(right, truth, shown)["ssim"] == pytest.approx(1)
+
+
+def test_masks_that_hide_nothing_or_all():
+    truth, predicted, shown = random_images(2, 40, 48), random_images(2, 40, 48, seed=1), left_half()
+    plain, all_shown = (metrics.score_images(predicted, truth, s) for s in (None, torch.ones_like(shown)))
+    for name in ("psnr", "ssim"):
+        assert all_shown[name] == pytest.approx(plain[name], rel=1e-5)
+    shown[0] = False
+    alone = metrics.score_images(predicted[1:], truth[1:], shown[1:])
+    assert metrics.score_images(predicted, truth, shown) == alone and alone["n"] == 1
+    nothing = metrics.score_images(predicted, truth, torch.zeros_like(shown))
+    assert nothing["n"] == 0 and nothing["psnr"] is None and "masks hide" in nothing["why_null"]["psnr"]
+
+
+def test_ssim_is_averaged_over_shown_pixels():
+    """Far from the border of what is hidden the windows see nothing of it: where only these are shown, SSIM is as it is
+    without a mask, and elsewhere it does not count."""
+    truth, predicted = random_images(1, 40, 64), random_images(1, 40, 64, seed=1)
+    predicted[..., 32:] = truth[..., 32:]
+    far = torch.zeros(1, 40, 64, dtype=torch.bool)
+    far[..., 44:] = True
+    assert metrics.ssim(predicted, truth, far) == pytest.approx(1, abs=1e-6) and metrics.ssim(predicted, truth) < 0.7
+
+
 def test_lpips_squeeze_gives_the_recorded_distances(shared, squeezenet):
     """The recorded figures leave the resizing filter open, which is worth 0.004 here."""
     first, second, far = (fox(shared, number) for number in ("0001", "0002", "0115"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ from fvgen.scenes.formats import read_scene
 from fvgen.splats import FitSettings, fit, read_splat, reconstruct, write_splat
 from fvgen.splats.fitting import DEAD, Model, halved, seeds
 from fvgen.splats.ply import NAMES
+from fvgen.splats.reconstruct import scores
 from fvgen.walks.dataset import save_png, write_ply
 
 
@@ -200,6 +202,23 @@ def test_what_cannot_be_reconstructed_is_one_sentence(dataset, tmp_path):
     for wrong in ({"iterations": 0}, {"most": 0}, {"generated_weight": 0.0}):
         with pytest.raises(UserError, match="not possible"):
             FitSettings(**wrong)
+
+
+def test_what_masks_hide_is_not_learnt():
+    """Whatever the photographs show there, the Gaussians are the same; and they change where it is shown."""
+    images, depth, cameras = room(3)
+    points, colors = unproject(depth[:1], images[:1], cameras[[0]])
+    masks = torch.ones(3, 48, 64, dtype=torch.bool)
+    masks[1, 10:30, 20:50] = False
+    other = torch.where(masks[:, None], images, 1 - images)
+    settings, start = FitSettings(iterations=20, most=300), seeds(points, colors, 300, rng())
+    one, two = (fit(shown, cameras, start, settings, masks=masks) for shown in (images, other))
+    torch.testing.assert_close(one.colors, two.colors, rtol=0, atol=0)
+    assert (fit(other, cameras, start, settings).colors - one.colors).abs().max() > 1e-3
+    same = fit(images, cameras, start, settings, masks=torch.ones_like(masks))
+    torch.testing.assert_close(same.colors, fit(images, cameras, start, settings).colors, rtol=0, atol=0)
+    far = dataclasses.replace(one, colors=1 - one.colors)
+    assert scores(far, images, cameras, torch.zeros_like(masks)) == pytest.approx([100] * 3)
 
 
 def test_one_seed_is_one_scene(monkeypatch):

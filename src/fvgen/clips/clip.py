@@ -21,6 +21,8 @@ class Clip:
     render: [F, 3, H, W] in [0, 1], point renders over black; known frames are the photographs themselves.
     known: [F] bool, the frames that the point cloud was made from; they are no novel views and are never scored.
     cameras: of the F frames at H x W, in scene units; None where nobody kept them.
+    shown: [F, H, W] bool, where the truth is one: false where the photographs' masks hide what is no part of the scene.
+        None: everywhere.
 
     Raises UserError for parts that do not fit each other.
     """
@@ -30,6 +32,7 @@ class Clip:
     render: Tensor
     known: Tensor
     cameras: Cameras | None = None
+    shown: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.truth.shape)
@@ -43,6 +46,10 @@ class Clip:
             raise UserError(
                 f"clip {self.name}: {len(c)} cameras of {c.height}x{c.width} for {shape[0]} frames of "
                 f"{shape[2]}x{shape[3]}; give one for each frame, `fitted` to its size"
+            )
+        if (s := self.shown) is not None and (s.dtype != torch.bool or tuple(s.shape) != (shape[0], *shape[2:])):
+            raise UserError(
+                f"clip {self.name}: shown is {_kind(s)}; give bool {[shape[0], *shape[2:]]}, a value for each pixel"
             )
 
 
@@ -59,6 +66,11 @@ def render_clip(
     mask = torch.zeros(len(cameras), dtype=torch.bool)
     mask[list(known)] = True
     return Clip(name, truth, torch.where(mask[:, None, None, None], truth, render), mask, cameras), visibility > 0
+
+
+def shown_of(clip: Clip) -> Tensor:
+    """[F, H, W] bool: where a clip's truth is one, written out."""
+    return torch.ones_like(clip.truth[:, 0], dtype=torch.bool) if clip.shown is None else clip.shown
 
 
 def to_bytes(image: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
-"""A folder of clips with their pixels: ``clips.safetensors`` (all clips, stacked, 8-bit) and ``index.json`` (names,
-sizes, provenance). Its latents are cached beside it: see `fvgen.clips.latents`.
+"""A folder of clips with their pixels: ``clips.safetensors`` (all clips, stacked, 8-bit; ``shown`` where any has masks)
+and ``index.json`` (names, sizes, provenance). Its latents are cached beside it: see `fvgen.clips.latents`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from fvgen.clips.clip import Clip, to_bytes
+from fvgen.clips.clip import Clip, shown_of, to_bytes
 from fvgen.errors import UserError, first_line
 from fvgen.system.doors import open_tensors, read_object
 from fvgen.system.files import atomic_path, new_folder, write_tensors, write_text
@@ -31,6 +31,7 @@ class ClipFolder:
         cure = f"delete {path} and prepare it again"
         try:
             self._file = open_tensors(file)
+            self._masked = "shown" in self._file.keys()  # noqa: SIM118 (it is no mapping)
             found = {key: self._file.get_slice(key) for key in ("truth", "render", "known")}
         except (SafetensorError, UserError) as error:
             reason = getattr(error, "reason", first_line(error))
@@ -44,16 +45,22 @@ class ClipFolder:
             or truth[0] != len(self.names)
             or kinds != KINDS
             or 0 in truth
+            or (self._masked and not self._fits_masks(truth))
         ):
             raise UserError(f"{file} does not fit its index.json; {cure}")
         self.frames, self.height, self.width = truth[1], truth[3], truth[4]
+
+    def _fits_masks(self, truth: Sequence[int]) -> bool:
+        shown = self._file.get_slice("shown")
+        return (shown.get_dtype(), list(shown.get_shape())) == ("BOOL", [*truth[:2], *truth[3:]])
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Clip:
         truth, render = (self._file.get_slice(key)[index].float() / 255 for key in ("truth", "render"))
-        return Clip(self.names[index], truth, render, self._file.get_slice("known")[index])
+        shown = self._file.get_slice("shown")[index] if self._masked else None
+        return Clip(self.names[index], truth, render, self._file.get_slice("known")[index], shown=shown)
 
 
 def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFolder:
@@ -70,6 +77,8 @@ def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFol
         "render": torch.stack([to_bytes(clip.render) for clip in clips]),
         "known": torch.stack([clip.known for clip in clips]),
     }
+    if any(clip.shown is not None for clip in clips):
+        tensors["shown"] = torch.stack([shown_of(clip) for clip in clips])
     frames, _, height, width = shapes.pop()
     index = {
         "format": FORMAT,

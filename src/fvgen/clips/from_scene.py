@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -146,6 +146,7 @@ def _clip(
         points, colors = unproject(depth, truth[known], cameras[known], settings.half_pixel_shift)
     with timed("render"):
         clip, seen = render_clip(name, truth, cameras, points, colors, known, settings.radius)
+        clip = replace(clip, shown=scene.shown(window.views, settings.height, settings.width))
     with timed("filter"):
         figures = measure(clip, len(points), seen, window.motion)
     files = [scene.image_paths[view].name for view in window.views]

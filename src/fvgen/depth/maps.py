@@ -16,7 +16,6 @@ from fvgen.depth import depth_pro, dust3r, dust3r_model, measured, sparse, stere
 from fvgen.depth.stereo import STEREO_SIDE
 from fvgen.errors import UserError, did_you_mean
 from fvgen.geometry.stereo import TooFewFeatures
-from fvgen.scenes.images import fit_depth
 from fvgen.scenes.scene import Scene
 
 __all__ = ["DEPTHS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps"]
@@ -48,12 +47,8 @@ def point_maps(scene: Scene, views: Sequence[int], height: int, width: int, back
 
 def masked(scene: Scene, views: Sequence[int], depth: Tensor) -> Tensor:
     """Depth [K, H, W] of the views, 0 where their masks hide the scene."""
-    shown = [scene.shows(view) for view in views]
-    if all(mask is None for mask in shown):
-        return depth
-    size = depth.shape[1:]
-    keep = [torch.ones(size) if mask is None else fit_depth(mask.float(), *size) for mask in shown]
-    return torch.where(torch.stack(keep) > 0, depth, 0.0)
+    shown = scene.shown(views, *depth.shape[1:])
+    return depth if shown is None else torch.where(shown, depth, 0.0)
 
 
 def _unmasked(scene: Scene, views: Sequence[int], height: int, width: int, backend: str) -> PointMaps:

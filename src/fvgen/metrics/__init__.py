@@ -38,37 +38,48 @@ __all__ = [
 METRICS = ("psnr", "ssim", "lpips", "fid", "kid", "kid_squeeze")
 
 
-def score_images(predicted: Tensor, truth: Tensor) -> dict[str, object]:
+def score_images(predicted: Tensor, truth: Tensor, shown: Tensor | None = None) -> dict[str, object]:
     """Every metric of ``predicted`` against ``truth``, both [N, 3, H, W] in [0, 1], ready for JSON.
 
     Keys: each name of `METRICS`, a float (psnr, ssim and lpips averaged over the images) or None;
     ``lpips_net``, the backbone of lpips or None; ``n``, the number of images; ``why_null``, one sentence for
     each metric that is None. A None is never stood in for: see `fvgen.metrics.weights`.
+
+    shown: [N, H, W] bool, where the truth is one; everywhere if not given. What is hidden is black in both before
+    anything is measured, so that no score depends on what either has there; PSNR and SSIM average over shown pixels
+    alone, the networks of the others see whole images. Images without a shown pixel are left out.
+
     Raises UserError when FVGEN_WEIGHTS names no folder or a weights file is damaged.
     """
+    if shown is not None:
+        kept = shown.flatten(1).any(dim=1)
+        predicted, truth, shown = predicted[kept], truth[kept], shown[kept]
+        predicted, truth = (torch.where(shown[:, None], images, 0.0) for images in (predicted, truth))
     scores: dict[str, object] = dict.fromkeys(METRICS) | {
         "lpips_net": None,
         "n": predicted.shape[0],
         "why_null": {},
     }
+    if not len(predicted):
+        return scores | {"why_null": dict.fromkeys(METRICS, "masks hide all of every image")}
     if not torch.isfinite(predicted).all():
         reason = "the predicted images hold NaN or infinite values"
         return scores | {"why_null": dict.fromkeys(METRICS, reason)}
     check_images(predicted, truth)
     for names, compute in _GROUPS.items():
         try:
-            scores |= zip(names, compute(predicted, truth), strict=True)
+            scores |= zip(names, compute(predicted, truth, shown), strict=True)
         except Unavailable as reason:
             scores["why_null"] |= {name: str(reason) for name in names if name in METRICS}
     return scores
 
 
-def _lpips(predicted: Tensor, truth: Tensor) -> tuple[float, str]:
+def _lpips(predicted: Tensor, truth: Tensor, shown: Tensor | None) -> tuple[float, str]:
     values, net = lpips(predicted, truth)
     return _mean(values), net
 
 
-def _inception_distances(predicted: Tensor, truth: Tensor) -> tuple[float, float]:
+def _inception_distances(predicted: Tensor, truth: Tensor, shown: Tensor | None) -> tuple[float, float]:
     features = inception_features(predicted), inception_features(truth)
     return frechet_distance(*features), kernel_distance(*features)
 
@@ -77,10 +88,11 @@ def _mean(values: Tensor) -> float:
     return values.double().mean().item()
 
 
-_GROUPS: dict[tuple[str, ...], Callable[[Tensor, Tensor], tuple]] = {  # one run of a network fills several names
-    ("psnr",): lambda predicted, truth: (_mean(psnr(predicted, truth)),),
-    ("ssim",): lambda predicted, truth: (_mean(ssim(predicted, truth)),),
+# Predicted, truth and where it is shown; one run of a network fills several names.
+_GROUPS: dict[tuple[str, ...], Callable[[Tensor, Tensor, Tensor | None], tuple]] = {
+    ("psnr",): lambda *images: (_mean(psnr(*images)),),
+    ("ssim",): lambda *images: (_mean(ssim(*images)),),
     ("lpips", "lpips_net"): _lpips,
     ("fid", "kid"): _inception_distances,
-    ("kid_squeeze",): lambda predicted, truth: (kid_squeeze(predicted, truth),),
+    ("kid_squeeze",): lambda predicted, truth, shown: (kid_squeeze(predicted, truth),),
 }

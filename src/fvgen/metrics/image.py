@@ -22,23 +22,28 @@ LPIPS_NETS = {  # in the order of preference
 }
 
 
-def psnr(predicted: Tensor, truth: Tensor) -> Tensor:
+def psnr(predicted: Tensor, truth: Tensor, shown: Tensor | None = None) -> Tensor:
     """[N] peak signal-to-noise ratio in dB, -10 log10(MSE) of each image, at most 100 dB.
 
-    Averaging these is the convention in novel-view synthesis; the PSNR of the pooled error is lower.
+    shown: [N, H, W] bool, the pixels that count, at least one of each image; all if not given. Averaging over images is
+    the convention in novel-view synthesis; the PSNR of the pooled error is lower.
     """
     from torchmetrics.functional.image import peak_signal_noise_ratio
 
     check_images(predicted, truth)
+    if shown is not None:
+        errors = (predicted.float() - truth.float()).square().mean(dim=1)
+        return (-10 * mean_where(errors, shown).log10()).clamp(max=PSNR_CEILING)
     value = peak_signal_noise_ratio(predicted.float(), truth.float(), 1.0, reduction="none", dim=(1, 2, 3))
     return value.clamp(max=PSNR_CEILING)
 
 
-def ssim(predicted: Tensor, truth: Tensor) -> Tensor:
+def ssim(predicted: Tensor, truth: Tensor, shown: Tensor | None = None) -> Tensor:
     """[N] structural similarity, at most 1 (Wang et al. 2004): Gaussian window of 11 pixels, sigma 1.5.
 
     Computed per colour channel and averaged over all pixels, the border mirrored as torchmetrics does. In
-    float64: in flat regions float32 leaves too little of the variances.
+    float64: in flat regions float32 leaves too little of the variances. ``shown`` as in `psnr`: the windows around the
+    other pixels are left out, but those of shown pixels reach into them.
     Raises Unavailable when the images are smaller than the window.
     """
     from torchmetrics.functional.image import structural_similarity_index_measure
@@ -47,6 +52,9 @@ def ssim(predicted: Tensor, truth: Tensor) -> Tensor:
     require_size(predicted, SSIM_WINDOW, "SSIM's window")
     options = {"sigma": 1.5, "kernel_size": SSIM_WINDOW, "data_range": 1.0, "reduction": "none"}
     parts = zip(predicted.double().split(BATCH), truth.double().split(BATCH), strict=True)
+    if shown is not None:
+        maps = [structural_similarity_index_measure(p, t, **options, return_full_image=True)[1] for p, t in parts]
+        return mean_where(torch.cat(maps).mean(dim=1), shown).float()
     values = [structural_similarity_index_measure(p, t, **options) for p, t in parts]
     return torch.cat([value.reshape(-1) for value in values]).float()  # torchmetrics drops the axis of a single image
 
@@ -81,6 +89,11 @@ def lpips_network(device: torch.device | str = "cpu") -> tuple[nn.Module, str]:
     except (KeyError, RuntimeError) as error:
         raise unusable(path, error) from error
     return network.to(device).eval().requires_grad_(False), name
+
+
+def mean_where(values: Tensor, shown: Tensor) -> Tensor:
+    """[N] of values [N, H, W]: the mean over the pixels that are shown."""
+    return torch.where(shown, values, 0.0).sum(dim=(1, 2)) / shown.sum(dim=(1, 2))
 
 
 def check_images(predicted: Tensor, truth: Tensor) -> None:

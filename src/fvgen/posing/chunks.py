@@ -21,7 +21,7 @@ import torch
 
 from fvgen.clips.builtin import cache_folder
 from fvgen.errors import UserError, short
-from fvgen.system.doors import read_state, regular
+from fvgen.system.doors import other_kind, read_state, regular
 from fvgen.system.files import atomic_path, new_folder, write_bytes, write_text
 
 SUFFIX = ".torch"
@@ -67,6 +67,8 @@ def _read(chunk: Path) -> dict[str, dict[str, Any]]:
 
 @lru_cache(maxsize=1)  # the scenes of a chunk are asked for one after the other
 def _kept(chunk: Path, changed: int) -> dict[str, dict[str, Any]]:
+    if other := other_kind(chunk):
+        raise UserError(f"{chunk} {other}")
     listed = read_state(chunk, CURE)
     if not isinstance(listed, list) or not listed:
         raise UserError(f"{chunk} is no chunk of scenes (a list of them, as pixelSplat writes it); {CURE}")

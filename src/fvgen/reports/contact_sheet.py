@@ -16,7 +16,7 @@ from fvgen.clips.filters import LIMITS
 from fvgen.clips.from_scene import ClipSettings, Lost, scene_clips
 from fvgen.clips.views import pose_distance, typical_depth
 from fvgen.geometry.pointcloud import point_radius
-from fvgen.posing.sources import Source, open_source
+from fvgen.posing.sources import Source, find_sources, open_source
 from fvgen.reports.page import MARK, data_address, page_template, sheet_of
 from fvgen.scenes.images import fit_image
 from fvgen.scenes.scene import Scene
@@ -54,7 +54,8 @@ class Row:
 
 
 def inspect(path: str | Path, out: str | Path, clips: int | None = None, teacher: str | None = None) -> Path:
-    """Write the page of a shard folder or of a scene (`open_source`) to ``out``; returns it.
+    """Write the page of a shard folder or of a scene (`open_source`) to ``out``; returns it. Of a folder or a chunk of
+    several scenes the first is shown, and the page says so.
 
     ``clips`` are spread evenly over the shards; of a scene they are made for the page. ``teacher`` decodes shards; None
     is the preset that encoded them. Raises UserError for a path that is neither, damaged shards, and another teacher.
@@ -108,7 +109,8 @@ def _of_shards(path: str | Path, clips: int | None, teacher: str | None) -> dict
     return {"title": str(path), "facts": facts, "lost": lost, "rows": rows, "photographs": None, "plan": None}
 
 
-def _of_scene(path: Path, clips: int | None) -> dict:
+def _of_scene(given: Path, clips: int | None) -> dict:
+    path, *others = (source.path for source in find_sources([given]))
     scene, format, left_out = open_source(path)
     height, width = _size(scene)
     chosen = torch.linspace(0, len(scene) - 1, min(PHOTOGRAPHS, len(scene))).round().long().tolist()
@@ -121,6 +123,10 @@ def _of_scene(path: Path, clips: int | None) -> dict:
     rows, clouds = [], []
     lost = [(f"not posed {name}", reason) for name, reason in left_out.items()]
     lost += [("note", note) for note in scene.notes]
+    if others:
+        lost.append(
+            ("note", f"{path.name} is shown, the first of {len(others) + 1} scenes; give another, as {others[0]}")
+        )
     entry, numbers = Source(scene.name, path), range(settings.clips_per_scene)
     with one_thread():
         results = list(scene_clips(entry, numbers, settings)) if settings.frames > 2 else []

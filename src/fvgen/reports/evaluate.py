@@ -17,7 +17,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
-from fvgen.clips.clip import Clip
+from fvgen.clips.clip import Clip, shown_of
 from fvgen.diffusion.samplers import few_step
 from fvgen.metrics import score_images
 from fvgen.models.condition import Condition
@@ -146,9 +146,12 @@ def score_renders(clips: Sequence[Clip]) -> dict[str, object]:
 
 
 def score_videos(videos: Sequence[Tensor], clips: Sequence[Clip]) -> dict[str, object]:
-    """All metrics of videos [F, 3, H, W] against the truth of ``clips``, over the frames that are not known."""
+    """All metrics of videos [F, 3, H, W] against the truth of ``clips``, over the frames that are not known, where
+    masks show them."""
     predicted = torch.cat([video[~clip.known] for video, clip in zip(videos, clips, strict=True)])
-    return score_images(predicted, torch.cat([clip.truth[~clip.known] for clip in clips]))
+    truth = torch.cat([clip.truth[~clip.known] for clip in clips])
+    masked = any(clip.shown is not None for clip in clips)
+    return score_images(predicted, truth, torch.cat([shown_of(c)[~c.known] for c in clips]) if masked else None)
 
 
 def better(a: dict, b: dict) -> bool:

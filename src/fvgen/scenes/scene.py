@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -13,7 +13,15 @@ from torch import Tensor
 
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, pose_problem
-from fvgen.scenes.images import depth_size, image_size, load_depth, load_image, undistorted, undistorted_zoom
+from fvgen.scenes.images import (
+    depth_size,
+    fit_depth,
+    image_size,
+    load_depth,
+    load_image,
+    undistorted,
+    undistorted_zoom,
+)
 
 UNDISTORT = "undistort the images first, for example with `colmap image_undistorter`"
 # Cameras farther from the origin (scene units) would lose more than 0.06 units to 32-bit rounding.
@@ -23,6 +31,8 @@ FOCALS = (0.05, 100.0)
 # Of the image's size: farther off its middle a principal point is an offset, a fraction or a focal length by mistake.
 CENTRE = 0.4
 SQUARE = 3.0  # how many times higher than wide pixels may be; anamorphic lenses and old videos reach 2
+# What is not done with masks yet: the latents that networks are trained on show what is hidden.
+MASKED = "what the masks of {} frames hide gives no points and no scores, but training shows it"
 # Folders of photographs and how much smaller than the camera's size theirs are.
 IMAGE_FOLDERS = {"images": 1, "images_2": 2, "images_4": 4, "images_8": 8}
 
@@ -47,7 +57,8 @@ class Scene:
     depth_paths: one map per view, of the image's size, camera z in ``depth_unit`` scene units; or None.
     lenses: [V, 9] float64, fx, fy, cx, cy, k1, k2, p1, p2, k3 of the stored images where any is distorted, else None.
     as_stored: views whose camera is that of the stored pixels, although an EXIF tag says to turn them.
-    masks: view -> an image of the photograph's size, black where what it shows is no part of the scene (people).
+    masks: view -> an image of the photograph's size, or so many times larger as those of another image folder are,
+        black where what it shows is no part of the scene (people).
     notes: what a reader found beside all this and did not use, a sentence each.
 
     ``cameras`` are pinholes in any case: read pixels through `image` and `depth`, which undo the distortion.
@@ -87,9 +98,18 @@ class Scene:
         if view not in self.masks:
             return None
         mask = load_image(self.masks[view], upright=view not in self.as_stored)[..., 0]
+        mask = fit_depth(torch.from_numpy(mask), self.cameras.height, self.cameras.width).numpy()
         if self.lenses is not None:
             mask = undistorted(mask, self.lenses[view], self.cameras.intrinsics[view])
         return torch.from_numpy(mask >= 128)
+
+    def shown(self, views: Sequence[int], height: int, width: int) -> Tensor | None:
+        """bool [F, height, width]: `shows` of the views as `fit_image` cuts them; None where none has a mask."""
+        masks = [self.shows(view) for view in views]
+        if all(mask is None for mask in masks):
+            return None
+        everything = torch.ones(height, width, dtype=torch.bool)
+        return torch.stack([everything if mask is None else fit_depth(mask, height, width) for mask in masks])
 
     def with_cloud(self, cloud: Cloud) -> Scene:
         """The same scene with these points."""
@@ -165,6 +185,12 @@ def local(folder: Path, name: str) -> Path:
     return path if "\\" not in name or path.exists() else folder / name.replace("\\", "/")
 
 
+def mask_beside(folder: Path, name: str) -> Path | None:
+    """The mask of the photograph ``name`` in ``folder``/masks: NAME.png as COLMAP has it (1.jpg.png), or STEM.png."""
+    names = (f"{name}.png", str(Path(name).with_suffix(".png")))
+    return next((path for path in (local(folder / "masks", one) for one in names) if path.is_file()), None)
+
+
 def image_folder(folder: Path, name: str, wanted: str | None) -> tuple[str, int]:
     """Which of IMAGE_FOLDERS to read and its factor: ``wanted``, else the first that holds the file ``name``.
 
@@ -193,7 +219,8 @@ def _depths(frames: list[Frame]) -> tuple[Path, ...] | None:
 def _masks(frames: list[Frame]) -> dict[int, Path]:
     masks = {view: frame.mask for view, frame in enumerate(frames) if frame.mask is not None}
     for view, mask in masks.items():
-        if image_size(mask, upright=not frames[view].as_stored) != frames[view].size:
+        size = image_size(mask, upright=not frames[view].as_stored)
+        if not any(_times(size, frames[view].size, factor) for factor in IMAGE_FOLDERS.values()):
             raise UserError(f"mask {mask} has another size than its image; resize it (nearest) or remove mask_path")
     return masks
 
@@ -239,12 +266,16 @@ def _checked(frame: Frame) -> Frame:
 def _at_image_size(frame: Frame) -> Frame:
     """The frame scaled to an image that is ``factor`` times smaller, give or take the rounding to whole pixels."""
     actual = image_size(frame.image)
-    near = all(abs(found - said / frame.factor) < 1 for found, said in zip(actual, frame.size, strict=True))
-    if frame.factor == 1 or not near:
+    if frame.factor == 1 or not _times(frame.size, actual, frame.factor):
         return frame
     x, y = (found / said for found, said in zip(actual, frame.size, strict=True))
     focal, center = frame.focal, frame.center
     return replace(frame, size=actual, focal=(focal[0] * x, focal[1] * y), center=(center[0] * x, center[1] * y))
+
+
+def _times(large: tuple[float, float], small: tuple[float, float], factor: int) -> bool:
+    """Whether a size is ``factor`` times the other, give or take the rounding to whole pixels."""
+    return all(abs(b - a / factor) < 1 for a, b in zip(large, small, strict=True))
 
 
 def _zoom(frame: Frame, lens: tuple[float, ...]) -> float:

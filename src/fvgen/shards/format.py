@@ -34,7 +34,8 @@ PER_CLIP = (
     "cloud_colors",
 )
 PIXELS = ("truth", "render")  # in shards that keep their frames
-RESERVED = (*PER_CLIP, *PIXELS)
+SHOWN = "shown"  # in those of them where a photograph has a mask
+RESERVED = (*PER_CLIP, *PIXELS, SHOWN)
 
 
 def condition_names(keys: Iterable[str]) -> list[str]:
@@ -148,10 +149,12 @@ class ShardClip(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """A clip's frames, uint8 [F, 3, H, W]: the photographs, and the render with the known ones in it."""
+    """A clip's frames, uint8 [F, 3, H, W]: the photographs, and the render with the known ones in it; and `Clip.shown`,
+    written out."""
 
     truth: Tensor
     render: Tensor
+    shown: Tensor
 
 
 # --- Shards ---
@@ -177,7 +180,9 @@ def write_shard(
         assert set(condition_names(names)) == set(names), f"a condition must not be called {', '.join(RESERVED)}"
         tensors |= {name: _stacked([clip.condition[name] for _, clip in clips]) for name in names}
         if pixels:
-            tensors |= dict(zip(PIXELS, map(torch.stack, zip(*pixels, strict=True)), strict=True))
+            tensors |= dict(zip((*PIXELS, SHOWN), map(torch.stack, zip(*pixels, strict=True)), strict=True))
+            if tensors[SHOWN].all():
+                del tensors[SHOWN]
     content = Content(
         settings=settings.digest(),
         digest=_digest(tensors),
@@ -236,6 +241,8 @@ def content_problem(file: safe_open, settings: Settings, clips: Sequence[ClipRec
         fits = len(sizes) == len(shape) and all(b in (None, a) and a > 0 for a, b in zip(sizes, shape, strict=True))
         if said != kind or not fits:
             return f"has {key} of {said} {list(sizes)}, not {kind} {['?' if n is None else n for n in shape]}"
+    if SHOWN in found and found[SHOWN] != ("BOOL", (count, frames, settings.height, settings.width)):
+        return f"has {SHOWN} of {found[SHOWN][0]} {list(found[SHOWN][1])}, not one a pixel"
     if found and found["cloud_points"][1] != found["cloud_colors"][1]:
         return "has other points than colours"
     for name in condition_names(found):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from fvgen.clips.clip import to_bytes
+from fvgen.clips.clip import shown_of, to_bytes
 from fvgen.clips.from_scene import ClipSettings, Lost, SceneClip, scene_clips
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.posing.sources import Source
@@ -81,7 +81,8 @@ def make_shard(job: Job, pipeline: NovelViewPipeline, tick: Callable[[], None]) 
                 with tally.timed("encode"):
                     made.append((record_of(result), encoded(result, pipeline)))
                 if job.settings.keep_frames:
-                    pixels.append(Pixels(to_bytes(result.clip.truth), to_bytes(result.clip.render)))
+                    frames = map(to_bytes, (result.clip.truth, result.clip.render))
+                    pixels.append(Pixels(*frames, shown_of(result.clip)))
             del result  # its floats need not outlive it
             tick()
     with tally.timed("write"):

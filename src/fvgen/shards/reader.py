@@ -22,6 +22,7 @@ from fvgen.models.condition import Condition
 from fvgen.shards.format import (
     PER_CLIP,
     PIXELS,
+    SHOWN,
     Part,
     ShardClip,
     Skipped,
@@ -96,10 +97,12 @@ class ShardSet(LatentSet):
         shard, row = self._file(self.shard_of[index]), self._rows[index]
         try:
             truth, render = (shard.get_slice(key)[row].float() / 255 for key in PIXELS)
+            shown = shard.get_slice(SHOWN)[row] if SHOWN in shard.keys() else None  # noqa: SIM118
             known, poses, intrinsics = (shard.get_slice(k)[row] for k in ("known", "world_from_cam", "intrinsics"))
         except (SafetensorError, OSError) as error:
             raise self._lying(index, error) from error
-        return Clip(self.names[index], truth, render, known, Cameras(poses, intrinsics, self.height, self.width))
+        cameras = Cameras(poses, intrinsics, self.height, self.width)
+        return Clip(self.names[index], truth, render, known, cameras, shown)
 
     def batch(self, indices: Tensor | Sequence[int], device: str | torch.device = "cpu") -> LatentBatch:
         """The clips at ``indices`` as one batch."""
@@ -162,7 +165,7 @@ class ShardSet(LatentSet):
         if problem := content_problem(file, self.settings, shard.clips):
             raise self._damaged(shard.file, f"{problem}, although its checksum is right")
         kind = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        kind = {key: (tensor.get_dtype(), tensor.get_shape()[1:]) for key, tensor in kind.items()}
+        kind = {key: (x.get_dtype(), x.get_shape()[1:]) for key, x in kind.items() if key != SHOWN}  # not all have it
         self._kind = self._kind or kind
         if kind and kind != self._kind:
             other = sorted(key for key in {*kind, *self._kind} if kind.get(key) != self._kind.get(key))[0]

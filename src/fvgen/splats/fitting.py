@@ -140,14 +140,20 @@ def fit(
     seed: int = 0,
     device: str = "cpu",
     on_step: Callable[[int, int], None] = lambda done, total: None,
+    masks: Tensor | None = None,
 ) -> Gaussians:
     """Gaussians (on the CPU) that show ``images`` [V, 3, H, W] in [0, 1] through ``cameras``.
 
-    weights: [V] of the views' losses, 1 each if not given. The same seed gives the same Gaussians on the same machine.
+    weights: [V] of the views' losses, 1 each if not given. masks: [V, H, W] bool, where the views count, all if not
+    given: elsewhere both are black to the loss, also within SSIM's windows. The same seed gives the same Gaussians on
+    the same machine.
     """
     settings = settings or FitSettings()
     generator = torch.Generator().manual_seed(seed)
     weights = torch.ones(len(images)) if weights is None else weights
+    if masks is not None:
+        masks = masks.to(device)
+        images = torch.where(masks[:, None], images.to(device), 0.0)
     images, cameras, model = images.to(device), cameras.to(device), Model(start.to(device), settings)
     draw, order = drawer(device), torch.empty(0, dtype=torch.long)
     for iteration in range(settings.iterations):
@@ -157,6 +163,8 @@ def fit(
         model.optimizer.param_groups[0]["lr"] = model.means_lr * 0.01 ** (iteration / settings.iterations)
         gaussians = model.gaussians()
         shown = draw(gaussians, cameras[[view]])
+        if masks is not None:
+            shown = torch.where(masks[view], shown, 0.0)
         loss = weights[view] * view_loss(shown, images[view : view + 1], settings.ssim_weight)
         loss = loss + settings.shrink * (gaussians.opacities.mean() + gaussians.scales.mean() / model.unit * 0.1)
         model.optimizer.zero_grad()

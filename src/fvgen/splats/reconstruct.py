@@ -65,12 +65,13 @@ def reconstruct(
     generator = torch.Generator().manual_seed(seed)
     start = seeds(points, colors, settings.most, generator)
     weights = torch.where(torch.tensor(generated), settings.generated_weight, 1.0)
-    made = fit(images, cameras, start, settings, weights, seed, device, on_step)
-    quality = scores(made, images, cameras)
+    masks = scene.shown(range(len(cameras)), height, width)
+    made = fit(images, cameras, start, settings, weights, seed, device, on_step, masks)
+    quality = scores(made, images, cameras, masks)
     given = [value for value, other in zip(quality, generated, strict=True) if not other]
     told(f"{len(made)} Gaussians; {sum(given) / max(1, len(given)):.2f} dB on the photographs")
     unseen = held_out(made, dataset / HOLDOUT, height, width)
-    if unseen:
+    if unseen and unseen["psnr"] is not None:
         told(f"{unseen['views']} photographs held out: {unseen['psnr']:.2f} dB, SSIM {unseen['ssim']:.3f}")
     writable_folder(folder)
     names = [path.name for path in scene.image_paths]
@@ -107,12 +108,14 @@ def start_points(dataset: Path, scene: Scene) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def scores(gaussians: Gaussians, images: Tensor, cameras: Cameras) -> list[float]:
-    """PSNR (dB) of every view."""
+def scores(gaussians: Gaussians, images: Tensor, cameras: Cameras, masks: Tensor | None = None) -> list[float]:
+    """PSNR (dB) of every view; over what ``masks`` [V, H, W] show of it, 100 where that is nothing."""
     found = []
     for view in range(len(cameras)):
         shown = render_gaussians(gaussians, cameras[[view]])[0][0].clamp(0, 1)
-        error = (shown - images[view]).square().mean().clamp(min=1e-10)
+        errors = (shown - images[view]).square()
+        counted = errors if masks is None else errors[:, masks[view]]
+        error = counted.mean().clamp(min=1e-10) if counted.numel() else torch.tensor(1e-10)
         found.append((-10 * error.log10()).item())
     return found
 
@@ -125,7 +128,8 @@ def held_out(gaussians: Gaussians, folder: Path, height: int, width: int) -> dic
     scene = read_scene(folder)
     cameras = scene.cameras.fitted(height, width)
     truth = torch.stack([fit_image(scene.image(view), height, width) for view in range(len(cameras))])
-    return {"views": len(truth)} | score_images(render_gaussians(gaussians, cameras)[0].clamp(0, 1), truth)
+    masks = scene.shown(range(len(cameras)), height, width)
+    return {"views": len(truth)} | score_images(render_gaussians(gaussians, cameras)[0].clamp(0, 1), truth, masks)
 
 
 def judge_out(folder: Path, dataset: Path) -> None:

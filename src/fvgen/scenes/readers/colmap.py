@@ -12,7 +12,7 @@ import torch
 
 from fvgen.errors import UserError, short
 from fvgen.scenes import colmap_files
-from fvgen.scenes.scene import UNDISTORT, Cloud, Frame, Scene, image_folder, local, posed_scene
+from fvgen.scenes.scene import MASKED, UNDISTORT, Cloud, Frame, Scene, image_folder, local, mask_beside, posed_scene
 
 # Where each model's focal lengths (x, y), principal point and k1, k2, p1, p2 are among its parameters.
 LAYOUTS: dict[str, tuple[tuple[int, int], tuple[int, ...]]] = {
@@ -40,13 +40,19 @@ def read_colmap(folder: Path, images: str | None = None) -> Scene:
     if not shots:
         raise UserError(f"{model} holds no images, so the scene has no poses; run COLMAP again")
     chosen, factor = image_folder(folder, shots[0].name, images)
-    frames = [_frame(folder / chosen, factor, model, cameras, shot) for shot in shots]
-    scene = replace(posed_scene(folder, frames), notes=model_notes(folder, model))
+    frames = [_frame(folder, chosen, factor, model, cameras, shot) for shot in shots]
+    scene = posed_scene(folder, frames)
+    scene = replace(scene, notes=model_notes(folder, model, len(scene.masks)))
     return scene.with_cloud(model_cloud(model, {shot.number: view for view, shot in enumerate(shots)}))
 
 
 def _frame(
-    images: Path, factor: int, model: Path, cameras: dict[int, colmap_files.Camera], shot: colmap_files.Shot
+    folder: Path,
+    chosen: str,
+    factor: int,
+    model: Path,
+    cameras: dict[int, colmap_files.Camera],
+    shot: colmap_files.Shot,
 ) -> Frame:
     where = f"{model} image {short(shot.name)}"
     camera = cameras.get(shot.camera)
@@ -62,7 +68,7 @@ def _frame(
         )
     return Frame(
         where,
-        local(images, shot.name),
+        local(folder / chosen, shot.name),
         (camera.width, camera.height),
         (camera.params[x], camera.params[y]),
         (camera.params[y + 1], camera.params[y + 2]),
@@ -70,16 +76,19 @@ def _frame(
         None,
         (*(camera.params[i] for i in bends), 0.0, 0.0, 0.0, 0.0, 0.0)[:5],
         factor,
+        mask=mask_beside(folder, shot.name),
     )
 
 
-def model_notes(folder: Path, model: Path) -> tuple[str, ...]:
-    """What lies beside the model and is not used."""
+def model_notes(folder: Path, model: Path, masked: int) -> tuple[str, ...]:
+    """What lies beside the model and is not used, or not in everything."""
     notes = []
     if others := colmap_files.other_models(model):
         notes.append(f"{model.name} is read, the largest model; {', '.join(others)} of {model.parent} are left aside")
-    if (folder / "masks").is_dir():
-        notes.append(f"masks in {folder / 'masks'} are not used: what they hide counts like all else")
+    if masked:
+        notes.append(MASKED.format(masked))
+    elif (folder / "masks").is_dir():
+        notes.append(f"none of {folder / 'masks'} has the name of a photograph (1.jpg.png or 1.png), so none is used")
     return tuple(notes)
 
 

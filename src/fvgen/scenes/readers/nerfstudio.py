@@ -19,7 +19,7 @@ from fvgen.geometry.conventions import from_opengl
 from fvgen.scenes import colmap_files
 from fvgen.scenes.images import image_size
 from fvgen.scenes.readers.colmap import model_cloud
-from fvgen.scenes.scene import UNDISTORT, Cloud, Frame, Scene, image_folder, local, posed_scene
+from fvgen.scenes.scene import MASKED, UNDISTORT, Cloud, Frame, Scene, image_folder, local, posed_scene
 from fvgen.system.doors import read_json
 
 SUFFIXES = ("", ".png", ".jpg", ".jpeg", ".PNG", ".JPG", ".JPEG", ".webp")
@@ -93,7 +93,7 @@ def _notes(folder: Path, document: dict, listed: list, cloud: Cloud) -> tuple[st
     """What the scene has and nobody uses."""
     notes = []
     if masked := sum(1 for frame in listed if isinstance(frame, dict) and frame.get("mask_path")):
-        notes.append(f"what the masks of {masked} frames hide gives no points, and counts as truth all the same")
+        notes.append(MASKED.format(masked))
     ply = document.get("ply_file_path")
     if isinstance(ply, str) and cloud.points is None:
         notes.append(f"the points of {short(ply)} are not used, for it does not say which views show them")
@@ -156,8 +156,15 @@ def _frame(folder: Path, where: str, document: dict, frame: object, images: str 
         local(folder, depth) if depth else None,
         tuple(_number(values, key, where) or 0.0 for key in DISTORTION),
         factor,
-        mask=local(folder, mask) if mask and factor == 1 else None,
+        mask=_mask(folder, mask, factor) if mask else None,
     )
+
+
+def _mask(folder: Path, name: str, factor: int) -> Path:
+    """The mask as named; for smaller photographs masks_N will do as well, where masks itself is not there."""
+    path = local(folder, name)
+    smaller = path.parent.with_name(f"{path.parent.name}_{factor}") / path.name
+    return smaller if factor != 1 and not path.exists() and smaller.exists() else path
 
 
 def _find_image(folder: Path, name: str, images: str | None) -> tuple[Path | None, int]:
