@@ -27,7 +27,7 @@ from verdicts import paired, psnr_at_equal_lpips, verdict
 from fvgen import distill
 from fvgen.errors import UserError
 from fvgen.system.command import Parser, positive
-from fvgen.system.files import write_json
+from fvgen.system.files import atomic_path, write_json, write_text
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RIVALS = REPOSITORY / "recipes" / "configs" / "rivals"
@@ -302,6 +302,14 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def write_results(out: Path, stem: str, result: Mapping[str, Any], text: str) -> None:
+    """OUT/STEM.json and its page."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{stem}.json", result)
+    with atomic_path(out / f"{stem}.md") as temporary:
+        write_text(temporary, text)
+
+
 def main(table: Table, doc: str | None) -> None:
     """The command of a table."""
     parser = Parser(doc)
@@ -328,8 +336,5 @@ def main(table: Table, doc: str | None) -> None:
         "seeds": list(settings.seeds),
     }
     result = result_of(table, settings, work, facts)
-    stem = f"{Path(table.script).stem}-{settings.name}"
-    args.out.mkdir(parents=True, exist_ok=True)
-    write_json(args.out / f"{stem}.json", result)
-    (args.out / f"{stem}.md").write_text(markdown(table, result))
+    write_results(args.out, f"{Path(table.script).stem}-{settings.name}", result, markdown(table, result))
     print(json.dumps({"rows": result["rows"], "claims": result["claims"]}))

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 from scipy.stats import t as student_t
 
-HIGHER = {"psnr", "ssim"}  # of these more is better, of all others less
+HIGHER = {"psnr", "ssim", "saved"}  # of these more is better, of all others less
 
 
 def paired(ours: Sequence[float | None], others: Sequence[float | None]) -> dict[str, float] | None:

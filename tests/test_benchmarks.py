@@ -88,7 +88,9 @@ def test_the_gpu_check_as_it_is_started():
     outcome = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     states = {row["part"]: row["state"] for row in json.loads(outcome.stdout.splitlines()[-1])["parts"]["overview"]}
     assert outcome.returncode == 0, outcome.stdout
-    assert states.pop("gaussians") == "skipped" and set(states.values()) == {"done"} and len(states) == 9
+    check = import_module("gpu_check")
+    assert states.keys() == {*check.PARTS, *check.BESIDE}
+    assert states.pop("gaussians") == "skipped" and set(states.values()) == {"done"}
 
 
 @pytest.mark.parametrize(
@@ -99,3 +101,40 @@ def test_pages_say_what_was_measured(name, script):
     results = REPOSITORY / "benchmarks" / "results" / name
     page = import_module(script or name).note(json.loads(results.with_suffix(".json").read_text()))
     assert page == results.with_suffix(".md").read_text()
+
+
+def test_a_row_of_speed_is_medians_and_ratios_of_the_same_clip():
+    speed = import_module("speed")
+    few = [{"encode": 0.1, "sample": sample, "decode": 0.1} for sample in (0.3, 0.8, 0.2)]
+    row = speed.row_of("student, 4 steps", 4, few, [10.0, 10.0, 10.0], 8)
+    assert (row["sample_s"], row["clip_s"], row["frames_per_s"]) == (0.3, 0.5, 16.0)
+    assert row["teacher_over_this"] == 20.0 and row["share_of_sampling"] == 0.6
+    found = [speed.claim_of([10.0, 10.0], each)["found here"] for each in ([0.5, 0.51], [2.0, 2.01], [0.5, 1.6])]
+    assert found == ["reproduced", "not reproduced", "undecided"]
+
+
+def test_speed_times_every_way_on_every_clip(shipped):
+    """One step each: as many times as clips that count, and parts that a clock took."""
+    from fvgen.clips.builtin import builtin_clips
+
+    speed = import_module("speed")
+    teacher, _ = speed.load(str(shipped), None, "cpu")
+    contestants = speed.contestants_of(teacher, None, [1])
+    contestants[speed.TEACHER] = speed.teacher_contestant(teacher, 1)
+    assert [each.nfe for each in contestants.values()] == [2, 1]
+    times = speed.measure_seconds(contestants, [builtin_clips("test", 1)[0]] * 3, teacher)
+    assert list(times) == ["teacher", "student, 1 step", "render"] and all(len(each) == 2 for each in times.values())
+    assert all(value > 0 for each in times.values() for parts in each for value in parts.values())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of resident memory is read from /proc")
+def test_a_guided_pass_needs_more_memory_than_a_plain_one():
+    """Both conditions go through the network at once."""
+    from fvgen.clips.builtin import builtin_clips
+
+    given = {"teacher": "tiny", "student": None, "device": "cpu"}
+    peaks = import_module("speed").measure_peaks(
+        ["teacher", "student, 1 step"], [1], given, builtin_clips("test", 1)[0]
+    )
+    assert peaks["teacher"] > peaks["student, 1 step"] > 0
