@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -28,13 +29,15 @@ from fvgen.walks.render import Cloud, Rendered, render_walk
 from fvgen.walks.run import load_walker
 
 
-def room(index: int, frames: int, size: tuple[int, int]) -> tuple[Tensor, Cloud, Walk]:
-    """True frames [F, 3, H, W], the cloud of the first view, the path."""
+def room(index: int, frames: int, size: tuple[int, int], given: Sequence[int] = (0,)) -> tuple[Tensor, Cloud, Walk]:
+    """True frames [F, 3, H, W], the cloud of those that are given, the path."""
     generator = scene_generator("test", DATA_SEED, index)
     scene = make_scene(generator, f"test-{index}")
     cameras = make_path(generator, scene, frames, *size)
     truth, depth = render_scene(clear_the_way(scene, cameras), cameras)
-    return truth, Cloud([0], truth[:1], cameras[[0]], depth[:1], "depth", 0.0), Walk(cameras, {0: 0})
+    views = list(given)
+    cloud = Cloud(views, truth[views], cameras[views], depth[views], "depth", 0.0)
+    return truth, cloud, Walk(cameras, {view: view for view in views})
 
 
 def one(

@@ -8,7 +8,14 @@ import sys
 from importlib import import_module
 
 import pytest
+import torch
 from conftest import REPOSITORY
+from scene_files import write_colmap
+
+from fvgen.errors import UserError
+from fvgen.scenes.formats import read_scene
+from fvgen.scenes.images import fit_image
+from fvgen.shards.encoders import RenderNeeds
 
 
 @pytest.fixture(autouse=True)
@@ -138,3 +145,28 @@ def test_a_guided_pass_needs_more_memory_than_a_plain_one():
         ["teacher", "student, 1 step"], [1], given, builtin_clips("test", 1)[0]
     )
     assert peaks["teacher"] > peaks["student, 1 step"] > 0
+
+
+def test_table_1_of_a_scene_with_a_split(tmp_path):
+    """Views that are given are the photographs and are not scored; the others are the scene's own, in order."""
+    table = import_module("table1_novel_view")
+    write_colmap(tmp_path / "room")
+    needs = RenderNeeds(4, 48, 64, 0.03, False)
+    split = {"room": {"context": [0, 2], "target": [1]}}
+    case = table.of_scene(tmp_path / "room", split, 2, 4, needs, "auto")
+    scene = read_scene(tmp_path / "room")
+    assert case.rendered.known.tolist() == [True, False, True]
+    for view in range(3):
+        assert torch.equal(case.truth[view], fit_image(scene.image(view), 48, 64))
+    faded = table.cross_fade(case)
+    torch.testing.assert_close(faded[1], (case.truth[0] + case.truth[2]) / 2)
+    assert torch.equal(faded[::2], case.truth[::2])
+    plain = table.of_scene(tmp_path / "room", None, 2, 3, needs, "auto")
+    assert plain.rendered.known.tolist() == [True, False, True]
+    for wrong, words in (
+        ({}, "no lists"),
+        ({"room": {"context": [0, 99], "target": [1]}}, "of views 0 to"),
+        ({"room": {"context": [0], "target": [1]}}, "gives 1 views of room"),
+    ):
+        with pytest.raises(UserError, match=words):
+            table.of_scene(tmp_path / "room", wrong, 2, 4, needs, "auto")
