@@ -14,6 +14,10 @@ stage 2, and every loss and weight is fvgen.objectives'. The settings:
 - gan init:       the same after stage 1 (GAN initialisation, shared by all rows of a seed)
 - gan init + gan: stage 2 keeps the adversarial term beside it, as FVGen's Alg. 1 does
 - small student:  as scratch, with a student of width 8 that cannot draw eight separate modes
+- pairs init, pairs init + pairs: as the two before, by pairs (a relativistic head: a real and a student's point under
+                  one noise) instead of absolute logits
+- data forcing, small student + data forcing: as scratch and small student; the real score is drawn halfway to that of a
+                  real point under the same noise (`fvgen.distill.methods.data_forcing`)
 - oracle:         as scratch; fake score and ratio are not learned but computed from 256 fresh student
                   samples, and DMD2's per-sample normalisation is left out: the divergence's own gradient, as
                   near as one gets
@@ -29,7 +33,7 @@ of a setting advance together, as one batch of networks. Measured on 20,000 samp
   itself)
 
 Writes OUT/NAME.json (every run), .png, and the tables of .md (the text above its marker is left alone). The last
-output line is JSON. About seven minutes of one core with the defaults.
+output line is JSON. About twelve minutes of one core with the defaults.
 """
 
 import argparse
@@ -78,13 +82,19 @@ class Setting:
     gan_weight: float = 0.0
     width: int = 48
     oracle: bool = False
+    kind: str = "non_saturating"
+    data_weight: float = 0.0
 
 
 SETTINGS = {
     "scratch": Setting(),
     "gan init": Setting(gan_init=True),
     "gan init + gan": Setting(gan_init=True, gan_weight=0.1),
+    "pairs init": Setting(gan_init=True, kind="relativistic"),
+    "pairs init + pairs": Setting(gan_init=True, gan_weight=0.1, kind="relativistic"),
+    "data forcing": Setting(data_weight=0.5),
     "small student": Setting(width=8),
+    "small student + data forcing": Setting(width=8, data_weight=0.5),
     "oracle": Setting(oracle=True),
 }
 
@@ -179,21 +189,25 @@ class Distillation:
 
     def update(self, stage: int, rate: float, only_critics: bool = False) -> None:
         """The student's step, then the critics' on the same samples under other noise."""
-        trial, t = self.trial, self.trial.timesteps()
+        trial, t, kind = self.trial, self.trial.timesteps(), self.setting.kind
         x0 = self.student(trial.normal())
         if not only_critics:
-            x_t = noised(x0, t, trial.normal())
+            noise = trial.normal()
+            x_t = noised(x0, t, noise)
+            paired = kind == "relativistic" or self.setting.data_weight
+            real_t = noised(trial.real(), t, noise) if paired else None
             loss = torch.zeros(trial.runs * BATCH)
             if factor := 1.0 if stage == 1 else self.setting.gan_weight:
-                loss = loss + factor * generator_loss(self.logits(x_t, t))
+                real = self.logits(real_t, t) if kind == "relativistic" else None
+                loss = loss + factor * generator_loss(self.logits(x_t, t), real, kind)
             if stage == 2:
-                loss = loss + dmd_loss(x0.flatten(0, 1), self.gradient(x0, x_t, t))
+                loss = loss + dmd_loss(x0.flatten(0, 1), self.gradient(x0, x_t, t, real_t))
             self.descend(self.student, loss, rate)
         if self.setting.oracle:
             return
         x0, t, noise = x0.detach(), trial.timesteps(), trial.normal()
         x_t, real_t = noised(x0, t, noise), noised(trial.real(), t, noise)
-        self.descend(self.discriminator, discriminator_loss(self.logits(real_t, t), self.logits(x_t, t)), rate)
+        self.descend(self.discriminator, discriminator_loss(self.logits(real_t, t), self.logits(x_t, t), kind), rate)
         if stage == 2:
             error_in_v = 1 / (1 - alpha_bar(t)).flatten()
             estimate = self.x0_fake(x_t, t).flatten(0, 1)
@@ -208,10 +222,14 @@ class Distillation:
         return alpha_bar(t).sqrt() * x_t - (1 - alpha_bar(t)).sqrt() * self.fake(seen(x_t, t))
 
     @torch.no_grad()
-    def gradient(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The DMD gradient on x0 under each run's divergence, [R*B,2]."""
+    def gradient(self, x0: Tensor, x_t: Tensor, t: Tensor, real_t: Tensor | None = None) -> Tensor:
+        """The DMD gradient on x0 under each run's divergence, [R*B,2]; ``real_t`` is real points' x_t under the same
+        noise, which data forcing needs."""
         trial = self.trial
-        x0_real, log_p = mixture(x_t, t, CENTRES.expand(trial.runs, -1, -1), trial.shares[trial.spread], STD)
+        target = (CENTRES.expand(trial.runs, -1, -1), trial.shares[trial.spread], STD)
+        x0_real, log_p = mixture(x_t, t, *target)
+        if self.setting.data_weight:
+            x0_real = torch.lerp(x0_real, mixture(real_t, t, *target)[0], self.setting.data_weight)
         if self.setting.oracle:  # the student's law: its fresh samples, each blurred by half a mode's width
             samples = self.student(trial.normal(REFERENCE))
             equal = torch.full(samples.shape[:2], 1 / REFERENCE)
@@ -317,6 +335,15 @@ def tables(results: dict[str, Values], rows: list[str]) -> str:
             for k, target in enumerate(TARGETS)
         }
         text += table("Softened minus reverse KL: mean [95 % interval] over seeds", "setting", softened)
+    if "reverse_kl" in rows and "scratch" in results and len(results) > 1:
+        k = rows.index("reverse_kl")
+        ways = {
+            f"{setting}, {target}": [interval(v[metric][j, k] - results["scratch"][metric][j, k]) for metric in METRICS]
+            for setting, v in results.items()
+            if setting != "scratch"
+            for j, target in enumerate(TARGETS)
+        }
+        text += table("Reverse KL: setting minus scratch, mean [95 % interval] over seeds", "setting", ways)
     if "reverse_kl" in rows:
         pooled = {
             name: [against_reverse_kl([v[metric] for v in results.values()], name) for metric in METRICS]
