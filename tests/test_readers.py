@@ -399,6 +399,7 @@ def test_video_without_a_decoder(tmp_path, monkeypatch):
 
 
 def test_fuzzed_videos(tmp_path):
+    pytest.importorskip("av", "18.1", reason="the FFmpeg in PyAV before 18.1 ends the process on damaged videos")
     write_video(tmp_path / "a.mp4", 6)
     whole = (tmp_path / "a.mp4").read_bytes()
     rng = random.Random(5)
