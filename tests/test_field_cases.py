@@ -438,7 +438,7 @@ def test_checkpoints_whatever_wrapped_them(tmp_path, key, prefix):
 
 def test_the_floor_of_av_gives_right_colours():
     project = (Path(__file__).parents[1] / "pyproject.toml").read_text()
-    floors = re.findall(r'"av>=([\d.]+)"', project)
+    floors = re.findall(r'"av>=([\d.]+)', project)
     assert floors and all(float(floor) >= 17 for floor in floors)  # 15 and 16 take BT.601's matrix for every film
 
 
