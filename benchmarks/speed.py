@@ -6,7 +6,7 @@
 What is measured: drawing the points, encoding the render, sampling, decoding, for the teacher as published (all its
 steps, guided) and for a student in each of --steps: the one given, else the teacher's own network sampled as a student
 is, for weights do not change what a pass costs. All run on one clip after the other in turn, after one that does not
-count; medians over clips, and ratios of the same clip's times. The points are those of two views of a built-in room at
+count; medians over clips, and ratios of the same clip's times. The points are those of one view of a built-in room at
 the clip's size. peak_mb: what a process grows by from the loaded models to the peak of sampling and decoding, each way
 in a process of its own (on a GPU: what torch allocates). Why: "more than 90 % faster" is the paper's claim (its section
 5.2, which does not name the machine). --config gives teacher, data and steps where they are not given. Writes NAME.json

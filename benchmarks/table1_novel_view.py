@@ -265,6 +265,8 @@ def main() -> None:
         existing(path)
     if min(args.given) < 2:
         raise UserError("--given 1 leaves nothing between photographs; give 2 or more")
+    if args.first < 0:
+        raise UserError(f"--first {args.first} is below 0; give the number of a room")
     check_device(args.device)
     size = numbers(args.size, "x", "size", "320x512") if args.size else None
     teacher = load_pipeline(args.teacher, TeacherPipeline)

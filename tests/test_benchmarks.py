@@ -101,7 +101,14 @@ def test_the_gpu_check_as_it_is_started():
 
 
 @pytest.mark.parametrize(
-    ("name", "script"), [("prepare", ""), ("points", ""), ("consistency", ""), ("speed-tiny", "speed")]
+    ("name", "script"),
+    [
+        ("prepare", ""),
+        ("points", ""),
+        ("consistency", ""),
+        ("speed-tiny", "speed"),
+        ("table1_novel_view-tiny", "table1_novel_view"),
+    ],
 )
 def test_pages_say_what_was_measured(name, script):
     """Nobody has edited one without the other, and the pages of past runs can still be written."""

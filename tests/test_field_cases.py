@@ -30,6 +30,7 @@ from scene_files import (
 from fvgen.geometry.conventions import from_opengl
 from fvgen.geometry.trajectories import read_path
 from fvgen.scenes.formats import read_scene, scene_format
+from fvgen.scenes.scene import mask_beside
 
 # --- a. Data left aside ---
 
@@ -119,6 +120,8 @@ def test_masks_of_other_names_are_said(tmp_path):
     hide_left(tmp_path / "masks" / "other.png")
     scene = read_scene(tmp_path)
     assert not scene.masks and "has the name of a photograph" in scene.notes[0]
+    for name in (".", "..", "/", "", "no-ending"):  # whatever a damaged images.txt says is answered, here by nothing
+        assert mask_beside(tmp_path, name) is None
 
 
 @pytest.mark.parametrize(("place", "factor"), [("masks", 2), ("masks_2", 1)])

@@ -187,7 +187,7 @@ def local(folder: Path, name: str) -> Path:
 
 def mask_beside(folder: Path, name: str) -> Path | None:
     """The mask of the photograph ``name`` in ``folder``/masks: NAME.png as COLMAP has it (1.jpg.png), or STEM.png."""
-    names = (f"{name}.png", str(Path(name).with_suffix(".png")))
+    names = (f"{name}.png", f"{os.path.splitext(name)[0]}.png")
     return next((path for path in (local(folder / "masks", one) for one in names) if path.is_file()), None)
 
 

@@ -313,8 +313,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str,
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
-        # safetensors writes under a name of its own (.tmpXXXXXX) beside the one that it is given: in a folder of ours
-        # whatever a kill leaves of that is known by the folder's name.
+        # safetensors writes under a random name of its own beside the one that it is given: in a folder of ours, what a
+        # kill leaves of that is known by the folder's name.
         inner = temporary.with_name(temporary.name + "-0")
         try:
             inner.mkdir()
