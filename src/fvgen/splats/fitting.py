@@ -33,7 +33,7 @@ class FitSettings:
     most: int = 4000  # Gaussians
     growth: float = 0.05  # more of them, as a share, at every move
     ssim_weight: float = 0.2  # the rest is the absolute error
-    generated_weight: float = 0.3  # of a generated view beside a photograph's 1
+    generated_weight: float = 0.1  # of a generated view beside a photograph's 1
     means_lr: float = 0.05
     scales_lr: float = 0.01
     rotations_lr: float = 0.005
