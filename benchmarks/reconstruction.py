@@ -151,7 +151,7 @@ def main() -> None:
     words = {key: value if not isinstance(value, Path) else str(value) for key, value in vars(args).items()}
     result = {
         "settings": words,
-        "psnr": {kind: statistics.mean(each) for kind, each in mean.items() if each},
+        "psnr": mean,
         "gains": gains,
         "left_out": left_out,
         "rows": rows,
