@@ -2,7 +2,7 @@
 
 import logging
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 # accelerate imports an installed DeepSpeed as soon as a model is saved; without a GPU that writes a warning to stdout,
 # in the middle of what a command prints.

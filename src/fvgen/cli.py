@@ -343,6 +343,28 @@ def _export(run: Path, out: Path, iteration: int | None) -> None:
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead; docs/doctor.md.")] = False,
+) -> None:
+    """What works on this machine, what is missing for what, and the command for each cure; exit code 1 if the core
+    fails."""
+    guarded(partial(_doctor, as_json))
+
+
+def _doctor(as_json: bool) -> None:
+    from fvgen.doctor.report import examine, print_report
+
+    with Console(stderr=True).status("") as status:
+        report = examine(told=lambda words: status.update(f"{words} ..."))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_report(report, Console())
+    if not report["ok"]:
+        sys.exit(1)
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Option(help="YAML file of settings, as for the recipes.")],
     gpus: Annotated[int, typer.Option(min=1, max=MOST, help="Processes, one GPU each.")] = 8,
