@@ -32,7 +32,7 @@ test-all: $(READY)
 DEVICE ?= cuda
 SIZE ?= full
 gpu-check:
-	PYTHONPATH=src:$$PYTHONPATH $(or $(wildcard $(VENV)/bin/python),$(PYTHON)) benchmarks/gpu_check.py --device $(DEVICE) --size $(SIZE)
+	PYTHONPATH=src:$$PYTHONPATH $(or $(wildcard $(VENV)/bin/python),$(PYTHON)) benchmarks/gpu_check.py --device $(DEVICE) --preset $(SIZE)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .
