@@ -3,17 +3,28 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: env demo test test-all gpu-check lint clean
+.PHONY: env env-train demo test test-all gpu-check lint clean
 
 env: $(READY)
 
+# For a machine that trains: all that a run needs, nothing that only tests do.
+env-train: $(VENV)/.ready-train
+
 # uv installs several times faster than pip; it comes from the same package index.
-$(READY): pyproject.toml constraints.txt
+define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fvgen needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev]'
-	touch $(READY)
+	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --constraint constraints.txt --editable '.[$(1)]'
+	touch $@
+endef
+
+$(READY): pyproject.toml constraints.txt
+	$(call install,dev)
+
+comma := ,
+$(VENV)/.ready-train: pyproject.toml constraints.txt
+	$(call install,train$(comma)photos$(comma)eval)
 
 demo: $(READY)
 	$(VENV)/bin/fvgen demo --out runs/demo
