@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: env env-train demo test test-all gpu-check lint clean
+.PHONY: env env-train demo test test-all packages gpu-check lint clean
 
 env: $(READY)
 
@@ -37,6 +37,10 @@ test: $(READY)
 
 test-all: $(READY)
 	$(TEST)
+
+# Wheel and sdist, built, looked into, installed and used in a folder of their own.
+packages: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_packages.py
 
 # All that wants to be known of a GPU, in nine minutes at most: benchmarks/results/gpu. Installs nothing: it takes the
 # environment that is there, or PYTHON. `make gpu-check DEVICE=cpu SIZE=tiny` rehearses it.
