@@ -19,12 +19,12 @@ DIVERGENCES["triangular"] = Divergence(
 )
 
 # The two halves of the row belong together: differentiate f twice and compare.
-log_r = torch.linspace(-6, 6, 25, dtype=torch.float64)
+log_r = torch.linspace(-6, 6, 601, dtype=torch.float64)
 r = log_r.exp().requires_grad_()
 (first,) = torch.autograd.grad(DIVERGENCES["triangular"].f(r).sum(), r, create_graph=True)
 (second,) = torch.autograd.grad(first.sum(), r)
 torch.testing.assert_close(weight("triangular", log_r), (r**2 * second).detach())
-print(f"h is largest at r = {r[weight('triangular', log_r).argmax()].item():.2f}")
+print(f"h is largest at r = {r[weight('triangular', log_r).argmax()].item():.1f}")
 
 # From here on it is a setting like any other. (Stage 2 alone, without the initialisation that the paper gives it.)
 settings = {"teacher": "tiny", "data": "builtin", "clips": 4, "batch_size": 2, "iterations": 2, "critic_updates": 1}

@@ -5,7 +5,6 @@ The lists and floors are pyproject.toml's, as the installed package's metadata h
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -18,6 +17,7 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import InvalidVersion
 
+from fvgen.system.doors import parse_json
 from fvgen.system.packages import install
 
 PURPOSES = {  # extras of pyproject.toml, "" for what is always needed
@@ -101,7 +101,7 @@ def _ask(modules: list[str]) -> tuple[dict[str, dict], str]:
         out, reason = done.stdout, f"its import ends Python (exit code {done.returncode})"
     except subprocess.TimeoutExpired as expired:
         out, reason = expired.stdout or b"", f"its import does not end within {SECONDS} seconds"
-    rows = [json.loads(line) for line in out.decode().splitlines() if line.endswith("}")]
+    rows = [parse_json(line, "probe.py") for line in out.decode().splitlines() if line.endswith("}")]
     return {row["module"]: row for row in rows}, reason
 
 
