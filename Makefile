@@ -3,17 +3,28 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: env demo test test-all gpu-check lint clean
+.PHONY: env env-train demo test test-all packages gpu-check lint clean
 
 env: $(READY)
 
+# For a machine that trains: all that a run needs, nothing that only tests do.
+env-train: $(VENV)/.ready-train
+
 # uv installs several times faster than pip; it comes from the same package index.
-$(READY): pyproject.toml constraints.txt
+define install
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fvgen needs Python 3.10 or newer: make PYTHON=python3.12 ...")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check uv
-	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev]'
-	touch $(READY)
+	$(VENV)/bin/uv pip install --python $(VENV)/bin/python --constraint constraints.txt --editable '.[$(1)]'
+	touch $@
+endef
+
+$(READY): pyproject.toml constraints.txt
+	$(call install,dev)
+
+comma := ,
+$(VENV)/.ready-train: pyproject.toml constraints.txt
+	$(call install,train$(comma)photos$(comma)eval)
 
 demo: $(READY)
 	$(VENV)/bin/fvgen demo --out runs/demo
@@ -27,12 +38,16 @@ test: $(READY)
 test-all: $(READY)
 	$(TEST)
 
+# Wheel and sdist, built, looked into, installed and used in a folder of their own.
+packages: $(READY)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_packages.py
+
 # All that wants to be known of a GPU, in nine minutes at most: benchmarks/results/gpu. Installs nothing: it takes the
 # environment that is there, or PYTHON. `make gpu-check DEVICE=cpu SIZE=tiny` rehearses it.
 DEVICE ?= cuda
 SIZE ?= full
 gpu-check:
-	PYTHONPATH=src:$$PYTHONPATH $(or $(wildcard $(VENV)/bin/python),$(PYTHON)) benchmarks/gpu_check.py --device $(DEVICE) --size $(SIZE)
+	PYTHONPATH=src:$$PYTHONPATH $(or $(wildcard $(VENV)/bin/python),$(PYTHON)) benchmarks/gpu_check.py --device $(DEVICE) --preset $(SIZE)
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -1,6 +1,6 @@
 """All that wants to be known of a GPU, in one go of at most nine minutes; started by `make gpu-check`.
 
-    python benchmarks/gpu_check.py [--device cuda] [--size full|tiny] [--parts NAME ...] [--minutes 9] [--out DIR]
+    python benchmarks/gpu_check.py [--device cuda] [--preset full|tiny] [--parts NAME ...] [--minutes 9] [--out DIR]
     make gpu-check DEVICE=cpu SIZE=tiny      # the rehearsal: everything but the numbers
 
 What is measured is what `PARTS` says, each part in a process of its own with a time limit of its own. Its rows go to
@@ -338,7 +338,7 @@ class Child:
         self.limit = {**PARTS, **BESIDE}[name].limit * (1 if size == "full" else PATIENCE)
         self.file.unlink(missing_ok=True)
         self.log = out / f"{name}.log"
-        command = [sys.executable, __file__, "--part", name, "--device", device, "--size", size, "--out", str(out)]
+        command = [sys.executable, __file__, "--part", name, "--device", device, "--preset", size, "--out", str(out)]
         paths = [str(REPOSITORY / "src"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
         if device == "cpu":
@@ -466,21 +466,21 @@ def tell(name: str, ended: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, {"--size": "--preset full|tiny"})
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--size", choices=sorted(CLIPS), default="full")
+    parser.add_argument("--preset", choices=sorted(CLIPS), default="full")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS), metavar="NAME")
     parser.add_argument("--minutes", type=positive, default=9, help="for all parts together")
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--part", choices=[*PARTS, *BESIDE], help="this one, in this process")
     args = parser.parse_args()
     rehearsal = REPOSITORY / "runs" / "gpu-check"
-    real = args.size == "full" and args.device.startswith("cuda")
+    real = args.preset == "full" and args.device.startswith("cuda")
     out = args.out or (REPOSITORY / "benchmarks" / "results" / "gpu" if real else rehearsal)
     if args.part:
-        run_part(args.part, Report(out / f"{args.part}.json", args.device, args.size))
+        run_part(args.part, Report(out / f"{args.part}.json", args.device, args.preset))
         return
-    found = check(args.device, args.size, args.parts, args.minutes, out)
+    found = check(args.device, args.preset, args.parts, args.minutes, out)
     print(json.dumps(found))
     if any(row["state"] not in ("done", "skipped") for row in found["parts"]["overview"]):
         sys.exit(1)

@@ -1,14 +1,14 @@
 """Does generating views help the 3D scene that is fitted to them?
 
     python benchmarks/reconstruction.py [--scenes builtin:0 builtin:1 PATH ...] [--model tiny] [--steps 4] [--given 5]
-        [--seeds 0 1 2] [--weight 0.1] [--iterations 500] [--points auto] [--out FILE]
+        [--seeds 0 1 2] [--generated-weight 0.1] [--iterations 500] [--points auto] [--out FILE]
 
 What is measured: photographs given nowhere (all but --given; as `fvgen generate --holdout` keeps them), shown by 3D
 Gaussians fitted to (given) the given photographs alone, (generated) those and what the model made on the walk through
 them, (render) those and the point renders that the model was given. All three start at the same points, with the same
 settings. Why: a video that looks well may still spoil the scene ("the video is made all right but the splat is bad").
 A built-in scene is a room with exact depth and nine photographs. Rows: a scene and a seed; gains are paired by scene,
-means over its seeds. --weight is that of every view that is no photograph. The last line is JSON.
+means over its seeds. --generated-weight is that of every view that is no photograph. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def measure(scene: Path, args: Any, seed: int, pipeline: Any) -> dict[str, dict[
     points, colors = unproject(plan.cloud.depth, plan.cloud.photographs, plan.cloud.cameras)
     generator = torch.Generator().manual_seed(seed)
     chosen = torch.randperm(len(points), generator=generator)[:MOST_POINTS]
-    settings = FitSettings(iterations=args.iterations, generated_weight=args.weight)
+    settings = FitSettings(iterations=args.iterations, generated_weight=args.generated_weight)
     start = seeds(points[chosen].float(), colors[chosen].float(), settings.most, generator)
     found: dict[str, dict[str, Any]] = {}
     extras = (None, video[novel], plan.rendered.frames[novel])
@@ -115,13 +115,13 @@ def by_scene(rows: list[dict[str, Any]], kind: str, metric: str) -> list[float]:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, {"--weight": "--generated-weight"})
     parser.add_argument("--scenes", nargs="+", default=["builtin:0", "builtin:1"], help="builtin:N, or posed scenes")
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--steps", type=positive, default=4)
     parser.add_argument("--given", type=positive, default=5, help="photographs; the others are held out")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--weight", type=float, default=FitSettings.generated_weight)
+    parser.add_argument("--generated-weight", type=float, default=FitSettings.generated_weight)
     parser.add_argument("--iterations", type=positive, default=500)
     parser.add_argument("--points", default="auto")
     parser.add_argument("--out", type=Path)

@@ -1,12 +1,12 @@
 """What `share_backbone` costs in quality: the demo's stages with whole networks and with LoRA roles, on unseen clips.
 
-    python benchmarks/sharing.py [--runs runs/sharing] [--seeds 0 1 2] [--ways "LoRA both"] [--name sharing]
+    python benchmarks/sharing.py [--work runs/sharing] [--seeds 0 1 2] [--ways "LoRA both"] [--name sharing]
 
 What is measured: the tiny preset's two stages, stage 2 once with three whole networks, once with the fake score as a
 LoRA adapter on the frozen teacher, once with the student as another one (then in stage 1, too); PSNR, SSIM, LPIPS and
 the feature distance of the demo's test clips, and how many numbers learn. An adapter starts at zero and moves more
 slowly than whole weights, so its learning rate is tried at 1 and ``--scale`` times the preset's. Why: sharing makes
-large models fit, and nobody says what it takes away. Finished stages in ``--runs`` are not trained again. Writes
+large models fit, and nobody says what it takes away. Finished stages in ``--work`` are not trained again. Writes
 results/NAME.json and NAME.md; the last line of the output is JSON.
 """
 
@@ -98,8 +98,8 @@ def chosen(names: Sequence[str]) -> Sequence[str]:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--runs", type=Path, default=Path("runs/sharing"))
+    parser = Parser(__doc__, {"--runs": "--work"})
+    parser.add_argument("--work", type=Path, default=Path("runs/sharing"), help="where runs are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ways", nargs="+", default=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)}")
     parser.add_argument("--scale", type=float, default=5.0, help="of the learning rates of faster adapters")
@@ -110,7 +110,7 @@ def main() -> None:
     rows: dict[str, dict[str, dict[str, Any]]] = json.loads(file.read_text())["rows"] if file.exists() else {}
     for seed in args.seeds:
         for way in chosen(args.ways):
-            row = measure(way, args.runs, seed, args.scale)
+            row = measure(way, args.work, seed, args.scale)
             print(f"{way:26s} seed {seed}: {row}", flush=True)
             rows.setdefault(way, {})[str(seed)] = row
             result = {"scale": args.scale, "rows": {name: rows[name] for name in WAYS if name in rows}}

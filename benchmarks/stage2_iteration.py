@@ -4,7 +4,7 @@
     deepspeed --num_gpus 1 benchmarks/stage2_iteration.py --device cuda --deepspeed recipes/deepspeed/zero2.json \\
         share_backbone=true student_lora=true --out benchmarks/results/stage2_iteration.json
 
-What is measured, on random clips of 16 frames at 320x512 (--frames, --height, --width): iterations of `fvgen.distill`'s
+What is measured, on random clips of 16 frames at 320x512 (--frames, --size): iterations of `fvgen.distill`'s
 own updates and engines, one critic update each, bfloat16 with activation checkpointing, guidance 7.5, unless key=value
 settings say otherwise; the median of --iterations after two for warming up; and what `fvgen plan` predicts of the
 memory (without the 1.5 GB that a GPU keeps for itself). Utilisation is the model's work (without what checkpointing
@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from full_size import cheap_weights
 
+from fvgen.cli import numbers
 from fvgen.clips.latents import LatentBatch
 from fvgen.distill.config import changed, parse_overrides, stage_config
 from fvgen.distill.draws import Draws
@@ -131,13 +132,12 @@ def iterate(method: Method, batch: LatentBatch, number: int) -> None:
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(__doc__, dict.fromkeys(("--height", "--width"), "--size HEIGHTxWIDTH"))
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--deepspeed", default="", help="JSON file of DeepSpeed settings; none is the plain engine")
     parser.add_argument("--local_rank", type=int, default=0, help="the deepspeed launcher's own; RANK counts")
     parser.add_argument("--frames", type=positive, default=16)
-    parser.add_argument("--height", type=positive, default=320)
-    parser.add_argument("--width", type=positive, default=512)
+    parser.add_argument("--size", default="320x512", help="HEIGHTxWIDTH")
     parser.add_argument("--channels", type=positive, default=320, help="of the UNet's first level")
     parser.add_argument("--iterations", type=positive, default=5)
     parser.add_argument("--tflops", type=float, default=989.0, help="the GPU's peak; an H100's dense bfloat16")
@@ -150,13 +150,13 @@ def main() -> None:
     blueprint = blueprint_of(args.channels)
     check_device(config.run.device)
     world = join_world(config)
-    size = Size(clips_at_a_time(config, world.size), args.frames, args.height, args.width)
+    size = Size(clips_at_a_time(config, world.size), args.frames, *numbers(args.size, "x", "size", "320x512"))
     row = measure(config, world, blueprint, size, args.iterations)
     if not world.is_main:
         return
     row |= predict(config, world, blueprint, size)
     row["utilisation"] = round(row["tflop"] / row["seconds"] / args.tflops, 4)
-    row |= {"frames": args.frames, "height": args.height, "width": args.width, "channels": args.channels}
+    row |= {"frames": args.frames, "height": size.height, "width": size.width, "channels": args.channels}
     row["settings"] = {key: value for key, value in config.words().items() if key in COMMON | given}
     if args.out:
         write_json(args.out, row)

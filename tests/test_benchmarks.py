@@ -42,7 +42,7 @@ def test_full_size_runs_at_tiny_size(tmp_path, monkeypatch, capsys):
 
 def gpu_check(out, monkeypatch, *words: str) -> int:
     """Its exit code, rehearsed on the CPU."""
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--size", "tiny", "--out", str(out), *words])
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "cpu", "--preset", "tiny", "--out", str(out), *words])
     try:
         import_module("gpu_check").main()
     except SystemExit as end:

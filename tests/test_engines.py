@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -27,6 +28,7 @@ from fvgen.distill.zero_settings import zero_settings
 from fvgen.errors import UserError
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
 from fvgen.pipelines.folders import load_pipeline
+from fvgen.system.packages import install
 from fvgen.system.processes import ALONE, World
 
 
@@ -353,7 +355,7 @@ def test_settings_of_deepspeed_are_completed(stage, tmp_path):
 
 @pytest.mark.parametrize("wrong", [{"ofload_optimizer": {}}, {"reduce_bucket_size": "big"}, {"reduce_bucket_size": -1}])
 def test_names_and_values_that_deepspeed_refuses(stage, tmp_path, monkeypatch, wrong):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install 'fvgen[train]'")
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install -e '.[train]'")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     file = tmp_path / "zero.json"
     file.write_text(json.dumps({"zero_optimization": {"stage": 2} | wrong}))
@@ -371,7 +373,7 @@ def test_deepspeed_that_is_not_installed(stage, tmp_path, monkeypatch):
     file = tmp_path / "zero.json"
     file.write_text(json.dumps(ZERO))
     monkeypatch.setitem(sys.modules, "deepspeed", None)
-    with pytest.raises(UserError, match=r"needs the package deepspeed .* pip install 'fvgen\[train\]'"):
+    with pytest.raises(UserError, match=rf"needs the package deepspeed .* `{re.escape(install('train'))}`"):
         join_world(stage(deepspeed=str(file)))
 
 

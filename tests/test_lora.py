@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ from fvgen.models.viewcrafter.family import LORA_TARGETS
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
 from fvgen.models.viewcrafter.unet import ViewCrafterUNet
 from fvgen.pipelines.folders import load_pipeline
+from fvgen.system.packages import install
 
 pytest.importorskip("peft")
 from fvgen.models.lora import Role, SharedBackbone, merged_weights
@@ -147,7 +149,7 @@ def test_an_adapters_masters_go_on_where_the_earlier_stage_ended(stage):
 def test_peft_that_is_not_installed(monkeypatch):
     unet = small_teacher().unet
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(UserError, match=r"needs the package peft .* pip install 'fvgen\[train\]'"):
+    with pytest.raises(UserError, match=rf"needs the package peft .* `{re.escape(install('train'))}`"):
         SharedBackbone(unet, ["student"], 2, LORA_TARGETS)
 
 

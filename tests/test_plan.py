@@ -218,7 +218,7 @@ def test_the_published_model_needs_no_weights():
     assert condition["text_tokens"].shape == (1, 77, 1024) and condition["image_tokens"].shape == (1, 256, 1024)
     _, blueprint = teacher_blueprint("tiny")
     assert blueprint.example(Size(2, 8, 48, 64))[0].shape == (2, 4, 8, 12, 16) and blueprint.guidance == 7.5
-    assert clip_size("builtin", None, None, None)[1:] == (48, 64) and clip_size("builtin", 9, 16, 24) == (9, 16, 24)
+    assert clip_size("builtin", None, None)[1:] == (48, 64) and clip_size("builtin", 9, (16, 24)) == (9, 16, 24)
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def test_the_table_has_a_line_for_each_choice_in_80_columns():
     ("words", "sentence"),
     [
         (["--gpus", "3"], "does not divide among 3 GPUs; give a multiple of 3"),
-        (["--gpus", "2", "--height", "20"], "frames of 20x24 do not fit this model; use multiples of 8"),
+        (["--gpus", "2", "--size", "20x24"], "frames of 20x24 do not fit this model; use multiples of 8"),
         (["--gpus", "2", "--stage", "x"], "there are gan and dmd"),
         (["--gpus", "2", "teacher=nowhere"], "nowhere is no model folder"),
         (["--gpus", "2", "batch=3"], "unknown setting 'batch'"),

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, look_at, pinhole
-from fvgen.geometry.pointcloud import RENDERERS, _backend, _pytorch3d_has_cuda, render_points, unproject
+from fvgen.geometry.pointcloud import RENDERERS, _backend, pytorch3d_has_cuda, render_points, unproject
 
 HEIGHT, WIDTH = 12, 16
 RADIUS = 0.4  # 2.4 pixels: the short side of 12 pixels spans 2
@@ -346,7 +346,7 @@ def test_both_backends_draw_the_same_bits_of_any_cloud(seed, count, size, radius
 
 @pytest.mark.usefixtures("pytorch3d")
 def test_pytorch3d_compiled_without_cuda_is_one_sentence_on_a_gpu():
-    if _pytorch3d_has_cuda():
+    if pytorch3d_has_cuda():
         pytest.skip("PyTorch3D was compiled with CUDA here")
     with FakeTensorMode(), pytest.raises(UserError, match="compiled without CUDA here"):
         points = torch.ones(5, 3, device="cuda")

@@ -35,6 +35,7 @@ from fvgen.scenes.formats import read_scene
 from fvgen.scenes.images import distorted
 from fvgen.scenes.readers import photographs
 from fvgen.scenes.readers.photographs import extract_video, read_photographs
+from fvgen.system.packages import install
 
 
 def expect(call, *words: str) -> None:
@@ -324,7 +325,7 @@ def test_heic(tmp_path):
 def test_heic_without_its_plug_in(tmp_path, monkeypatch):
     (tmp_path / "a.HEIC").write_bytes(b"\x00\x00\x00\x18ftypheic" + bytes(50))
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
-    expect(lambda: read_photographs(tmp_path), "a.HEIC is HEIC", "pip install fvgen[photos]")
+    expect(lambda: read_photographs(tmp_path), "a.HEIC is HEIC", install("photos"))
 
 
 # --- Videos ---
@@ -395,7 +396,7 @@ def test_videos_that_cannot_be(tmp_path):
 def test_video_without_a_decoder(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").write_bytes(b"x")
     monkeypatch.setitem(sys.modules, "av", None)
-    expect(lambda: extract_video(tmp_path / "a.mp4", tmp_path / "out", 4), "needs PyAV", "pip install fvgen[photos]")
+    expect(lambda: extract_video(tmp_path / "a.mp4", tmp_path / "out", 4), "needs PyAV", install("photos"))
 
 
 def test_fuzzed_videos(tmp_path):

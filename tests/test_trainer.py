@@ -129,7 +129,9 @@ def test_both_stages_follow_each_other(stage, tmp_path):
         student == Path(dmd.run.out) / "student"
         and len(read_metrics(gan.run.out)) == len(read_metrics(dmd.run.out)) == 2
     )
-    untouched = {path: path.stat().st_mtime_ns for path in files_of(Path(gan.run.out)) if path.name != "config.yaml"}
+    kept = [path for path in files_of(Path(gan.run.out)) if path.name not in ("config.yaml", ".lock")]
+    # (filelock 4.1, the newest for Python 3.10, cuts the empty lock to nothing and so dates it anew.)
+    untouched = {path: path.stat().st_mtime_ns for path in kept}
     assert run(RunConfig(gan=gan, dmd=dmd)) == student  # done: nothing is trained or written again
     assert untouched == {path: path.stat().st_mtime_ns for path in untouched}
 

@@ -15,7 +15,7 @@ from fvgen.distill import read_metrics, run, stage_config
 from fvgen.pipelines.folders import load_pipeline
 from fvgen.pipelines.student import StudentPipeline
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install 'fvgen[train]'")
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install -e '.[train]'")
 
 
 def test_two_processes_train_both_stages_as_one_does(teacher_folder, clip_folder, tmp_path):

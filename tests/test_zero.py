@@ -22,7 +22,7 @@ from fvgen.distill import read_metrics, run, stage_config
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
 from fvgen.pipelines.folders import load_pipeline
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install 'fvgen[train]'")
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install -e '.[train]'")
 pytestmark = pytest.mark.slow
 REPOSITORY = Path(__file__).resolve().parents[1]
 ZERO = {stage: str(REPOSITORY / "recipes" / "deepspeed" / f"zero{stage}.json") for stage in (1, 2, 3)}

@@ -3,7 +3,7 @@
 import logging
 import os
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 # Threads that wait spin, unless told otherwise before torch is loaded: beside other work a fit on two cores then takes ten
 # times the processor seconds, for nothing.

@@ -12,13 +12,16 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fvgen import __version__
 from fvgen.clips.worlds import is_builtin
 from fvgen.errors import UserError, short
 from fvgen.pipelines.presets import model_folder
-from fvgen.system.command import guarded, interrupted, reopen_closed
+from fvgen.system.command import guarded, interrupted, renamed, reopen_closed
 from fvgen.system.doors import there
 
 MOST, MOST_FRAMES, MOST_SIDE = 1_000_000, 10_000, 65_536  # what is beyond would never end, and is a slip of the finger
+
+RENAMED = dict.fromkeys(("--height", "--width"), "--size HEIGHTxWIDTH")  # options of earlier versions
 
 app = typer.Typer(
     add_completion=False,
@@ -27,8 +30,17 @@ app = typer.Typer(
 )
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fvgen {__version__}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-def _root(context: typer.Context) -> None:
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help())
 
@@ -343,6 +355,28 @@ def _export(run: Path, out: Path, iteration: int | None) -> None:
 
 
 @app.command()
+def doctor(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document instead; docs/doctor.md.")] = False,
+) -> None:
+    """What works on this machine, what is missing for what, and the command for each cure; exit code 1 if the core
+    fails."""
+    guarded(partial(_doctor, as_json))
+
+
+def _doctor(as_json: bool) -> None:
+    from fvgen.doctor.report import examine, print_report
+
+    with Console(stderr=True).status("") as status:
+        report = examine(told=lambda words: status.update(f"{words} ..."))
+    if as_json:
+        print(json.dumps(report))
+    else:
+        print_report(report, Console())
+    if not report["ok"]:
+        sys.exit(1)
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Option(help="YAML file of settings, as for the recipes.")],
     gpus: Annotated[int, typer.Option(min=1, max=MOST, help="Processes, one GPU each.")] = 8,
@@ -351,8 +385,7 @@ def plan(
     frames: Annotated[
         int | None, typer.Option(min=1, max=MOST_FRAMES, help="Of a clip; those of the data if not given.")
     ] = None,
-    height: Annotated[int | None, typer.Option(min=1, max=MOST_SIDE)] = None,
-    width: Annotated[int | None, typer.Option(min=1, max=MOST_SIDE)] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH; that of the data if not given.")] = None,
     tflops: Annotated[float, typer.Option(min=0.001, max=1e9, help="Peak rate of one GPU.")] = 989.0,
     utilisation: Annotated[float, typer.Option(min=0.01, max=1.0, help="Part of it that is reached.")] = 0.35,
     settings: Annotated[list[str] | None, typer.Argument(help="key=value that differ from the file")] = None,
@@ -363,7 +396,7 @@ def plan(
     teacher=viewcrafter plans for the published model without its weights. What was followed once is kept in fvgen's
     cache.
     """
-    guarded(partial(_plan, config, gpus, gpu_memory, stage, (frames, height, width), (tflops, utilisation), settings))
+    guarded(partial(_plan, config, gpus, gpu_memory, stage, frames, size, (tflops, utilisation), settings))
 
 
 def _plan(
@@ -371,11 +404,13 @@ def _plan(
     gpus: int,
     memory: float,
     stage: str,
-    clip: tuple[int | None, int | None, int | None],
+    frames: int | None,
+    size_words: str | None,
     rate: tuple[float, float],
     words: list[str] | None,
 ) -> None:
     existing(file, what="--config")
+    both = numbers(size_words, "x", "size", "320x512") if size_words else None
     from fvgen.distill import read_stage_config  # takes seconds to import
     from fvgen.distill.methods import METHODS
     from fvgen.models.family import Size
@@ -387,7 +422,7 @@ def _plan(
     given = [] if any(word.startswith("out=") for word in words or []) else ["out=unused"]
     config = read_stage_config(stage, file, [*given, *(words or [])])
     family, blueprint = teacher_blueprint(config.run.teacher)
-    frames, height, width = clip_size(config.data.data, *clip)
+    frames, height, width = clip_size(config.data.data, frames, both)
     parts, clips = gpus * config.memory.accumulation, config.data.batch_size
     if clips % parts:
         raise UserError(f"batch_size={clips} does not divide among {gpus} GPUs; give a multiple of {parts}")
@@ -414,8 +449,9 @@ def main() -> None:
             interrupted()
         if not hasattr(error, "format_message"):
             raise
-        sentence = str(UserError(" ".join(error.format_message().split()).rstrip(".")))
-        print(f"fvgen: {sentence}; see --help", file=sys.stderr)
+        complaint = " ".join(error.format_message().split()).rstrip(".")
+        sentence = str(UserError(renamed(complaint, RENAMED) or f"{complaint}; see --help"))
+        print(f"fvgen: {sentence}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         interrupted()

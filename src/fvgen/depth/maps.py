@@ -54,8 +54,7 @@ def masked(scene: Scene, views: Sequence[int], depth: Tensor) -> Tensor:
 def _unmasked(scene: Scene, views: Sequence[int], height: int, width: int, backend: str) -> PointMaps:
     if backend == "auto":
         return _best(scene, views, height, width)
-    if backend not in DEPTHS:
-        raise UserError(f"unknown source of points {backend!r}{did_you_mean(backend, [*DEPTHS, 'auto'])}")
+    judge_source(backend)
     if reason := DEPTHS[backend].lacks(scene):
         raise UserError(f"scene {scene.name} cannot use the points of {backend!r} ({reason}); choose another source")
     return PointMaps(DEPTHS[backend].run(scene, views, height, width), backend)
@@ -82,6 +81,12 @@ DEPTHS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only wh
     "depth_pro": Backend(depth_pro.lacks, depth_pro.run),
     "colmap": Backend(sparse.lacks, sparse.run),
 }
+
+
+def judge_source(name: str) -> None:
+    """Raises UserError for what is neither "auto" nor a source of points."""
+    if name not in DEPTHS and name != "auto":
+        raise UserError(f"unknown source of points {name!r}{did_you_mean(name, [*DEPTHS, 'auto'])}")
 
 
 def not_here(name: str) -> str | None:

@@ -12,6 +12,7 @@ from fvgen.depth.stereo import triangulated
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, project
 from fvgen.scenes.scene import Scene
+from fvgen.system.packages import install
 
 
 def lacks(scene: Scene) -> str | None:
@@ -52,4 +53,5 @@ def lacks_anchors(scene: Scene) -> str | None:
         return None
     if len(scene) < 2:
         return "one photograph without COLMAP points does not tell the scale"
-    return None if find_spec("cv2") else "neither COLMAP points nor OpenCV (`pip install fvgen[photos]`) tell the scale"
+    cure = install("photos")
+    return None if find_spec("cv2") else f"neither COLMAP points nor OpenCV (`{cure}`) tell the scale"

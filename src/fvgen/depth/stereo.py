@@ -12,6 +12,7 @@ from fvgen.geometry.cameras import Cameras, project
 from fvgen.geometry.stereo import stereo_depth, triangulated_features
 from fvgen.scenes.images import fit_depth, fit_image
 from fvgen.scenes.scene import Scene
+from fvgen.system.packages import install
 
 STEREO_SIDE = 256  # pixels on the long side that stereo works at; finer is slower and hardly denser
 FEATURE_SIDE = 512  # the same for single features, which are cheap
@@ -20,7 +21,7 @@ FEATURE_SIDE = 512  # the same for single features, which are cheap
 def lacks(scene: Scene) -> str | None:
     if len(scene) < 2:
         return "stereo needs two posed photographs"
-    return None if find_spec("cv2") else "OpenCV is not installed: `pip install fvgen[photos]`"
+    return None if find_spec("cv2") else f"OpenCV is not installed: `{install('photos')}`"
 
 
 def run(scene: Scene, views: Sequence[int], height: int, width: int) -> Tensor:

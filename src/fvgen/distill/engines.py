@@ -22,6 +22,7 @@ from fvgen.distill.settings import Optimizer
 from fvgen.distill.zero_settings import clips_at_a_time, zero_settings
 from fvgen.errors import UserError, first_line
 from fvgen.system.environment import number
+from fvgen.system.packages import install
 from fvgen.system.processes import World
 
 if TYPE_CHECKING:
@@ -292,7 +293,7 @@ def import_deepspeed() -> ModuleType:
     except ImportError as error:
         reason = first_line(error)
         raise UserError(
-            f"--deepspeed needs the package deepspeed ({reason}); pip install 'fvgen[train]', or leave --deepspeed out"
+            f"--deepspeed needs the package deepspeed ({reason}); `{install('train')}`, or leave --deepspeed out"
         ) from error
     return deepspeed
 

@@ -77,13 +77,13 @@ def render_points(
 
 def _backend(name: str, device: torch.device) -> Rasterizer:
     if name == "auto":
-        name = "pytorch3d" if device.type == "cuda" and _pytorch3d_has_cuda() else "torch"
+        name = "pytorch3d" if device.type == "cuda" and pytorch3d_has_cuda() else "torch"
     if name not in RENDERERS:
         raise UserError(f"unknown renderer {name!r}{did_you_mean(name, [*RENDERERS, 'auto'])}")
     return RENDERERS[name]
 
 
-def _pytorch3d_has_cuda() -> bool:
+def pytorch3d_has_cuda() -> bool:
     """Its setup leaves the CUDA kernels out, without a word, on a machine that has no nvcc or shows no GPU."""
     try:
         from pytorch3d import _C
@@ -103,7 +103,7 @@ def _pytorch3d(
             f"the renderer 'pytorch3d' cannot be imported ({error}); install PyTorch3D or choose the renderer 'torch', "
             "which gives the same pixels"
         ) from error
-    if points.is_cuda and not _pytorch3d_has_cuda():
+    if points.is_cuda and not pytorch3d_has_cuda():
         raise UserError(
             "PyTorch3D was compiled without CUDA here and cannot draw on a GPU; choose the renderer 'torch' or 'auto'"
         )

@@ -17,6 +17,7 @@ from torch.nn.functional import avg_pool2d, grid_sample, pad
 
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, pixel_rays, project
+from fvgen.system.packages import install
 
 PLANES = 80
 NEIGHBOURS = 4
@@ -110,7 +111,7 @@ def _triangulated(grey: Tensor, cameras: Cameras, view: int, other: int, feature
     try:
         import cv2
     except ImportError as error:
-        raise UserError("stereo needs OpenCV; `pip install fvgen[photos]`, or give depth maps") from error
+        raise UserError(f"stereo needs OpenCV; `{install('photos')}`, or give depth maps") from error
     for n in (view, other):
         if n not in features:
             keys, words = cv2.SIFT_create(1500).detectAndCompute((grey[n] * 255).byte().numpy(), None)

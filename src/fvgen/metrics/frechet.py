@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from fvgen.metrics.image import BATCH, NETWORK_MINIMUM, require_size
-from fvgen.metrics.weights import INCEPTION, SQUEEZENET, Unavailable, building, load_weights, locate, unusable
+from fvgen.metrics.weights import INCEPTION, SQUEEZENET, Unavailable, building, load_weights, locate, require, unusable
 
 KID_SUBSET = 1000  # images per subset and subsets, as in the KID paper; fewer images make one subset of all of them
 KID_SUBSETS = 100
@@ -54,7 +54,11 @@ def squeeze_distance(predicted: Tensor, truth: Tensor) -> float:
 
 @torch.no_grad()
 def inception_features(images: Tensor) -> Tensor:
-    """[N, 2048] features behind FID and KID; torchmetrics resizes to 299x299 with antialiasing."""
+    """[N, 2048] features behind FID and KID; torchmetrics resizes to 299x299 with antialiasing.
+
+    Raises Unavailable without the package torch-fidelity or Inception's weights.
+    """
+    require("torch_fidelity", "Inception")
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     path = locate(INCEPTION)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fvgen.metrics import weights
-from fvgen.metrics.weights import Unavailable, building, load_weights, locate, unusable
+from fvgen.metrics.weights import Unavailable, building, load_weights, locate, require, unusable
 
 PSNR_CEILING = 100.0  # dB; identical images would otherwise make every mean infinite
 SSIM_WINDOW = 11  # pixels
@@ -65,7 +65,8 @@ def lpips(predicted: Tensor, truth: Tensor) -> tuple[Tensor, str]:
 
     The backbone is the first of squeeze, alex, vgg whose weights are at hand (see `weights.locate`); values
     of different backbones, or of different image sizes, cannot be compared.
-    Raises Unavailable when no backbone's weights can be had or the images are smaller than 32 pixels.
+    Raises Unavailable when the package or every backbone's weights are not to be had, or the images are smaller than
+    32 pixels.
     """
     check_images(predicted, truth)
     require_size(predicted, NETWORK_MINIMUM, "what LPIPS's networks can pool")
@@ -75,7 +76,9 @@ def lpips(predicted: Tensor, truth: Tensor) -> tuple[Tensor, str]:
 
 
 def lpips_network(device: torch.device | str = "cpu") -> tuple[nn.Module, str]:
-    """The `lpips` package's network with real backbone weights, and the backbone's name."""
+    """The `lpips` package's network with real backbone weights, and the backbone's name. Raises Unavailable without
+    either."""
+    require("lpips", "LPIPS")
     from lpips import LPIPS
 
     path = locate(list(LPIPS_NETS))

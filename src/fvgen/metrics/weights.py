@@ -10,6 +10,7 @@ import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fvgen.errors import UserError
 from fvgen.system.files import new_folder
+from fvgen.system.packages import install
 from fvgen.system.places import sha256_of
 from fvgen.system.weights import DAMAGE, read_weights_file
 
@@ -40,24 +42,35 @@ class Unavailable(UserError):
     """A metric that has no value here; the message is the reason, one sentence, fit for a report."""
 
 
-def locate(names: Sequence[str]) -> Path:
-    """The first file of ``names`` in the folder FVGEN_WEIGHTS, then in torch hub's cache.
+def found(names: Sequence[str]) -> Path | None:
+    """The first file of ``names`` in the folder FVGEN_WEIGHTS, then in torch hub's cache; nothing is downloaded.
 
-    When there is none and the environment says FVGEN_DOWNLOAD=1, the first name with a known address is
-    downloaded into torch hub's cache. Raises Unavailable otherwise, and UserError when FVGEN_WEIGHTS names no
-    folder.
+    Raises UserError when FVGEN_WEIGHTS names no folder.
     """
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    for folder in [*_named_folder(), cache]:
+    for folder in [*_named_folder(), _cache()]:
         for name in names:
             if (folder / name).is_file():
                 return folder / name
+    return None
+
+
+def locate(names: Sequence[str]) -> Path:
+    """`found`, or, where there is none and the environment says FVGEN_DOWNLOAD=1, the first name with a known address,
+    downloaded into torch hub's cache. Raises Unavailable otherwise."""
+    if (path := found(names)) is not None:
+        return path
     if os.environ.get("FVGEN_DOWNLOAD") != "1":
         raise Unavailable(
             f"the weights {' or '.join(names)} are neither in the folder FVGEN_WEIGHTS nor in torch hub's "
             "cache; put them there, or set FVGEN_DOWNLOAD=1 to allow their download"
         )
-    return _download(next(name for name in names if name in ADDRESSES), cache)
+    return _download(next(name for name in names if name in ADDRESSES), _cache())
+
+
+def require(package: str, what: str) -> None:
+    """Raises Unavailable, saying ``what`` needs it, where a package of the extra `eval` is not installed."""
+    if find_spec(package) is None:
+        raise Unavailable(f"{what} needs the package {package}; `{install('eval')}`")
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
@@ -86,6 +99,11 @@ def building() -> Iterator[None]:
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _cache() -> Path:
+    """torch hub's."""
+    return Path(torch.hub.get_dir()) / "checkpoints"
 
 
 def _named_folder() -> list[Path]:

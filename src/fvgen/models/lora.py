@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fvgen.errors import UserError, first_line
 from fvgen.models.denoiser import Call, Prediction
+from fvgen.system.packages import install
 
 
 class SharedBackbone:
@@ -31,9 +32,7 @@ class SharedBackbone:
             from peft.tuners.tuners_utils import BaseTunerLayer
         except ImportError as error:
             reason = first_line(error)
-            raise UserError(
-                f"share_backbone=true needs the package peft ({reason}); pip install 'fvgen[train]'"
-            ) from error
+            raise UserError(f"share_backbone=true needs the package peft ({reason}); `{install('train')}`") from error
         self.network, self.role = network.requires_grad_(False), None
         dtype = next(network.parameters()).dtype
         for role in roles:  # alpha = rank: the adapter's product is added as it is

@@ -203,10 +203,10 @@ def teacher_blueprint(teacher: str) -> tuple[Family, Blueprint]:
     return folder_blueprint(model_folder(teacher))
 
 
-def clip_size(data: str, frames: int | None, height: int | None, width: int | None) -> tuple[int, int, int]:
+def clip_size(data: str, frames: int | None, size: tuple[int, int] | None) -> tuple[int, int, int]:
     """Frames, height and width as given, or those of the prepared clips."""
-    if frames and height and width:
-        return frames, height, width
+    if frames and size:
+        return frames, *size
     if is_builtin(data):
         from fvgen.clips.builtin import FRAMES, HEIGHT, WIDTH
 
@@ -217,7 +217,7 @@ def clip_size(data: str, frames: int | None, height: int | None, width: int | No
 
         clips = ShardSet(data) if holds_shards(data) else ClipFolder(Path(data))
         found = clips.frames, clips.height, clips.width
-    return frames or found[0], height or found[1], width or found[2]
+    return frames or found[0], *(size or found[1:])
 
 
 def command(

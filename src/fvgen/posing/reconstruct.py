@@ -23,6 +23,7 @@ from fvgen.scenes.formats import read_scene
 from fvgen.scenes.readers.photographs import Photographs, copy_photograph
 from fvgen.scenes.scene import Scene
 from fvgen.system.files import atomic_path, new_folder, write_json
+from fvgen.system.packages import install
 
 FEWEST = 3  # views: two can be posed, but by chance
 LEAST_POSED = 0.5  # share of the photographs
@@ -71,7 +72,7 @@ def reconstruct(photographs: Photographs, folder: str | Path, in_order: bool = F
     bits: features and matches on as many threads as torch has, the rest on one. Raises UserError where pycolmap is
     missing, and where fewer than half of the photographs, or fewer than three, could be posed.
     """
-    pycolmap = import_pycolmap("posing photographs needs pycolmap; `pip install fvgen[photos]`, or give poses")
+    pycolmap = import_pycolmap(f"posing photographs needs pycolmap; `{install('photos')}`, or give poses")
     folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} is already there; choose another folder for the reconstruction")

@@ -16,6 +16,7 @@ from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import Cameras
 from fvgen.posing.reconstruct import build_models, extract, import_pycolmap, match, quiet
 from fvgen.system.files import new_folder
+from fvgen.system.packages import install
 
 # Generated frames are small and smooth. COLMAP's own are 0.0067, and 30 points that place a picture: with these true
 # clips of built-in rooms at 320x512 could not be placed (benchmarks/consistency.py).
@@ -45,7 +46,7 @@ def place_together(pictures: Iterable[Tensor], cameras: Cameras, anchors: Tensor
     Where there are several models, the one with two or more of the ``anchors`` [V] (bool) and most views is taken. The
     same pictures give the same bits. Raises UserError where pycolmap is missing or fails; placing none is an answer.
     """
-    pycolmap = import_pycolmap("camera errors need pycolmap; `pip install fvgen[photos]`, or leave --cameras out")
+    pycolmap = import_pycolmap(f"camera errors need pycolmap; `{install('photos')}`, or leave --cameras out")
     with tempfile.TemporaryDirectory() as folder:
         images, database, models = Path(folder) / "images", Path(folder) / "database.db", Path(folder) / "models"
         for place in (images, models):

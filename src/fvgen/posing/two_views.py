@@ -24,6 +24,7 @@ from fvgen.scenes.readers.photographs import Photographs, copy_photograph
 from fvgen.scenes.scene import Scene
 from fvgen.system.doors import open_image
 from fvgen.system.files import atomic_path, new_folder
+from fvgen.system.packages import install
 
 USUAL_FOCAL = 0.8  # of the longer side: a phone's main camera
 SIDE = 640  # pixels on the longer side that features are sought at
@@ -96,7 +97,7 @@ def two_views(first: np.ndarray, second: np.ndarray, focal: float, name: str) ->
     try:
         import cv2
     except ImportError as error:
-        raise UserError("posing two photographs needs OpenCV; `pip install fvgen[photos]`, or give poses") from error
+        raise UserError(f"posing two photographs needs OpenCV; `{install('photos')}`, or give poses") from error
     height, width = first.shape[:2]
     threads = cv2.getNumThreads()
     cv2.setNumThreads(1)  # several would put the features in another order each time

@@ -12,6 +12,7 @@ from torch import Tensor
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import fit_box
 from fvgen.system.doors import open_array, open_image, other_kind, problem, there
+from fvgen.system.packages import install
 
 EXIF_ORIENTATION = 0x0112
 HEIC = (".heic", ".heif", ".hif")
@@ -154,7 +155,7 @@ def register_heic(path: Path) -> None:
         from pillow_heif import register_heif_opener
     except ImportError as error:
         raise UserError(
-            f"image {path} is HEIC, which needs a plug-in; `pip install fvgen[photos]`, or convert it to JPEG or PNG"
+            f"image {path} is HEIC, which needs a plug-in; `{install('photos')}`, or convert it to JPEG or PNG"
         ) from error
     register_heif_opener()
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from fvgen.clips.filters import LIMITS
-from fvgen.depth.maps import DEPTHS, not_here
+from fvgen.depth.maps import judge_source, not_here
 from fvgen.errors import UserError, did_you_mean, short
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.pipelines.folders import check_device
@@ -79,8 +79,7 @@ class PrepareConfig:
 
     def settings(self, scenes: Sequence[Source], pipeline: NovelViewPipeline) -> Settings:
         """With what is left open filled in. Raises UserError for what cannot work."""
-        if self.points not in DEPTHS and self.points != "auto":
-            raise UserError(f"unknown source of points {self.points!r}{did_you_mean(self.points, [*DEPTHS, 'auto'])}")
+        judge_source(self.points)
         if (lack := not_here(self.points)) is not None:
             raise UserError(f"points {self.points} cannot be had here: {lack}; choose another source of points")
         for name in ("max_stride", "clips_per_scene", "clips_per_shard"):

@@ -7,6 +7,7 @@ On a GPU with gsplat its rasteriser draws, elsewhere `fvgen.geometry.gaussians`;
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -188,10 +189,17 @@ def view_loss(shown: Tensor, truth: Tensor, ssim_weight: float) -> Tensor:
     return (1 - ssim_weight) * difference + ssim_weight * (1 - alike)
 
 
+def lacks_gsplat() -> str | None:
+    """Why gsplat cannot draw on a GPU of this machine, or None: its wheel compiles its kernels at the first call."""
+    if not find_spec("gsplat"):
+        return "gsplat is not installed"
+    compiled = bool(find_spec("gsplat.csrc"))
+    return None if compiled or shutil.which("nvcc") else "gsplat compiles its kernels with nvcc, which is not here"
+
+
 def drawer(device: str) -> Draw:
-    """gsplat's rasteriser where it is installed and there is a GPU for it, else ours: (Gaussians, one view) to
-    [1, 3, H, W]."""
-    if not (device.startswith("cuda") and find_spec("gsplat")):
+    """gsplat's rasteriser where it can run, else ours: (Gaussians, one view) to [1, 3, H, W]."""
+    if not device.startswith("cuda") or lacks_gsplat():
         return lambda gaussians, cameras: render_gaussians(gaussians, cameras)[0]
 
     import gsplat

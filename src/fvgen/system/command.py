@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import NoReturn
 
@@ -81,14 +81,23 @@ def reopen_closed() -> None:
             setattr(sys, name, os.fdopen(descriptor, "w", closefd=False))
 
 
-class Parser(argparse.ArgumentParser):
-    """The parser of recipes and benchmarks: ``description`` keeps its lines, a mistake is a `UserError`."""
+def renamed(complaint: str, names: Mapping[str, str]) -> str | None:
+    """Of a parser's complaint about an option that had this name in earlier versions, the sentence; ``names``: {old
+    name: what to write now}. None where it is about something else."""
+    old = next((name for name in re.findall(r"--[\w-]+", complaint) if name in names), None)
+    return old and f"{old} has another name now; write {names[old]}"
 
-    def __init__(self, description: str | None) -> None:
+
+class Parser(argparse.ArgumentParser):
+    """The parser of recipes and benchmarks: ``description`` keeps its lines, a mistake is a `UserError`. ``names``:
+    as `renamed` takes them."""
+
+    def __init__(self, description: str | None, names: Mapping[str, str] | None = None) -> None:
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.names = names or {}
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see --help")
+        raise UserError(renamed(message, self.names) or f"{message}; see --help")
 
 
 def deepspeed_setting(file: str) -> list[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from fvgen.clips.clip import to_bytes
 from fvgen.errors import UserError
 from fvgen.system.files import atomic_path
+from fvgen.system.packages import install
 
 QUALITY = "16"  # x264's constant rate factor: hardly to be told from the frames
 
@@ -18,7 +19,7 @@ QUALITY = "16"  # x264's constant rate factor: hardly to be told from the frames
 def judge_film() -> None:
     """Raises UserError where videos cannot be written."""
     if not find_spec("av"):
-        raise UserError("writing video.mp4 needs PyAV; `pip install fvgen[photos]`")
+        raise UserError(f"writing video.mp4 needs PyAV; `{install('photos')}`")
 
 
 def write_film(path: Path, frames: Tensor, fps: int) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import fvgen
 from fvgen.clips.clip import to_bytes
+from fvgen.depth.maps import judge_source
 from fvgen.errors import UserError, did_you_mean
 from fvgen.geometry.cameras import Cameras
 from fvgen.pipelines.base import NovelViewPipeline
@@ -168,6 +169,7 @@ def judge_choices(paths: list[str | Path], choices: Choices, device: str) -> Non
         raise UserError(f"--holdout {choices.holdout} is not possible; give 0 or more")
     if choices.seams not in SEAMS:
         raise UserError(f"unknown way to chain clips {choices.seams!r}{did_you_mean(choices.seams, SEAMS)}")
+    judge_source(choices.points)
     check_device(device)
 
 

@@ -16,6 +16,7 @@ from fvgen.scenes.images import HEIC, image_size, is_plain, load_image
 from fvgen.scenes.transfer import FROM_LIGHT, standard_range
 from fvgen.system.doors import open_video, problem, there
 from fvgen.system.files import atomic_path, new_folder
+from fvgen.system.packages import install
 from fvgen.system.places import sha256_of
 
 PHOTOGRAPHS = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp", *HEIC)
@@ -103,7 +104,7 @@ def extract_video(file: str | Path, folder: str | Path, frames: int, at_most: bo
     """``frames`` frames of a video, evenly spaced from its first to its last, as PNG files in ``folder``, upright.
 
     With ``at_most`` a shorter video will do. The folder appears when all is written, or not at all; one that is there
-    already must not be. Needs PyAV (`pip install fvgen[photos]`). Raises UserError for a file that is no video, damaged
+    already must not be. Needs PyAV (the extra `photos`). Raises UserError for a file that is no video, damaged
     or too short.
     """
     file, folder = Path(file), Path(folder)
@@ -134,7 +135,7 @@ def video_frames(file: Path) -> Iterator[Callable[[], np.ndarray]]:
         import av
     except ImportError as error:
         raise UserError(
-            f"reading the video {file} needs PyAV; `pip install fvgen[photos]`, or give a folder of its frames"
+            f"reading the video {file} needs PyAV; `{install('photos')}`, or give a folder of its frames"
         ) from error
 
     def upright(frame: av.VideoFrame) -> np.ndarray:
