@@ -5,8 +5,8 @@ import os
 
 __version__ = "0.2.0"
 
-# Threads that wait spin, unless told otherwise before torch is loaded: beside other work a fit on two cores then takes ten
-# times the processor seconds, for nothing.
+# Threads that wait spin, unless told otherwise before torch is loaded: beside other work a fit on two cores then takes
+# ten times the processor seconds, for nothing.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # accelerate imports an installed DeepSpeed as soon as a model is saved; without a GPU that writes a warning to stdout,
