@@ -59,9 +59,14 @@ def convert(
     only: Annotated[str | None, typer.Option(help="unet,vae,image_projector,image_encoder,text_encoder")] = None,
     to_lvdm: Annotated[bool, typer.Option("--to-lvdm", help="From a model folder back to one checkpoint.")] = False,
     layout: Annotated[str | None, typer.Option(help="ends: for DynamiCrafter_512_Interp, which has no yaml.")] = None,
+    base: Annotated[str | None, typer.Option(help="VideoScene: the CogVideoX folder below its weights.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="CogVideoX: the encoded prompt, a .pt or .safetensors.")] = None,
+    preset: Annotated[str | None, typer.Option(help="VideoScene: re10k (t = 549) or demo (t = 459).")] = None,
 ) -> None:
-    """Convert checkpoints of ViewCrafter, DynamiCrafter and GenFusion to model folders, and back."""
-    guarded(partial(_convert, config, checkpoint, out, only, to_lvdm, layout))
+    """Convert checkpoints of ViewCrafter, DynamiCrafter and GenFusion to model folders, and back; CogVideoX's folders
+    and VideoScene's weights."""
+    cogvideox = {"base": base, "prompts": prompts, "preset": preset}
+    guarded(partial(_convert, config, checkpoint, out, only, to_lvdm, layout, cogvideox))
 
 
 @app.command()
@@ -293,9 +298,23 @@ def numbers(text: str, separator: str, name: str, example: str) -> tuple[int, in
 
 
 def _convert(
-    config: str | None, checkpoint: str, out: Path, only: str | None, to_lvdm: bool, layout: str | None
+    config: str | None,
+    checkpoint: str,
+    out: Path,
+    only: str | None,
+    to_lvdm: bool,
+    layout: str | None,
+    cogvideox: dict[str, str | None],
 ) -> None:
     existing(*filter(None, [config]), what="--config")
+    if any(cogvideox.values()) or (Path(checkpoint).is_dir() and not to_lvdm):
+        if config or only or to_lvdm or layout:
+            raise UserError("--config, --only, --to-lvdm and --layout are for ViewCrafter's relatives; leave them out")
+        existing(*filter(None, [checkpoint, cogvideox["base"], cogvideox["prompts"]]), what="file or folder")
+        from fvgen.convert.cogvideox import convert_cogvideox  # takes seconds to import
+
+        print(convert_cogvideox(checkpoint, out, **cogvideox))
+        return
     from fvgen.convert import command as conversion  # takes seconds to import
 
     components = conversion.ALL if only is None else [name.strip() for name in only.split(",")]
