@@ -9,7 +9,6 @@ models (Luo et al. 2023, algorithm 1).
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from fvgen.diffusion.schedule import TIMESTEPS, NoiseSchedule
@@ -65,8 +64,3 @@ def ddim_step(schedule: NoiseSchedule, x_t: Tensor, x0: Tensor, t: Tensor, t_pre
     the one for the other.)
     """
     return schedule.add_noise(x0, schedule.eps_from_x0(x_t, x0, t), t_prev)
-
-
-def starts_below(start: Tensor, truth: Tensor, from_render: Tensor) -> Tensor:
-    """[B, ...]: of each clip the render's latents where ``from_render`` [B] says so, else the true ones."""
-    return torch.where(from_render.view(-1, *[1] * (start.ndim - 1)), start, truth)
