@@ -354,6 +354,50 @@ def export(
     guarded(partial(_export, run, out, iteration))
 
 
+@app.command()
+def policy(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished stage of method leap, or such a student's.")],
+    data: Annotated[str | None, typer.Option(help="Shards or clips to learn from; the run's own if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Model folder: the student with its policy; RUN/policy.")] = None,
+    method: Annotated[
+        str, typer.Option(help="full: all rewards at once; reinforce: one a draw, as the paper.")
+    ] = "full",
+    clips: Annotated[int, typer.Option(min=1, max=MOST, help="In the table at most; every fifth only judges.")] = 256,
+    lpips: Annotated[float, typer.Option(min=0, max=1000, help="Weight of LPIPS beside the squared error.")] = 0.0,
+    iterations: Annotated[int, typer.Option(min=1, max=MOST, help="Of the policy's training.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Learn where a leap should land, clip by clip: a table of rewards of the finished student, and a small network."""
+    settings = {"method": method, "iterations": iterations, "seed": seed}
+    guarded(partial(_policy, run, data, out, settings, clips, lpips, device))
+
+
+def _policy(
+    run: Path, data: str | None, out: Path | None, settings: dict[str, Any], clips: int, lpips: float, device: str
+) -> None:
+    existing(run, what="run folder")
+    existing(*filter(None, [data]))
+    if settings["method"] not in ("full", "reinforce"):
+        raise UserError(f"--method {short(settings['method'])}: there are full and reinforce")
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fvgen.distill.policy import FitSettings, refit  # takes seconds to import
+
+    columns = (TextColumn("clips"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        told = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        made, report = refit(run, data, out, FitSettings(**settings), clips, lpips, device, told)
+    for part in ("learnt", "held_out"):
+        row = report[part]
+        taken = ", ".join(f"{t}: {count}" for t, count in row["histogram"].items())
+        constant = f"best constant t={report['best_constant']} {row['best_constant']:.4f}"
+        print(f"{part}: policy {row['policy']:.4f}, {constant}, best of each {row['oracle']:.4f}; clips by t: {taken}")
+    print(f"Student: {made}")
+
+
 def _export(run: Path, out: Path, iteration: int | None) -> None:
     existing(run, what="run folder")
     from fvgen.distill import export_checkpoint  # takes seconds to import
