@@ -89,6 +89,7 @@ def prepare(
     ] = 2,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     keep_frames: Annotated[bool, typer.Option("--keep-frames", help="Keep pixels too: to score models on.")] = False,
+    closed: Annotated[bool | None, typer.Option(help="Renders without holes; as the model wants if not given.")] = None,
     part: Annotated[str, typer.Option(help="I/N: the I-th of N shares of the scenes, for job arrays.")] = "1/1",
     workers: Annotated[int | None, typer.Option(min=1, max=1024, help="Processes; one per core if not given.")] = None,
     device: Annotated[str, typer.Option(help="Of the encoders: cpu, cuda, cuda:1, ...")] = "cpu",
@@ -97,7 +98,7 @@ def prepare(
     options = {
         "frames": frames, "max_stride": max_stride, "teacher": teacher, "points": points, "seed": seed,
         "clips_per_scene": clips_per_scene, "known_views": known_views, "workers": workers, "device": device,
-        "clips_per_shard": clips_per_shard, "keep_frames": keep_frames,
+        "clips_per_shard": clips_per_shard, "keep_frames": keep_frames, "closed": closed,
     }  # fmt: skip
     guarded(partial(_prepare, sources, out, size, part, options))
 
@@ -123,7 +124,8 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the walk-through; run again to resume.")],
     model: Annotated[str, typer.Option(help="Preset, model folder, or ORGANISATION/NAME on the Hub.")] = "tiny",
     trajectory: Annotated[
-        str | None, typer.Option(help="through, orbit, spiral, dolly, pan (orbit:30), or a file or folder of cameras.")
+        str | None,
+        typer.Option(help="through, focus, orbit, spiral, dolly, pan (orbit:30), a file or folder."),
     ] = None,
     frames: Annotated[int | None, typer.Option(help="A clip from photograph to photograph if not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the sampler; the model's own if not given.")] = None,
