@@ -1,4 +1,4 @@
-"""Leap flow distillation under ZeRO: the target follows sharded masters, weights that do not learn are the teacher's."""
+"""Leap flow distillation under ZeRO: the target follows sharded masters, what does not learn is the teacher's."""
 
 from __future__ import annotations
 
