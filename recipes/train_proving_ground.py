@@ -70,8 +70,10 @@ def trained(
     rate: float,
     seconds: float,
     seed: int,
+    graphed: bool = True,
 ) -> dict:
-    """AdamW on ``loss_of`` until the time is over; the parts end as the running averages of their weights."""
+    """AdamW on ``loss_of`` until the time is over; the parts end as the running averages of their weights. ``graphed``:
+    on a GPU as one CUDA graph, for which nothing in ``loss_of`` may come from the CPU."""
     parameters = [p for part in parts for p in part.parameters()]
     device = parameters[0].device
     averages = [p.detach().clone() for p in parameters]
@@ -93,7 +95,7 @@ def trained(
             torch._foreach_add_(averages, steps)
             recent.add_(loss)
 
-    update_graph = as_graph(update, generator) if on_gpu else update
+    update_graph = as_graph(update, generator) if on_gpu and graphed else update
     start, iteration, told = time.perf_counter(), 0, 0
     while True:
         if on_gpu and iteration % 20 == 0:

@@ -158,10 +158,11 @@ def test_models_say_how_renders_for_them_are_made(shipped, teacher):
     tiny = load_pipeline(shipped, ViewCrafterPipeline)
     published = small_teacher(image_resize="viewcrafter")
     for model in (published, student_of(published)):
-        assert render_needs(model, None, None, None) == (FRAMES, 320, 512, 0.01, True)
-    assert render_needs(published, 3, (576, 1024), False) == (3, 576, 1024, 0.01, False)
-    assert render_needs(tiny, None, None, None) == (8, 48, 64, pytest.approx(0.06), False)
-    assert render_needs(tiny, None, (96, 128), True) == (8, 96, 128, pytest.approx(0.03), True)
+        assert render_needs(model, None, None, None) == (FRAMES, 320, 512, 0.01, True, False)
+    assert render_needs(published, 3, (576, 1024), False) == (3, 576, 1024, 0.01, False, False)
+    assert render_needs(tiny, None, None, None) == (8, 48, 64, pytest.approx(0.06), False, False)
+    assert render_needs(tiny, None, (96, 128), True) == (8, 96, 128, pytest.approx(0.03), True, False)
+    assert render_needs(tiny, None, (96, 128), None, True) == (8, 96, 128, pytest.approx(0.06), False, True)
     assert "multiples of" in refusal(lambda: render_needs(tiny, None, (50, 64), None))
     assert "is too small" in refusal(lambda: render_needs(tiny, None, (0, 64), None))
 

@@ -71,9 +71,14 @@ def convert(
     only: Annotated[str | None, typer.Option(help="unet,vae,image_projector,image_encoder,text_encoder")] = None,
     to_lvdm: Annotated[bool, typer.Option("--to-lvdm", help="From a model folder back to one checkpoint.")] = False,
     layout: Annotated[str | None, typer.Option(help="ends: for DynamiCrafter_512_Interp, which has no yaml.")] = None,
+    base: Annotated[str | None, typer.Option(help="VideoScene: the CogVideoX folder below its weights.")] = None,
+    prompts: Annotated[str | None, typer.Option(help="CogVideoX: the encoded prompt, a .pt or .safetensors.")] = None,
+    preset: Annotated[str | None, typer.Option(help="VideoScene: re10k (t = 549) or demo (t = 459).")] = None,
 ) -> None:
-    """Convert checkpoints of ViewCrafter, DynamiCrafter and GenFusion to model folders, and back."""
-    guarded(partial(_convert, config, checkpoint, out, only, to_lvdm, layout))
+    """Convert checkpoints of ViewCrafter, DynamiCrafter and GenFusion to model folders, and back; CogVideoX's folders
+    and VideoScene's weights."""
+    cogvideox = {"base": base, "prompts": prompts, "preset": preset}
+    guarded(partial(_convert, config, checkpoint, out, only, to_lvdm, layout, cogvideox))
 
 
 @app.command()
@@ -96,6 +101,7 @@ def prepare(
     ] = 2,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     keep_frames: Annotated[bool, typer.Option("--keep-frames", help="Keep pixels too: to score models on.")] = False,
+    closed: Annotated[bool | None, typer.Option(help="Renders without holes; as the model wants if not given.")] = None,
     part: Annotated[str, typer.Option(help="I/N: the I-th of N shares of the scenes, for job arrays.")] = "1/1",
     workers: Annotated[int | None, typer.Option(min=1, max=1024, help="Processes; one per core if not given.")] = None,
     device: Annotated[str, typer.Option(help="Of the encoders: cpu, cuda, cuda:1, ...")] = "cpu",
@@ -104,7 +110,7 @@ def prepare(
     options = {
         "frames": frames, "max_stride": max_stride, "teacher": teacher, "points": points, "seed": seed,
         "clips_per_scene": clips_per_scene, "known_views": known_views, "workers": workers, "device": device,
-        "clips_per_shard": clips_per_shard, "keep_frames": keep_frames,
+        "clips_per_shard": clips_per_shard, "keep_frames": keep_frames, "closed": closed,
     }  # fmt: skip
     guarded(partial(_prepare, sources, out, size, part, options))
 
@@ -130,7 +136,8 @@ def generate(
     out: Annotated[Path, typer.Option(help="Folder for the walk-through; run again to resume.")],
     model: Annotated[str, typer.Option(help="Preset, model folder, or ORGANISATION/NAME on the Hub.")] = "tiny",
     trajectory: Annotated[
-        str | None, typer.Option(help="through, orbit, spiral, dolly, pan (orbit:30), or a file or folder of cameras.")
+        str | None,
+        typer.Option(help="through, focus, orbit, spiral, dolly, pan (orbit:30), a file or folder."),
     ] = None,
     frames: Annotated[int | None, typer.Option(help="A clip from photograph to photograph if not given.")] = None,
     steps: Annotated[int | None, typer.Option(help="Of the sampler; the model's own if not given.")] = None,
@@ -305,9 +312,23 @@ def numbers(text: str, separator: str, name: str, example: str) -> tuple[int, in
 
 
 def _convert(
-    config: str | None, checkpoint: str, out: Path, only: str | None, to_lvdm: bool, layout: str | None
+    config: str | None,
+    checkpoint: str,
+    out: Path,
+    only: str | None,
+    to_lvdm: bool,
+    layout: str | None,
+    cogvideox: dict[str, str | None],
 ) -> None:
     existing(*filter(None, [config]), what="--config")
+    if any(cogvideox.values()) or (Path(checkpoint).is_dir() and not to_lvdm):
+        if config or only or to_lvdm or layout:
+            raise UserError("--config, --only, --to-lvdm and --layout are for ViewCrafter's relatives; leave them out")
+        existing(*filter(None, [checkpoint, cogvideox["base"], cogvideox["prompts"]]), what="file or folder")
+        from fvgen.convert.cogvideox import convert_cogvideox  # takes seconds to import
+
+        print(convert_cogvideox(checkpoint, out, **cogvideox))
+        return
     from fvgen.convert import command as conversion  # takes seconds to import
 
     components = conversion.ALL if only is None else [name.strip() for name in only.split(",")]
@@ -345,6 +366,50 @@ def export(
 ) -> None:
     """Write the averaged student of a checkpoint as a model folder; the run may still be going on."""
     guarded(partial(_export, run, out, iteration))
+
+
+@app.command()
+def policy(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished stage of method leap, or such a student's.")],
+    data: Annotated[str | None, typer.Option(help="Shards or clips to learn from; the run's own if not given.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Model folder: the student with its policy; RUN/policy.")] = None,
+    method: Annotated[
+        str, typer.Option(help="full: all rewards at once; reinforce: one a draw, as the paper.")
+    ] = "full",
+    clips: Annotated[int, typer.Option(min=1, max=MOST, help="In the table at most; every fifth only judges.")] = 256,
+    lpips: Annotated[float, typer.Option(min=0, max=1000, help="Weight of LPIPS beside the squared error.")] = 0.0,
+    iterations: Annotated[int, typer.Option(min=1, max=MOST, help="Of the policy's training.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Learn where a leap should land, clip by clip: a table of rewards of the finished student, and a small network."""
+    settings = {"method": method, "iterations": iterations, "seed": seed}
+    guarded(partial(_policy, run, data, out, settings, clips, lpips, device))
+
+
+def _policy(
+    run: Path, data: str | None, out: Path | None, settings: dict[str, Any], clips: int, lpips: float, device: str
+) -> None:
+    existing(run, what="run folder")
+    existing(*filter(None, [data]))
+    if settings["method"] not in ("full", "reinforce"):
+        raise UserError(f"--method {short(settings['method'])}: there are full and reinforce")
+
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from fvgen.distill.policy import FitSettings, refit  # takes seconds to import
+
+    columns = (TextColumn("clips"), BarColumn(), MofNCompleteColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=None)
+        told = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
+        made, report = refit(run, data, out, FitSettings(**settings), clips, lpips, device, told)
+    for part in ("learnt", "held_out"):
+        row = report[part]
+        taken = ", ".join(f"{t}: {count}" for t, count in row["histogram"].items())
+        constant = f"best constant t={report['best_constant']} {row['best_constant']:.4f}"
+        print(f"{part}: policy {row['policy']:.4f}, {constant}, best of each {row['oracle']:.4f}; clips by t: {taken}")
+    print(f"Student: {made}")
 
 
 def _export(run: Path, out: Path, iteration: int | None) -> None:

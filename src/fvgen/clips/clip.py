@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
+from fvgen.geometry.closing import closed
 from fvgen.geometry.pointcloud import render_points
 
 
@@ -54,15 +55,24 @@ class Clip:
 
 
 def render_clip(
-    name: str, truth: Tensor, cameras: Cameras, points: Tensor, colors: Tensor, known: Sequence[int], radius: float
+    name: str,
+    truth: Tensor,
+    cameras: Cameras,
+    points: Tensor,
+    colors: Tensor,
+    known: Sequence[int],
+    radius: float,
+    close: bool = False,
 ) -> tuple[Clip, Tensor]:
     """Render the cloud (points [N, 3], colors [N, 3]) into every camera and put the known photographs back in.
 
-    ``radius`` is in normalised device units (the short side spans 2), as in `render_points`. Returns the clip, and
-    where the cloud is seen, [F, H, W] bool.
+    ``radius`` is in normalised device units (the short side spans 2), as in `render_points`; ``close``: leave no holes,
+    see `fvgen.geometry.closing`. Returns the clip, and where the cloud is seen, [F, H, W] bool.
     """
     image, visibility, _ = render_points(points, colors, cameras, radius=radius)
     render = image.permute(0, 3, 1, 2).clamp(0, 1)
+    if close:
+        render = closed(render, visibility)
     mask = torch.zeros(len(cameras), dtype=torch.bool)
     mask[list(known)] = True
     return Clip(name, truth, torch.where(mask[:, None, None, None], truth, render), mask, cameras), visibility > 0

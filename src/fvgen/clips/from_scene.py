@@ -38,7 +38,7 @@ class ClipSettings:
 
     frames, height, width: of a clip. max_stride: see `clip_windows`. known_views: frames that the cloud is made from,
     evenly spaced. points: see `point_maps`. clips_per_scene: how many are tried. radius: see `point_radius`.
-    half_pixel_shift: see `unproject`. limits: see `fvgen.clips.filters`.
+    half_pixel_shift: see `unproject`. limits: see `fvgen.clips.filters`. closed: see `fvgen.geometry.closing`.
     """
 
     frames: int
@@ -52,6 +52,7 @@ class ClipSettings:
     radius: float
     half_pixel_shift: bool
     limits: dict[str, float]
+    closed: bool = False
 
 
 class SceneClip(NamedTuple):
@@ -145,7 +146,7 @@ def _clip(
         truth, cameras = photographs(scene, window.views, settings.height, settings.width)
         points, colors = unproject(depth, truth[known], cameras[known], settings.half_pixel_shift)
     with timed("render"):
-        clip, seen = render_clip(name, truth, cameras, points, colors, known, settings.radius)
+        clip, seen = render_clip(name, truth, cameras, points, colors, known, settings.radius, settings.closed)
         clip = replace(clip, shown=scene.shown(window.views, settings.height, settings.width))
     with timed("filter"):
         figures = measure(clip, len(points), seen, window.motion)

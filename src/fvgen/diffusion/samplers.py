@@ -127,6 +127,41 @@ def few_step(
     return x
 
 
+def leap(
+    denoiser: Denoise,
+    start: Tensor,
+    schedule: NoiseSchedule,
+    t: Tensor,
+    noise: Tensor,
+    steps: int = 1,
+    noises: Sequence[Tensor] | None = None,
+    generator: Generators | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """From an estimate of the clean latents, noised to t, in one evaluation (VideoScene, Wang et al. 2025).
+
+        x_t = sqrt(ab_t) k_t start + sqrt(1 - ab_t) noise,   x0 = denoiser(x_t, t)
+
+    The steps above t are leapt over: ``start`` supplies what they would have decided. With more steps the prediction is
+    noised again, to (steps - i) / steps of the way, as `few_step` does.
+
+    Args:
+        start: [B, C, F, h, w] clean latents, a render's.
+        t: [B] integers, one for each clip.
+        noise: [B, C, F, h, w]; noises: one more for each further step.
+
+    Returns:
+        The last predicted clean latents [B, C, F, h, w].
+    """
+    x0 = start
+    for index in range(steps):
+        now = torch.div((t + 1) * (steps - index), steps, rounding_mode="floor") - 1
+        fresh = noise if index == 0 else _noise(x0, index - 1, noises, generator)
+        x0 = denoiser(schedule.add_noise(x0, fresh, now), now)
+        x0 = _tell(on_step, SamplerStep(index, steps, int(now.max()), x0, x0))
+    return x0
+
+
 def _ddim_coefficients(levels: Tensor, t: int, t_prev: int, eta: float) -> tuple[Tensor, Tensor]:
     """DDIM's s and sqrt(1 - ab_prev - s^2), scalars on the CPU; ``levels`` are all ab [1000] there.
 

@@ -109,6 +109,20 @@ class NoiseSchedule:
         return cls(*(table.float() for table in tables), prediction)
 
     @classmethod
+    def cogvideox(cls, beta_start: float = 0.00085, beta_end: float = 0.012, snr_shift: float = 1.0) -> "NoiseSchedule":
+        """CogVideoX's, without a rescale: the usual betas, their SNR divided by ``snr_shift`` (1 in the 5B models, 3 in
+        2B), and then sqrt(ab) stretched so that it ends at 0 and begins where it did.
+
+            ab <- ab / (s + (1 - s) ab),   r = sqrt(ab),   r <- (r - r_999) r_0 / (r_0 - r_999),   ab <- r^2
+
+        For ``snr_shift`` 1 this is `lvdm` without k_t.
+        """
+        ab = (1.0 - scaled_linear_betas(beta_start, beta_end)).cumprod(0)
+        root = (ab / (snr_shift + (1 - snr_shift) * ab)).sqrt()
+        root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
+        return cls.from_alphas(root**2)
+
+    @classmethod
     def from_alphas(cls, alphas_cumprod: Tensor) -> "NoiseSchedule":
         """Of any other teacher, from its scheduler's ab_t [1000], without a rescale (k_t = 1).
 

@@ -71,7 +71,7 @@ def stage_config(
             blamed = origin.of_all(f"{key}= {why}")
             rest = "" if blamed == origin.of(key) else f" from {where}"
             raise UserError(f"{blamed}: {key} has no effect {why}; remove it{rest}")
-    optim = {learner: _optimizer(learner, settings, origin) for learner in method.learners()}
+    optim = {learner: _optimizer(learner, settings, origin, row.settings.optimizer) for learner in method.learners()}
     for learner in set(row.settings.all_learners) - set(optim):
         for key in Optimizer.model_fields:
             if f"{learner}_{key}" in settings:
@@ -107,6 +107,7 @@ def read_stage_config(name: str | None, file: str | Path, overrides: Sequence[st
     ``name`` None takes the method that file or words name.
     """
     words, settings = parse_overrides(overrides), read_yaml(file)
+    settings.pop("stages", None)  # one of them is asked for
     if name is None:
         name = words.get("method", settings.get("method"))
         if not isinstance(name, str):
@@ -186,13 +187,15 @@ def _check_names(name: str, settings: Mapping[str, Any], origin: Origin) -> None
         raise UserError(f"{origin.of(key)}: unknown setting {short(key)}{did_you_mean(str(key), near)}")
 
 
-def _optimizer(learner: str, settings: Mapping[str, Any], origin: Origin) -> Optimizer:
-    """Of one learner: its own settings before those for all."""
+def _optimizer(
+    learner: str, settings: Mapping[str, Any], origin: Origin, usual: Mapping[str, float] | None = None
+) -> Optimizer:
+    """Of one learner: its own settings before those for all, and those before the method's ``usual`` ones."""
     words = {key: f"{learner}_{key}" for key in Optimizer.model_fields}
     given = {key: settings[word] for key, word in words.items() if word in settings}
     shared = {key: settings[key] for key in SHARED if key in settings and key not in given}
     names = {key: words[key] for key in {*given, "lr"}}
-    return _judged(Optimizer, {**shared, **given}, origin, names)
+    return _judged(Optimizer, {**(usual or {}), **shared, **given}, origin, names)
 
 
 def _judged(kind: type[Owner], given: Mapping[str, Any], origin: Origin, words: Mapping[str, str] | None = None) -> Any:

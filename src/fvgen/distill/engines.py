@@ -69,6 +69,10 @@ class Engine(Protocol):
     def start_at(self, whole: Mapping[str, Tensor]) -> None:
         """Take these named whole float32 tensors for the master weights."""
 
+    def spread(self, shards: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        """Copy shards shaped as `masters` into the parameters of another network, in the order of the own ones, whole
+        in every process, each of which must call this. Not for ZeRO-3."""
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
@@ -161,6 +165,10 @@ class PlainEngine(_Optimized):
     def _publish(self) -> None:
         if self.narrow:
             torch._foreach_copy_(self.parameters, self.masters)
+
+    @torch.no_grad()
+    def spread(self, shards: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        torch._foreach_copy_([parameter.data for parameter in parameters], list(shards))
 
     def gather(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         return {name: shard.detach().cpu() for name, shard in zip(self.names, shards, strict=True)}
@@ -262,6 +270,19 @@ class DeepSpeedEngine(_Optimized):
             return [master.detach().clone() for master in self.masters]
         finally:
             self._fill(before)
+
+    @torch.no_grad()
+    def spread(self, shards: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        """The module's weights take the shards' values, are copied, and come back."""
+        assert not self.partitioned, "under ZeRO-3 no process has a whole weight"
+        before = [master.detach().clone() for master in self.masters]
+        try:
+            self._fill(shards)
+            self._publish()
+            torch._foreach_copy_([p.data for p in parameters], [own.data for _, own in self.named])
+        finally:
+            self._fill(before)
+            self._publish()
 
     @staticmethod
     def _own_part(value: Tensor, size: int) -> Tensor:

@@ -6,6 +6,7 @@ two owners have a setting of the same name. What is a method's own stands in `fv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -118,9 +119,13 @@ class MethodSettings(Owner):
     """The base of a method's own settings. A setting that others make idle is refused where it is given.
 
     all_learners: names of all networks that may learn.
+    optimizer: what differs from `Optimizer`'s defaults where nobody says otherwise.
+    whole: networks must be whole in every process, which ZeRO-3 does not leave them.
     """
 
     all_learners: ClassVar[tuple[str, ...]] = ("student",)
+    optimizer: ClassVar[Mapping[str, float]] = {}
+    whole: ClassVar[bool] = False
 
     def learners(self) -> tuple[str, ...]:
         """Names of the networks that learn under these settings, each with an `Optimizer` of its own."""
@@ -129,6 +134,14 @@ class MethodSettings(Owner):
     def idle(self) -> dict[str, str]:
         """Settings that have no effect beside the others, and why."""
         return {}
+
+    def trains(self, name: str) -> bool:
+        """Whether a student's weight of this name learns; the others stay the teacher's, and its very tensors."""
+        return True
+
+    def student_of(self, base: Any, network: Any) -> Any:
+        """The pipeline that a stage leaves: ``base``, the teacher's, with the student's network."""
+        return base.family.student_of(base, network, self.student_steps)
 
     def judge(self, run: Run, data: Data, memory: Memory) -> None:
         """Raises ValueError, one sentence, where the other owners' settings do not go with these."""

@@ -37,6 +37,7 @@ from fvgen.distill.run_folder import LOG, RunFolder, check_paths, finished_stage
 from fvgen.distill.settings import StageConfig
 from fvgen.errors import CannotWrite, Stopped, UserError, did_you_mean
 from fvgen.models.family import Size, family_of
+from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.pipelines.folders import check_device, folder_blueprint, load_pipeline, model_kind
 from fvgen.pipelines.presets import model_folder
 from fvgen.pipelines.teacher import TeacherPipeline
@@ -293,16 +294,20 @@ def check_families(teacher: str, start_from: Path) -> None:
 
 
 def stage_data(config: StageConfig, base: TeacherPipeline) -> ClipFolder | ShardSet:
-    """The clips to train on; shards are encoded already. Raises UserError for a folder that holds none, clips that
-    ``base`` cannot take, and shards that another teacher's encoders made."""
-    data = config.data.data
+    """The clips to train on, see `open_clips`."""
+    return open_clips(config.data.data, config.data.clips, base, config.run.teacher)
+
+
+def open_clips(data: str, count: int, base: NovelViewPipeline, teacher: str) -> ClipFolder | ShardSet:
+    """Clips by the setting ``data``, ``count`` of the built-in ones; shards are encoded already. Raises UserError for a
+    folder that holds none, clips that ``base`` cannot take, and shards that other encoders made than ``teacher``'s."""
     if data in WORLDS:
-        clips: ClipFolder | ShardSet = builtin_clips("train", config.data.clips, world=WORLDS[data])
+        clips: ClipFolder | ShardSet = builtin_clips("train", count, world=WORLDS[data])
     elif holds_shards(data):
         clips = ShardSet(data)
-        clips.check_encoder(base.encoder_fingerprint(), config.run.teacher)
+        clips.check_encoder(base.encoder_fingerprint(), teacher)
         base.check_clip(clips.frames, clips.height, clips.width)
-        check_kind(clips, config.run.teacher)
+        check_kind(clips, teacher)
     else:
         clips = ClipFolder(data)
     base.check_clip(clips.frames, clips.height, clips.width)

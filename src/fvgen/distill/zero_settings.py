@@ -56,6 +56,8 @@ def zero_settings(config: StageConfig, world: World, clip_norm: float = 1.0) -> 
         raise UserError(
             f"{file}: ZeRO-3 shards each network by itself, and share_backbone=true makes them one; take ZeRO-1 or 2"
         )
+    if zero["stage"] == 3 and config.method.whole:
+        raise UserError(f"{file}: ZeRO-3 shards networks, and method {config.name} needs them whole; take ZeRO-1 or 2")
     if zero["stage"] < 3 and "offload_param" in zero:
         raise UserError(f"{file}: offload_param works with ZeRO-3 only; remove it or set stage to 3")
     if zero["stage"] == 1 and "offload_optimizer" in zero and config.memory.accumulation > 1:

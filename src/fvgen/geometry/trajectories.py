@@ -20,6 +20,7 @@ from torch import Tensor
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, look_at, pose_problem
 from fvgen.geometry.conventions import from_opengl
+from fvgen.geometry.focus_point import focus_point
 from fvgen.geometry.viewcrafter_paths import single_view_target, single_view_txt, sparse_interpolation
 from fvgen.system.doors import read_json
 from fvgen.system.files import write_json
@@ -296,6 +297,7 @@ PRESETS: dict[str, Callable[..., Cameras]] = {
     "pan": pan,
     "look_at": look_at_path,
     "file": read_path,
+    "focus_point": focus_point,
     "viewcrafter_target": single_view_target,
     "viewcrafter_txt": single_view_txt,
     "viewcrafter_interpolation": sparse_interpolation,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from fvgen.errors import UserError, did_you_mean
 from fvgen.models.condition import Condition
@@ -63,6 +63,9 @@ class Family:
         lora_targets: ends of the names of the layers that get an adapter.
         blueprint: a folder's JSON files by component (``{"": model_index, "unet": ..., ...}``) -> `Blueprint`.
         published: names of published models that need no folder to be planned with, and their JSON files.
+        start: condition -> clean latents [B, C, F, h, w] of the render, for methods that begin there; None where a
+            condition does not hold them.
+        leap: class name of the student's pipeline that begins there, among ``students``; "" for none.
     """
 
     name: str
@@ -75,6 +78,8 @@ class Family:
     lora_targets: tuple[str, ...]
     blueprint: Callable[[Mapping[str, Mapping[str, Any]]], Blueprint]
     published: Mapping[str, Mapping[str, Mapping[str, Any]]]
+    start: Callable[[Condition], Tensor] | None = None
+    leap: str = ""
 
     def widths(self, network: nn.Module, taps: tuple[str, ...]) -> list[int]:
         """Of the features at ``taps``. Raises UserError for a tap that the network does not have."""
@@ -87,6 +92,10 @@ class Family:
     def student_of(self, teacher: Any, network: nn.Module, steps: int) -> Any:
         """A student pipeline with the teacher's other components and settings."""
         return self.pipeline(self.students[0]).from_teacher(teacher, network, steps)
+
+    def leap_of(self, teacher: Any, network: nn.Module, t: int, t_max: int) -> Any:
+        """A student that begins at the render, noised to ``t``, with the teacher's other components and settings."""
+        return self.pipeline(self.leap).from_teacher(teacher, network, t=t, t_max=t_max)
 
 
 _REGISTERED: dict[str, Family] = {}

@@ -111,6 +111,11 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         """Whether it was trained on renders of points that lie half a pixel off, see `fvgen.geometry.pointcloud`."""
         return False
 
+    @property
+    def closed_renders(self) -> bool:
+        """Whether its renders are to have no holes, see `fvgen.geometry.closing`."""
+        return False
+
     def denoiser(self) -> Denoiser:
         """The network, unguided."""
         return Denoiser(self.network, self.schedule, self.family.call)

@@ -17,7 +17,8 @@ class CallOptions(TypedDict, total=False):
     photographs: frame index to photograph, for renders whose known frames are not replaced yet.
     prompt: a text (or one per clip) other than the model's own; needs text encoder and tokenizer.
     fps: the network's frame rate where it has one (ViewCrafter's `frame_stride`), its default if not given.
-    reference: [3, H, W] or [B, 3, H, W] in [0, 1], for a model that looks at a photograph beside the clip.
+    reference: [3, H, W] or [B, 3, H, W] in [0, 1], for a model that looks at a photograph beside the clip; [n, 3, H, W]
+        or [B, n, 3, H, W] for one that looks at n of the clip's own frames, in their place.
     callback_on_step_end: diffusers' callback (pipeline, index, timestep, tensors) -> changed tensors.
     callback_on_step_end_tensor_inputs: which tensors it is given, of "latents" and "x0".
     output_type: "pt", "np", "pil" or "latent", see `fvgen.pipelines.frames.VideoOutput`.

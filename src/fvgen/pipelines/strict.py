@@ -47,6 +47,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "default_fps": (1, 1000),
     "dropout": (0, 0.99),
     "steps": (1, 1000),
+    **dict.fromkeys(("t", "t_max", "arms"), (0, 999)),
+    "widths": WIDTH,
     "guidance": (0, 1000),
     "guidance_rescale": (0, 1),
     "base_scale": (1e-3, 1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -23,11 +24,12 @@ import fvgen
 from fvgen.clips.worlds import is_builtin
 from fvgen.distill.config import changed
 from fvgen.distill.settings import StageConfig
+from fvgen.errors import UserError
 from fvgen.models.family import Blueprint, Family, Size, published
 from fvgen.pipelines.folders import folder_blueprint
 from fvgen.pipelines.presets import model_folder
 from fvgen.planning.cache import remembered
-from fvgen.planning.simulate import Profile
+from fvgen.planning.simulate import STILL, Profile
 
 GB = 1e9
 MASTER = MOMENT = 4  # bytes of a float32: a master weight, and each of AdamW's two moments
@@ -36,7 +38,7 @@ LIVE = 500_000_000  # most elements that ZeRO-3 gathers at once, as in recipes/d
 FITS = 0.95  # of the memory: the allocator needs some room
 RUNTIME_GB = 1.5  # CUDA context, kernels and communication on a GPU
 CPU_RUNTIME_GB = 0.09  # what libraries keep from their first use on: benchmarks/memory.py --channels 32
-RECIPES = {"gan": "stage1_gan.py", "dmd": "stage2_dmd.py"}
+RECIPES = {"gan": "stage1_gan.py", "dmd": "stage2_dmd.py", "leap": "leap.py"}
 A_MACHINE = 8  # GPUs at most; more are several machines, which a hostfile names
 SHARES = {"three models": (False, False), "LoRA fake score": (True, False), "LoRA both": (True, True)}
 
@@ -111,9 +113,10 @@ def estimate(config: StageConfig, profile: Profile, choice: Choice, hardware: Ha
     """``profile`` is that of the choice's checkpointing and sharing, for one part of one process's clips."""
     narrow = 2 if config.memory.precision == "bfloat16" else 4
     zero, n = choice.zero, hardware.gpus if choice.zero else 1
-    learning = {name: count for name, count in profile.parameters.items() if name != "teacher"}
+    learning = {name: count for name, count in profile.parameters.items() if name not in STILL}
     width = {name: 4 if name == "head" else narrow for name in learning}  # the head stays float32
     weights = sum(count * width[name] for name, count in learning.items()) / (n if zero == 3 else 1)
+    weights += profile.parameters.get("followers", 0) * narrow
     if not choice.offload_teacher:
         weights += profile.parameters["teacher"] * narrow / (n if zero == 3 else 1)
 
@@ -142,7 +145,7 @@ def _seconds(config: StageConfig, profile: Profile, choice: Choice, hardware: Ha
     """Work at the reached rate, plus what travels and cannot hide: reduce-scatter of gradients and all-gather of
     weights per update; with ZeRO-3 also the weights of every pass; with offload gradients down and weights up."""
     compute = config.memory.accumulation * profile.flops / (hardware.tflops * 1e12 * hardware.utilisation)
-    learning = sum(count for name, count in profile.parameters.items() if name != "teacher")
+    learning = sum(count for name, count in profile.parameters.items() if name not in STILL)
     travels = 2 * learning * narrow * (hardware.gpus - 1) / hardware.gpus if choice.zero else 0.0
     if choice.zero == 3:
         travels += 8 * profile.parameters["teacher"] * narrow * config.memory.accumulation
@@ -171,8 +174,9 @@ def profiles(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
     """By sharing and checkpointing, what an iteration takes; ``size.batch`` is one process's part."""
     found: Profiles = {}
     for share, checkpointing in track(list(product(SHARES, (False, True))), "following iterations"):
-        changes = Choice(0, checkpointing, share).settings()
-        found[share, checkpointing] = remembered(changed(config, **changes), family, blueprint, size)
+        with suppress(UserError):  # a way to share that the method does not have
+            stage = changed(config, **Choice(0, checkpointing, share).settings())
+            found[share, checkpointing] = remembered(stage, family, blueprint, size)
     return found
 
 
@@ -182,9 +186,14 @@ def plan(config: StageConfig, found: Profiles, hardware: Hardware) -> list[Estim
     What fits stays below 95 % of the memory. Full fine-tuning comes before adapters: they are another training, not
     only another way to run the same one.
     """
-    estimates = [
-        estimate(config, found[choice.share, choice.checkpoint_activations], choice, hardware)
+    possible = [
+        choice
         for choice in choices(hardware)
+        if (choice.share, choice.checkpoint_activations) in found
+        and not (config.method.whole and (choice.zero == 3 or choice.offload_teacher))
+    ]
+    estimates = [
+        estimate(config, found[choice.share, choice.checkpoint_activations], choice, hardware) for choice in possible
     ]
     return sorted(estimates, key=lambda e: _preference(e, hardware))
 
@@ -242,7 +251,8 @@ def command(
     launcher = ["python"]
     if zero:
         launcher = ["deepspeed", *(["--num_gpus", str(hardware.gpus)] if hardware.gpus <= A_MACHINE else [])]
-    line = [*launcher, recipe_file(RECIPES[config.name]), "--config", str(file)]
+    recipe = [recipe_file(RECIPES[config.name]), "--config"] if config.name in RECIPES else [recipe_file("distill.py")]
+    line = [*launcher, *recipe, str(file)]
     line += ["--deepspeed", recipe_file(f"deepspeed/{Path(zero).name}")] if zero else []
     return shlex.join([*line, *(f"{key}={value}" for key, value in said.items())])
 

@@ -32,6 +32,9 @@ from fvgen.models.family import Blueprint, Family, Size
 from fvgen.models.lora import Role
 from fvgen.system.work import Work
 
+STILL = ("teacher", "followers")
+"""Weights that do not learn: the teacher's, and of other networks what is nobody else's."""
+
 
 @dataclass(frozen=True)
 class Profile:
@@ -43,7 +46,7 @@ class Profile:
 
     flops: float
     timeline: tuple[tuple[int, int], ...]
-    parameters: dict[str, int]  # weights by network, or of its adapter where it is one; the teacher's do not learn
+    parameters: dict[str, int]  # that learn, by network or its adapter; those of `STILL` do not
 
     def peak(self, gradient_share: float = 1.0) -> tuple[int, int]:
         """(activations, gradients) in bytes at the moment that needs most, if only a share of the gradients stays."""
@@ -164,8 +167,8 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
         method = METHODS[config.name].method.build(Setup(config, family, teacher, learner))
         networks = {name: each.module for name, each in method.learners.items()}
         with FakeTensorMode(allow_non_fake_inputs=True):
-            modules = [teacher, *networks.values(), *(x for x in method.states.values() if isinstance(x, nn.Module))]
-            _with_fake_weights(modules, allocations)
+            followers = [*method.followers, *(x for x in method.states.values() if isinstance(x, nn.Module))]
+            _with_fake_weights([teacher, *networks.values(), *followers], allocations)
             batch = LatentBatch(
                 torch.zeros(latents.shape), Condition(**{key: torch.zeros(x.shape) for key, x in condition.items()})
             )
@@ -179,10 +182,18 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
             with allocations:
                 method.iterate(config.run.iterations, deal)
     flops = allocations.flops + (critics - 2) * (dealt[1] - dealt[0]) if critics > 2 else allocations.flops
-    counts = {name: sum(p.numel() for p in network.parameters()) for name, network in networks.items()}
-    counts["teacher"] = sum(p.numel() for p in teacher.network.parameters())
-    counts["teacher"] -= sum(counts[name] for name in networks if isinstance(_inner(networks[name]), Role))
+    counts = {name: sum(p.numel() for p in each.parameters() if p.requires_grad) for name, each in networks.items()}
+    adapters = [network for network in (*networks.values(), *followers) if isinstance(_inner(network), Role)]
+    counts["teacher"] = _numel([teacher.network], beside=adapters)
+    counts["followers"] = _numel(followers, beside=[teacher.network, *networks.values()])
+    counts["followers"] += _numel([x for x in followers if isinstance(_inner(x), Role)])
     return Profile(flops / len(parts), outline(allocations.timeline()), counts)
+
+
+def _numel(modules: Sequence[nn.Module], beside: Sequence[nn.Module] = ()) -> int:
+    """Of all weights, each counted once, without those that are also ``beside``."""
+    others = {id(p) for module in beside for p in module.parameters()}
+    return sum({id(p): p.numel() for m in modules for p in m.parameters() if id(p) not in others}.values())
 
 
 def _inner(module: nn.Module) -> nn.Module | None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from fvgen.errors import UserError
+from fvgen.geometry import closing
 from fvgen.geometry.pointcloud import point_radius
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.pipelines.folders import folder_blueprint, load_pipeline, model_kind
@@ -17,17 +18,23 @@ from fvgen.pipelines.presets import model_folder
 
 class RenderNeeds(NamedTuple):
     """What clips for a model are like: height and width of a frame, number of frames, radius of a point in normalised
-    device units, and whether points are half a pixel off (`unproject`)."""
+    device units, whether points are half a pixel off (`unproject`), and whether renders are closed
+    (`fvgen.geometry.closing`)."""
 
     frames: int
     height: int
     width: int
     radius: float
     half_pixel_shift: bool
+    closed: bool = False
 
 
 def render_needs(
-    pipeline: NovelViewPipeline, frames: int | None, size: tuple[int, int] | None, half_pixel_shift: bool | None
+    pipeline: NovelViewPipeline,
+    frames: int | None,
+    size: tuple[int, int] | None,
+    half_pixel_shift: bool | None,
+    closed: bool | None = None,
 ) -> RenderNeeds:
     """The one place that decides what renders a model wants where the user does not say.
 
@@ -40,7 +47,9 @@ def render_needs(
     frames = pipeline.frames if frames is None else frames
     pipeline.check_clip(frames, height, width)
     shift = pipeline.half_pixel_shift if half_pixel_shift is None else half_pixel_shift
-    return RenderNeeds(frames, height, width, point_radius(height, width), shift)
+    closed = pipeline.closed_renders if closed is None else closed
+    radius = point_radius(height, width) * (closing.RADIUS if closed else 1.0)
+    return RenderNeeds(frames, height, width, radius, shift, closed)
 
 
 def load_encoders(name: str | Path) -> NovelViewPipeline:

@@ -88,7 +88,8 @@ class ShardRecord(Record):
 
 class Settings(Record):
     """All that decides what the clips are. ``scenes``: SHA-256 over the names of all scenes; ``encoder``: fingerprint
-    of the teacher's encoders; ``limits``: of `fvgen.clips.filters`; ``keep_frames``: `Pixels` too."""
+    of the teacher's encoders; ``limits``: of `fvgen.clips.filters`; ``keep_frames``: `Pixels` too; ``closed``: renders
+    are (`fvgen.geometry.closing`)."""
 
     scenes: str
     frames: int = Field(ge=1, le=1 << 16)
@@ -106,12 +107,13 @@ class Settings(Record):
     encoder: str
     limits: dict[str, float]
     keep_frames: bool = False
+    closed: bool = False
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: Callable[[Settings], dict]) -> dict:
-        """Shards without frames say of themselves, and hash, what they did before there were any with."""
-        words = write(self)
-        return words if self.keep_frames else {key: value for key, value in words.items() if key != "keep_frames"}
+        """Shards without frames, or with open renders, say of themselves, and hash, what they did before there were
+        others."""
+        return {key: x for key, x in write(self).items() if x or key not in ("keep_frames", "closed")}
 
     def digest(self) -> str:
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()

@@ -60,6 +60,7 @@ class PrepareConfig:
     clips_per_scene: how many are tried of each scene; what the filters drop is not made up for.
     known_views: frames that the cloud is made from, evenly spaced; the first and, from two on, the last are known.
     half_pixel_shift: see `unproject`; None is what the teacher was trained with.
+    closed: renders without holes, see `fvgen.geometry.closing`; None is what the model wants (one that leaps does).
     limits: changes to `filters.LIMITS`.
     keep_frames: keep the pixels too, so that models can be scored on the clips: 16 MB a clip of 16 frames at 320x512.
     """
@@ -74,6 +75,7 @@ class PrepareConfig:
     known_views: int = 2
     seed: int = 0
     half_pixel_shift: bool | None = None
+    closed: bool | None = None
     limits: dict[str, float] = field(default_factory=dict)
     keep_frames: bool = False
 
@@ -90,7 +92,7 @@ class PrepareConfig:
         for name in self.limits:
             if name not in LIMITS:
                 raise UserError(f"unknown limit {name!r}{did_you_mean(name, LIMITS)}")
-        needs = render_needs(pipeline, self.frames, self.size, self.half_pixel_shift)
+        needs = render_needs(pipeline, self.frames, self.size, self.half_pixel_shift, self.closed)
         if not 1 <= self.known_views < needs.frames:
             raise UserError(
                 f"{self.known_views} known views do not suit {needs.frames} frames; "

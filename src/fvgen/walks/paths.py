@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +38,7 @@ FROM_ONE: dict[str, Preset] = {  # paths from the first photograph; depth is the
     "pan": Preset(lambda c, n, a, d: trajectories.pan(c, n, yaw=a), 15.0, "degrees"),
 }
 THROUGH = "through"
+FOCUS = "focus"  # through them, too, round the point that each pair looks at
 
 
 class Walk(NamedTuple):
@@ -53,12 +55,12 @@ def default_trajectory(views: int) -> str:
 def judge_trajectory(words: str) -> None:
     """Raises UserError for words that name no path."""
     name, _, amount = words.partition(":")
-    if name == THROUGH and not amount:
+    if name in (THROUGH, FOCUS) and not amount:
         return
     if name in FROM_ONE:
         _amount(words)
     elif not Path(words).exists():
-        known = [THROUGH, *FROM_ONE]
+        known = [THROUGH, FOCUS, *FROM_ONE]
         raise UserError(f"trajectory {words!r} is neither a known path{did_you_mean(name, known)} nor a file or folder")
 
 
@@ -84,6 +86,8 @@ def camera_path(
     start = cameras[[views[0]]].to(dtype=torch.float64)
     if name == THROUGH:
         path = _through(cameras[views].to(dtype=torch.float64), frames, clip)
+    elif name == FOCUS:
+        path = _round_focus(cameras[views].to(dtype=torch.float64), frames, clip)
     elif name in FROM_ONE:
         path = FROM_ONE[name].make(start, frames or clip, _amount(words), depth)
     elif Path(words).suffix.lower() == ".txt" and Path(words).is_file():
@@ -114,6 +118,26 @@ def _through(cameras: Cameras, frames: int | None, clip: int) -> Cameras:
         return trajectories.interpolate(cameras, frames)
     # Every clip runs from photograph to photograph, as FVGen's.
     return trajectories.interpolate(cameras, whole, range(0, whole, clip - 1))
+
+
+def _round_focus(cameras: Cameras, frames: int | None, clip: int) -> Cameras:
+    """From view to view, ``clip`` frames each with both ends; ``frames`` in all spread evenly over the pairs."""
+    pairs = len(cameras) - 1
+    if pairs < 1:
+        raise UserError("a path round a focus point needs two photographs; give another, or choose --trajectory orbit")
+    whole = pairs * (clip - 1) if frames is None else frames - 1
+    if whole < pairs:
+        raise UserError(f"a path through {pairs + 1} photographs cannot have {frames} frames; ask for more")
+    keys = [round(pair * whole / pairs) for pair in range(pairs + 1)]
+    parts = [
+        trajectories.focus_point(cameras[[pair, pair + 1]], end - start + 1)
+        for pair, (start, end) in enumerate(pairwise(keys))
+    ]
+    poses, matrices = (
+        torch.cat([getattr(part, name)[int(place > 0) :] for place, part in enumerate(parts)])
+        for name in ("world_from_cam", "intrinsics")
+    )
+    return replace(cameras, world_from_cam=poses, intrinsics=matrices)
 
 
 def _stored(path: Path, size: tuple[int, int], dataparser_transforms: str | Path | None) -> Cameras:

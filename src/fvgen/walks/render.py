@@ -11,6 +11,7 @@ from torch import Tensor
 from fvgen.depth.maps import masked, point_maps
 from fvgen.depth.sparse import found_points, lacks
 from fvgen.errors import UserError
+from fvgen.geometry import closing
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.pointcloud import point_radius, render_points, unproject
 from fvgen.scenes.images import fit_image
@@ -70,16 +71,23 @@ def make_cloud(scene: Scene, views: list[int], height: int, width: int, points: 
 
 
 def render_walk(
-    cloud: Cloud, walk: Walk, half_pixel_shift: bool = False, extra: tuple[Tensor, Tensor] | None = None
+    cloud: Cloud,
+    walk: Walk,
+    half_pixel_shift: bool = False,
+    extra: tuple[Tensor, Tensor] | None = None,
+    close: bool = False,
 ) -> Rendered:
-    """The cloud (and ``extra`` points [N, 3] with colours) along the path; photographs where it meets them."""
+    """The cloud (and ``extra`` points [N, 3] with colours) along the path; photographs where it meets them. ``close``:
+    without holes."""
     points, colors = unproject(cloud.depth, cloud.photographs, cloud.cameras, half_pixel_shift)
     if extra is not None:
         points, colors = torch.cat([points, extra[0]]), torch.cat([colors, extra[1]])
     cameras = walk.cameras.to(dtype=torch.float32)
-    radius = point_radius(cameras.height, cameras.width)
+    radius = point_radius(cameras.height, cameras.width) * (closing.RADIUS if close else 1.0)
     images, opacity, depth = render_points(points, colors, cameras, radius)
     frames = images.permute(0, 3, 1, 2).clamp(0, 1)
+    if close:
+        frames = closing.closed(frames, opacity)
     known = torch.zeros(len(frames), dtype=torch.bool)
     for frame, view in walk.known.items():
         if view in cloud.views:

@@ -267,7 +267,7 @@ def plan_walk(paths: list, choices: Choices, needs: RenderNeeds, told: Told, sec
             trajectory, cameras, views, choices.frames, needs.frames, cloud.typical, choices.dataparser_transforms
         )
         told(said(walk, [path.name for path in given.scene.image_paths]))
-        rendered = render_walk(cloud, walk, needs.half_pixel_shift)
+        rendered = render_walk(cloud, walk, needs.half_pixel_shift, close=needs.closed)
     return Plan(given, cloud, walk, rendered, judge_coverage(rendered), held)
 
 
@@ -294,7 +294,7 @@ def _video(
         return clip
 
     def again(extra: tuple[Tensor, Tensor]) -> Rendered:
-        return render_walk(plan.cloud, plan.walk, needs.half_pixel_shift, extra)
+        return render_walk(plan.cloud, plan.walk, needs.half_pixel_shift, extra, needs.closed)
 
     chosen = (needs.frames, choices.steps, choices.seed, choices.seams)
     return chain(pipeline, plan.rendered, *chosen, render_again=again, kept=kept)

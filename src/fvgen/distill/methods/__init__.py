@@ -16,6 +16,7 @@ from fvgen.distill.methods.data_forcing import DataForcing, DataForcingSettings
 from fvgen.distill.methods.dmd import Dmd
 from fvgen.distill.methods.dmd2 import Dmd2, Dmd2Settings
 from fvgen.distill.methods.dmd_settings import DmdSettings
+from fvgen.distill.methods.leap import Leap, LeapSettings
 from fvgen.distill.methods.regression import Consistency, ConsistencySettings, OdePairs, OdePairsSettings
 from fvgen.distill.settings import MethodSettings
 from fvgen.errors import UserError, did_you_mean
@@ -41,6 +42,8 @@ METHODS: dict[str, Row] = {
     "data-forcing": Row(DataForcing, DataForcingSettings),
     "ode-pairs": Row(OdePairs, OdePairsSettings),
     "consistency": Row(Consistency, ConsistencySettings),
+    # VideoScene: one evaluation, from a noised render. docs/videoscene.md says what is the paper's and what is ours.
+    "leap": Row(Leap, LeapSettings),
     # Controls, which must fail.
     "control-random-gradient": Row(RandomGradient, DmdSettings, {"dmd_weight": 0.0}),
     "control-frozen-head": Row(FrozenHead, DmdSettings, {"dmd_weight": 0.0}),

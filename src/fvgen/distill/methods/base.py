@@ -66,11 +66,13 @@ class Method:
     """One way to learn. ``learners`` and ``states`` (by name) are all that a checkpoint holds of it.
 
     exported: the learners whose weights `export` wants.
+    followers: networks that neither learn nor have a state of their own: their weights follow a learner's.
     needs: what a batch must hold beside latents and condition, as names that the data may offer ("pixels", "cameras").
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     exported: tuple[str, ...] = ("student",)
+    followers: tuple[nn.Module, ...] = ()
     learners: dict[str, Learner]
     states: dict[str, Any]
 

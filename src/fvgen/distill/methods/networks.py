@@ -76,15 +76,23 @@ def make_critic(setup: Setup) -> Critic:
     return Critic(setup.teacher, taps, _ready(head.to(setup.device)))
 
 
-def denoisers(setup: Setup, names: Sequence[str]) -> tuple[dict[str, Denoiser], dict[str, dict[str, Tensor]]]:
+def denoisers(
+    setup: Setup, names: Sequence[str], trains: Callable[[str], bool] = lambda name: True
+) -> tuple[dict[str, Denoiser], dict[str, dict[str, Tensor]]]:
     """The student and others (which start as the teacher), by name: whole networks, or adapters where `Memory` says so;
     and, of those that are narrower, the float32 weights that they were rounded from, by network and name.
 
-    The teacher's own network takes the memory settings' type and checkpointing too.
+    ``trains``: whether a weight of this name learns; one that does not is the teacher's very tensor, and layers without
+    any get no adapter. The teacher's own network takes the memory settings' type and checkpointing too.
     """
     memory: Memory = setup.config.memory
     teacher, start = setup.teacher.network, setup.start_from
     adapted = {name: memory.student_lora if name == "student" else memory.share_backbone for name in names}
+    if not any(trains(name) for name, _ in teacher.named_parameters()):
+        raise UserError(
+            f"the teacher's network has no weight that the settings let learn; its names are like "
+            f"{', '.join(name for name, _ in list(teacher.named_parameters())[:2])}"
+        )
     whole: dict[str, nn.Module] = {}
     goes_on = {"student"}
     if getattr(setup.config.method, "fake_score_start", "") == "student":
@@ -93,19 +101,21 @@ def denoisers(setup: Setup, names: Sequence[str]) -> tuple[dict[str, Denoiser], 
         if name in goes_on and start is not None:
             whole[name] = load_pipeline(start / "student", StudentPipeline).network.to(setup.device)
         else:
-            whole[name] = copy.deepcopy(teacher)
+            whole[name] = _copied(teacher, trains)
     # Master weights start where the teacher or the earlier stage ended, not at the next bfloat16, which is further than
     # an update.
     exact: dict[str, dict[str, Tensor]] = {}
     if memory.precision == "bfloat16" and whole and setup.device.type != "meta":  # where weights have no values
-        of_teacher = _weights(teacher)  # one copy for all
-        exact = {n: _weights(w) if n in goes_on and start is not None else of_teacher for n, w in whole.items()}
+        of_teacher = _weights(teacher, trains)  # one copy for all
+        exact = {n: _weights(w, trains) if n in goes_on and start is not None else of_teacher for n, w in whole.items()}
     for network in (teacher, *whole.values()):
         _prepare(network, memory)
     calls = dict.fromkeys(names, setup.teacher.call)
     roles = [name for name in names if adapted[name]]
     if roles:
-        backbone = SharedBackbone(teacher, roles, memory.lora_rank, setup.family.lora_targets)
+        backbone = SharedBackbone(
+            teacher, roles, memory.lora_rank, _targets(teacher, setup.family.lora_targets, trains)
+        )
         if memory.checkpoint_activations:
             teacher.enable_gradient_checkpointing(backbone.checkpointed)
         whole |= {name: Role(backbone, name) for name in roles}
@@ -113,18 +123,38 @@ def denoisers(setup: Setup, names: Sequence[str]) -> tuple[dict[str, Denoiser], 
     if adapted.get("student") and start is not None:
         exact["student"] = _load_adapter(whole["student"], start)
     schedule = setup.teacher.schedule
-    return {name: _ready(Denoiser(whole[name], schedule, calls[name])) for name in names}, exact
+    ready = {name: _ready(Denoiser(whole[name], schedule, calls[name])) for name in names}
+    for network in (whole[name] for name in names if not adapted[name]):
+        for name, parameter in network.named_parameters():
+            parameter.requires_grad_(trains(name))
+    return ready, exact
 
 
-def _weights(network: nn.Module) -> dict[str, Tensor]:
+def _copied(network: nn.Module, trains: Callable[[str], bool]) -> nn.Module:
+    """A copy whose weights that do not learn are the network's own tensors."""
+    kept = {id(parameter): parameter for name, parameter in network.named_parameters() if not trains(name)}
+    return copy.deepcopy(network, kept)
+
+
+def _targets(network: nn.Module, ends: Sequence[str], trains: Callable[[str], bool]) -> Sequence[str]:
+    """The layers that get an adapter: ends of names, or whole names where not all of them learn."""
+    layers = [name for name, _ in network.named_modules() if f".{name}".endswith(tuple(f".{end}" for end in ends))]
+    chosen = [name for name in layers if trains(f"{name}.weight")]
+    if not chosen:
+        raise UserError("student_lora=true: none of the layers that get an adapter may learn; change trained=...")
+    return ends if len(chosen) == len(layers) else chosen
+
+
+def _weights(network: nn.Module, trains: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
     """As they are now, on the CPU, by the names that they have in a `Denoiser`."""
-    return {f"network.{name}": parameter.detach().cpu() for name, parameter in network.named_parameters()}
+    named = ((name, parameter) for name, parameter in network.named_parameters() if trains(name))
+    return {f"network.{name}": parameter.detach().cpu() for name, parameter in named}
 
 
 def _prepare(network: nn.Module, memory: Memory) -> None:
     if memory.checkpoint_activations:
         network.enable_gradient_checkpointing()
-    if memory.precision == "bfloat16" and next(network.parameters()).dtype != torch.bfloat16:
+    if memory.precision == "bfloat16" and any(p.dtype != torch.bfloat16 for p in network.parameters()):
         nn.Module.to(network, torch.bfloat16)  # diffusers' own warns of a list that is empty
 
 

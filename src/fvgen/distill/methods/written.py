@@ -10,7 +10,8 @@ from torch import Tensor
 from fvgen.distill.settings import StageConfig
 from fvgen.models.head import DiscriminatorHead
 from fvgen.models.lora import merged_weights
-from fvgen.pipelines.folders import save_model
+from fvgen.pipelines.folders import load_pipeline, save_model
+from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.system.files import write_tensors
 
@@ -19,16 +20,28 @@ ADAPTER = "student_lora.safetensors"
 
 
 def write_student(config: StageConfig, base: TeacherPipeline, weights: Mapping[str, Tensor], folder: Path) -> None:
-    """``weights`` are the student's as `EMA.weights` names them: a whole network's, or an adapter's on ``base``'s,
-    which is merged. Raises UserError when the disk is full."""
+    """``weights`` are the student's as `EMA.weights` names them: a whole network's, the part of it that learns, or an
+    adapter's on ``base``'s, which is merged. Raises UserError when the disk is full."""
     network = type(base.network).from_config(base.network.config).eval()
     if config.memory.student_lora:
         network.load_state_dict(merged_weights(base.network, weights))
     else:
         learnt = {name.removeprefix("network."): tensor for name, tensor in weights.items()}
-        rest = network.state_dict().keys() - learnt.keys()  # buffers, as a table of learned positions: the teacher's
-        network.load_state_dict(learnt | {name: base.network.get_buffer(name) for name in rest})
-    save_model(base.family.student_of(base, network, config.method.student_steps), folder)
+        # The rest: buffers, as a table of learned positions, and what does not learn.
+        network.load_state_dict(_before(config, base, learnt) | learnt)
+    save_model(config.method.student_of(base, network), folder)
+
+
+def _before(config: StageConfig, base: TeacherPipeline, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the student started as: the teacher's weights or, where a part of it stays, an earlier stage's; as they were
+    before the teacher was rounded to train."""
+    started = base.network
+    if any(name not in learnt for name, _ in started.named_parameters()):
+        if config.run.init:
+            started = load_pipeline(Path(config.run.init) / "student", StudentPipeline).network
+        elif config.memory.precision != "float32":
+            started = load_pipeline(config.run.teacher, TeacherPipeline).network
+    return {name: tensor.detach().cpu() for name, tensor in started.state_dict().items()}
 
 
 def write_adapter(weights: Mapping[str, Tensor], folder: Path) -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fvgen.diffusion.schedule import NoiseSchedule
-from fvgen.errors import UserError
+from fvgen.diffusion.schedule import TIMESTEPS, NoiseSchedule
+from fvgen.errors import UserError, short
 from fvgen.models.cogvideox.published import PUBLISHED
 from fvgen.models.cogvideox.transformer import taps_of, velocity_and_taps, width_of
 from fvgen.models.cogvideox.vae import latent_size
@@ -20,8 +20,15 @@ from fvgen.models.denoiser import Prediction
 from fvgen.models.family import Blueprint, Family, Size
 
 GUIDANCE = 6.0
+LEAP = "VideoScenePipeline"
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 """All linear layers of the blocks but those of their adaptive norms; peft compares ends of names."""
+SCHEDULER: Mapping[str, Any] = {
+    **{"prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "beta_schedule": "scaled_linear"},
+    **{"timestep_spacing": "trailing", "clip_sample": False, "beta_start": None, "beta_end": None},
+    "snr_shift_scale": None,
+}
+"""What a scheduler must say, and what (None: any number). None of it is the default of diffusers' classes."""
 
 
 def call(
@@ -56,16 +63,29 @@ def default_tap(network: nn.Module) -> str:
 def noise_schedule(scheduler: Mapping[str, Any]) -> NoiseSchedule:
     """Of a scheduler's settings, DDIM's or DPM's: both make the same table of them.
 
-    Raises UserError for a teacher that predicts anything but velocities.
+    Raises UserError for settings that none of the published models has, and where one is missing that decides: the
+    libraries would fill in their class's default, another model's.
     """
-    from diffusers import CogVideoXDDIMScheduler  # takes seconds to import
+    for name, value in SCHEDULER.items():
+        if name not in scheduler:
+            raise UserError(f"the scheduler's settings lack {name}; copy its scheduler_config.json again")
+        if value is not None and scheduler[name] != value:
+            raise UserError(
+                f"the teacher's scheduler says {name}={scheduler[name]}; give a teacher of CogVideoX's own noise "
+                f"levels ({name}={value})"
+            )
+    for name, value in {"num_train_timesteps": TIMESTEPS, "trained_betas": None, "set_alpha_to_one": True}.items():
+        if scheduler.get(name, value) != value:
+            raise UserError(
+                f"the teacher's scheduler says {name}={short(scheduler[name])}; give a teacher of CogVideoX's own "
+                f"noise levels ({name}={value})"
+            )
+    return NoiseSchedule.cogvideox(*(scheduler[name] for name in ("beta_start", "beta_end", "snr_shift_scale")))
 
-    if scheduler["prediction_type"] != "v_prediction":
-        raise UserError(
-            f"the teacher's scheduler says prediction_type={scheduler['prediction_type']}; give a teacher that "
-            "predicts velocities (v_prediction)"
-        )
-    return NoiseSchedule.from_alphas(CogVideoXDDIMScheduler.from_config(scheduler).alphas_cumprod)
+
+def start(condition: Condition) -> Tensor:
+    """Clean latents [B, C, F', h, w] of the render: of their own where the image channels hold less."""
+    return condition["render_latents" if "render_latents" in condition else "image_latents"]
 
 
 def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
@@ -81,21 +101,23 @@ def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
         shape = latent_size(transformer, vae, size.frames, size.height, size.width)
         latents = torch.zeros(size.batch, vae["latent_channels"], *shape)
         text = torch.zeros(1, transformer["max_text_seq_length"], transformer["text_embed_dim"])
-        return latents, Condition(image_latents=latents, text_tokens=text)
+        beside = latents if index.get("image_condition", "renders") != "renders" else None
+        return latents, Condition(image_latents=latents, text_tokens=text, render_latents=beside)
 
     guidance = float(index.get("guidance", GUIDANCE))
     return Blueprint(network, example, lambda: noise_schedule(files["scheduler"]), guidance)
 
 
 def pipeline(class_name: str) -> type[Any]:
-    """One of the two pipeline classes."""
-    return getattr(import_module("fvgen.models.cogvideox.pipelines"), class_name)
+    """One of the pipeline classes."""
+    module = "videoscene" if class_name == LEAP else "pipelines"
+    return getattr(import_module(f"fvgen.models.cogvideox.{module}"), class_name)
 
 
 FAMILY = Family(
     name="cogvideox",
     teachers=("CogVideoXTeacherPipeline",),
-    students=("CogVideoXStudentPipeline",),
+    students=("CogVideoXStudentPipeline", LEAP),
     pipeline=pipeline,
     call=call,
     tap_widths=tap_widths,
@@ -103,4 +125,6 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     blueprint=blueprint,
     published=PUBLISHED,
+    start=start,
+    leap=LEAP,
 )

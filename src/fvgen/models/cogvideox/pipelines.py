@@ -28,10 +28,12 @@ from fvgen.pipelines.base import NovelViewPipeline, unusual_settings
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 
-PARTS = ("vae", "transformer", "scheduler", "prompts")
+PARTS = ("vae", "transformer", "scheduler", "prompts", "policy")
 IMAGES: Mapping[str, tuple[int, ...]] = {"renders": (), "first": (0,), "ends": (0, -1)}
 """`image_condition` -> the frames that it shows, each encoded alone and in the place of its own latent frame, zeros
 elsewhere; of "renders" the whole clip."""
+
+SIGMA_LOG = (-3.0, 0.5)  # mean and deviation of the logarithm of the noise on images
 
 # Settings of the VAE, beside those that are always told, that change latents and show in no weight.
 USUAL = {
@@ -55,11 +57,13 @@ class _CogVideoXParts(NovelViewPipeline):
             those of first and last with zeros between (as in CogvideX-Interpolation and VideoScene).
         rotary_base: rows x columns of patches that rotary positions refer to, as "30x45"; "" for the size in the
             transformer's own settings.
+        image_noise: add noise to the pixels that "first" and "ends" show, as CogvideX-Interpolation was trained: of
+            strength exp(N(-3, 0.5)) in units of [-1, 1], one for all images of a clip.
     """
 
     family = FAMILY
     network_part = "transformer"
-    settings = ("image_condition", "rotary_base")
+    settings = ("image_condition", "rotary_base", "image_noise")
     model_cpu_offload_seq = "transformer->vae"
     _exclude_from_cpu_offload: ClassVar = ["prompts"]
 
@@ -75,6 +79,11 @@ class _CogVideoXParts(NovelViewPipeline):
             raise UserError(f"image_condition={chosen!r} is unknown{did_you_mean(str(chosen), IMAGES)}")
         self.transformer.rotary_base = _base(self.config.rotary_base)
         nn.Module.to(self.transformer, self.transformer.dtype)  # diffusers makes tables of positions in float64
+
+    @property
+    def closed_renders(self) -> bool:
+        """A network that does not see the render has it for nothing but a leap's start, which must have no holes."""
+        return bool(IMAGES[self.config.image_condition])
 
     @property
     def network(self) -> CogVideoXTransformer3DModel:
@@ -108,20 +117,33 @@ class _CogVideoXParts(NovelViewPipeline):
         fps: int | None = None,
         reference: Tensor | None = None,
     ) -> Condition:
-        """All that the transformer sees of renders [B, F, 3, H, W] in [0, 1].
+        """All that the transformer sees of renders [B, F, 3, H, W] in [0, 1], and what a leap starts from.
 
         ``text_tokens`` [1, N, D], ``image_latents`` [B, 16, F', h, w] as `image_condition` says, which 1.5's models
-        (`invert_scale_latents`) want divided by the scaling factor.
+        (`invert_scale_latents`) want divided by the scaling factor; beside "first" and "ends" also ``render_latents``
+        [B, 16, F', h, w], those of the whole render, which the transformer does not see.
+
+        reference: photographs [n, 3, H, W] or [B, n, 3, H, W] in [0, 1] to show in place of the render's own frames,
+        n = 1 for "first" and 2 for "ends".
+
+        Drawn are, in this order, the noise's strength, for each image its noise and its posterior, the render's own
+        posterior.
         """
-        if reference is not None:
+        shown = IMAGES[self.config.image_condition]
+        if reference is not None and not shown:
             raise UserError("this model looks at no photograph beside the clip; leave the reference out")
         if fps is not None:
             raise UserError(f"fps={fps} has no effect: this model has no frame rate; leave it out")
         text = self.text_tokens(prompt).to(self._execution_device)
         factor = self.vae.config.scaling_factor
-        latents = self._image_latents(render.to(self._execution_device), generator)
+        images = self._image_latents(_images(render, shown, reference), generator) if shown else []
+        whole = self._sample(render, generator)
+        latents = torch.zeros_like(whole) if shown else whole
+        for index, image in zip(shown, images, strict=True):
+            latents[:, :, index] = image
         scaled = latents / factor if self.vae.config.invert_scale_latents else latents * factor
-        return Condition(image_latents=scaled, text_tokens=text)
+        beside = whole * factor if shown else None
+        return Condition(image_latents=scaled, text_tokens=text, render_latents=beside)
 
     def text_tokens(self, prompt: str | Sequence[str] | None = None) -> Tensor:
         """[1, N, D] of the model's prompt (None) or negative prompt (""). Raises UserError for another text."""
@@ -139,6 +161,8 @@ class _CogVideoXParts(NovelViewPipeline):
         yield "image_condition", self.config.image_condition
         yield "scaling_factor", self.vae.config.scaling_factor
         yield "invert_scale_latents", self.vae.config.invert_scale_latents
+        if IMAGES[self.config.image_condition]:
+            yield "beside", f"render_latents, image_noise={self.config.image_noise}"
         if unusual := unusual_settings(self.components, USUAL):
             yield "settings", unusual
         yield "vae", self.vae
@@ -176,15 +200,15 @@ class _CogVideoXParts(NovelViewPipeline):
         noise = normal(mean.shape, generator) if noise is None else noise
         return mean + std * noise.to(mean)
 
-    def _image_latents(self, render: Tensor, generator: Generators | None) -> Tensor:
-        """[B, 16, F', h, w], unscaled."""
-        shown = IMAGES[self.config.image_condition]
-        if not shown:
-            return self._sample(render, generator)
-        count, *size = latent_size(self.transformer.config, self.vae.config, render.shape[1], *render.shape[3:])
-        latents = render.new_zeros(len(render), self.vae.config.latent_channels, count, *size)
-        for index in shown:
-            latents[:, :, index] = self._sample(render[:, index, None], generator).squeeze(2)
+    def _image_latents(self, images: Tensor, generator: Generators | None) -> list[Tensor]:
+        """Of images [B, n, 3, H, W], each encoded alone: n times [B, 16, h, w], unscaled."""
+        sigma, latents = None, []
+        if self.config.image_noise:
+            sigma = (SIGMA_LOG[0] + SIGMA_LOG[1] * normal((len(images), 1, 1, 1, 1), generator)).exp().to(images.device)
+        for image in images.split(1, dim=1):
+            if sigma is not None:
+                image = image + sigma * normal(image.shape, generator).to(image) / 2  # a unit there is half of one here
+            latents.append(self._sample(image, generator).squeeze(2))
         return latents
 
 
@@ -206,6 +230,7 @@ class CogVideoXTeacherPipeline(_CogVideoXParts, TeacherPipeline):
         prompts: EncodedPrompts,
         image_condition: str = "renders",
         rotary_base: str = "",
+        image_noise: bool = False,
         steps: int = 50,
         guidance: float = GUIDANCE,
         guidance_rescale: float = 0.0,
@@ -230,11 +255,25 @@ class CogVideoXStudentPipeline(_CogVideoXParts, StudentPipeline):
         prompts: EncodedPrompts,
         image_condition: str = "renders",
         rotary_base: str = "",
+        image_noise: bool = False,
         steps: int = 4,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         self._keep(given)
+
+
+def _images(render: Tensor, shown: Sequence[int], reference: Tensor | None) -> Tensor:
+    """[B, n, 3, H, W]: what is shown of a clip. Raises UserError for photographs that are not as many or as large."""
+    if reference is None:
+        return render[:, list(shown)]
+    wanted = (len(shown), *render.shape[2:])
+    if tuple(reference.shape[-4:]) != wanted or reference.ndim > 5:
+        raise UserError(
+            f"reference has shape {tuple(reference.shape)}; this model shows {len(shown)} photographs of the render's "
+            f"size, {wanted}: resize and crop them to it"
+        )
+    return reference.to(render).expand(len(render), *wanted)
 
 
 def _base(text: str) -> tuple[int, int] | None:

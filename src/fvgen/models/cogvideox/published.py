@@ -39,25 +39,35 @@ _SCHEDULER = {
 }
 
 
-def _files(transformer: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]) -> Files:
+def _files(
+    transformer: Mapping[str, Any],
+    vae: Mapping[str, Any],
+    scheduler: Mapping[str, Any],
+    index: Mapping[str, Any] | None = None,
+) -> Files:
     return {
+        "": index or {},
         "transformer": _TRANSFORMER | transformer,
         "vae": _VAE | vae,
         "scheduler": _SCHEDULER | scheduler,
     }
 
 
+_5B = (
+    {
+        "num_attention_heads": 48,
+        "num_layers": 42,
+        "use_rotary_positional_embeddings": True,
+        "use_learned_positional_embeddings": True,
+    },
+    {"scaling_factor": 0.7},
+    {"snr_shift_scale": 1.0},
+)
+
 PUBLISHED: Mapping[str, Files] = {
-    "cogvideox-5b-i2v": _files(
-        {
-            "num_attention_heads": 48,
-            "num_layers": 42,
-            "use_rotary_positional_embeddings": True,
-            "use_learned_positional_embeddings": True,
-        },
-        {"scaling_factor": 0.7},
-        {"snr_shift_scale": 1.0},
-    ),
+    "cogvideox-5b-i2v": _files(*_5B),
+    # feizhengcong/CogvideoX-Interpolation, VideoScene's teacher: the same network, fine-tuned to see both ends.
+    "cogvideox-interpolation": _files(*_5B, {"image_condition": "ends", "rotary_base": "30x45", "guidance": 1.0}),
     # Text to video as published, with 16 channels in; here with a patch embedding that takes the render's 16 too.
     "cogvideox-2b": _files(
         {

@@ -20,6 +20,7 @@ LORA_TARGETS = (
     *("conv1", "conv2"),
 )  # all linear layers of the transformers and the residual blocks' spatial convolutions
 MIDDLE = "middle"
+LEAP = "FVGenLeapPipeline"
 
 
 def call(
@@ -80,14 +81,15 @@ def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
 
 
 def pipeline(class_name: str) -> type[Any]:
-    """One of the two pipeline classes."""
-    return getattr(import_module("fvgen.models.viewcrafter.pipelines"), class_name)
+    """One of the pipeline classes."""
+    module = "leap" if class_name == LEAP else "pipelines"
+    return getattr(import_module(f"fvgen.models.viewcrafter.{module}"), class_name)
 
 
 FAMILY = Family(
     name="viewcrafter",
     teachers=("ViewCrafterPipeline",),
-    students=("FVGenPipeline",),
+    students=("FVGenPipeline", LEAP),
     pipeline=pipeline,
     call=call,
     tap_widths=tap_widths,
@@ -95,4 +97,6 @@ FAMILY = Family(
     lora_targets=LORA_TARGETS,
     blueprint=blueprint,
     published={"viewcrafter": {"": {}, "unet": {}, "vae": {"block_out_channels": (128, 256, 512, 512)}}},
+    start=lambda condition: condition["render_latents"],
+    leap=LEAP,
 )

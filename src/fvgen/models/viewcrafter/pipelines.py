@@ -268,7 +268,10 @@ class _ViewCrafterParts(NovelViewPipeline):
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
 
-PARTS = ("vae", "unet", "image_encoder", "image_projector", "prompts", "text_encoder", "tokenizer", "fast_decoder")
+PARTS = (
+    *("vae", "unet", "image_encoder", "image_projector", "prompts", "text_encoder", "tokenizer", "fast_decoder"),
+    "policy",
+)
 
 
 class ViewCrafterPipeline(_ViewCrafterParts, TeacherPipeline):

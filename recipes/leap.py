@@ -1,0 +1,35 @@
+"""Leap flow distillation (VideoScene): a student of one evaluation that starts from a noised render.
+
+    python recipes/leap.py --config recipes/configs/videoscene/tiny.yaml out=runs/leap [key=value ...]
+    deepspeed recipes/leap.py --config ... --deepspeed recipes/deepspeed/zero2.json [key=value ...]
+
+Writes out/metrics.jsonl (a line per iteration), out/log.txt (how far it is), out/checkpoints, and at the end
+out/student (a pipeline folder). The same command again resumes; `fvgen policy` then learns where to land. Settings:
+`fvgen.distill.settings`, and the method's own in `fvgen.distill.methods.leap`; docs/videoscene.md says what they are.
+"""
+
+from __future__ import annotations
+
+from fvgen import distill
+from fvgen.system.command import Parser, deepspeed_setting, guarded
+
+
+def main() -> None:
+    parser = Parser(__doc__)
+    parser.add_argument("--config", required=True, help="YAML file of settings")
+    parser.add_argument("--deepspeed", default="", help="JSON file of DeepSpeed settings; none trains in one process")
+    parser.add_argument("--local_rank", type=int, default=0, help="the deepspeed launcher's own; RANK counts")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that differ from the file")
+    args = parser.parse_intermixed_args()
+
+    config = distill.read_stage_config("leap", args.config, deepspeed_setting(args.deepspeed) + args.settings)
+    distill.check_paths(config)  # before the imports that take seconds
+    with distill.stopped_by_sigterm():
+        trainer = distill.Trainer(config)  # judges teacher, data and folders before any work
+        student = trainer.train()  # fvgen.distill.methods.leap.Leap.iterate
+    if trainer.world.is_main:
+        print(f"Student: {student}. Next: fvgen policy {config.run.out} --data {config.data.data}")
+
+
+if __name__ == "__main__":
+    guarded(main)
