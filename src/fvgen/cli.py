@@ -146,7 +146,9 @@ def ui(
     host: Annotated[str, typer.Option(help="Address to listen at; any but 127.0.0.1 lets others in.")] = "127.0.0.1",
     model: Annotated[str, typer.Option(help="Preset, model folder, or ORGANISATION/NAME on the Hub.")] = "tiny",
     student: Annotated[str | None, typer.Option(help="The same of its student, to compare both.")] = None,
-    work: Annotated[Path | None, typer.Option(help="Where the work folder is made; the system's temporary one.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where the work folder is made; the system's temporary one.")
+    ] = None,
     max_photographs: Annotated[int, typer.Option(min=1, max=50, help="Of one visitor.")] = 50,
     max_megabytes: Annotated[int, typer.Option(min=1, max=1024, help="Of one photograph.")] = 32,
     max_minutes: Annotated[float, typer.Option(min=0.1, max=MOST, help="Of one job.")] = 30.0,

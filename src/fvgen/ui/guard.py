@@ -1,7 +1,7 @@
 """What may reach Gradio, and what its answers may do: a wall before the page, on the way of every request.
 
-Only the addresses that the page itself uses exist; whatever else Gradio offers (fetching of addresses, recordings, logs)
-does not. Bodies have an end. Answers forbid browsers to load anything from elsewhere.
+Only the addresses that the page itself uses exist; whatever else Gradio offers (fetching of addresses, recordings,
+logs) does not. Bodies have an end. Answers forbid browsers to load anything from elsewhere.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ points are small opaque Gaussians and lines are rows of them."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def write_look(file: Path, plan: Plan) -> None:
     for view in range(len(lens)):
         parts.append(lines(pyramid(lens[[view]], PYRAMID * depth), BLUE, LINE * depth))
     centers = path.centers.float()
-    parts.append(lines(list(zip(centers[:-1], centers[1:], strict=True)), ORANGE, LINE * depth))
+    parts.append(lines(list(pairwise(centers)), ORANGE, LINE * depth))
     for frame, color in ((0, GREEN), (len(path) - 1, RED)):
         parts.append(lines(pyramid(path[[frame]], 0.7 * PYRAMID * depth), color, LINE * depth))
         parts.append(balls(centers[[frame]], torch.tensor([color]), 2 * LINE * depth))

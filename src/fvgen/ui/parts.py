@@ -40,15 +40,18 @@ def kinds(most: int) -> str:
 def told(state: str, lines: Sequence[str] = (), done: int = 0, total: int = 0) -> str:
     """How far it is: a state, a bar where ``total`` is known, what the job said."""
     bar = f'<progress max="{total}" value="{done}"></progress>' if total else ""
-    said = "".join(f"<li>{escape(line)}</li>" for line in lines)
-    return f'<div class="fv-status" role="status"><b>{escape(state)}</b>{bar}{f"<ul>{said}</ul>" if said else ""}</div>'
+    return f'<div class="fv-status" role="status"><b>{escape(state)}</b>{bar}{_list(lines)}</div>'
 
 
 def refused(sentence: str, lines: Sequence[str] = ()) -> str:
     """What is wrong, and what to do."""
-    said = "".join(f"<li>{escape(line)}</li>" for line in lines)
     whole = escape(sentence[:1].upper() + sentence[1:])
-    return f'<div class="fv-status" role="alert"><div class="fv-refused">{whole}.</div>{f"<ul>{said}</ul>" if said else ""}</div>'
+    return f'<div class="fv-status" role="alert"><div class="fv-refused">{whole}.</div>{_list(lines)}</div>'
+
+
+def _list(lines: Sequence[str]) -> str:
+    said = "".join(f"<li>{escape(line)}</li>" for line in lines)
+    return f"<ul>{said}</ul>" if said else ""
 
 
 def looked(base: str, mark: str) -> str:
@@ -65,7 +68,7 @@ def made(base: str, folder: str, models: Sequence[str], scenes: Sequence[str], s
     """Films to compare, scenes to turn, and all of it as one file of ``size`` bytes."""
     place = f"{base}/{folder}"
     splats = "".join(
-        f'<h2>3D scene{f" of the {name}" if len(models) > 1 else ""}</h2>'
+        f"<h2>3D scene{f' of the {name}' if len(models) > 1 else ''}</h2>"
         f'<iframe title="3D scene" src="{place}/{name}/scene.html"></iframe>'
         for name in scenes
     )
@@ -75,5 +78,5 @@ def made(base: str, folder: str, models: Sequence[str], scenes: Sequence[str], s
     return (
         '<div class="fv-box"><h2>The walk</h2>'
         f'<iframe title="render, student and teacher side by side" src="{place}/compare.html"></iframe>'
-        f"{splats}<div class=\"fv-links\">{zipped}{films}{pages}</div></div>"
+        f'{splats}<div class="fv-links">{zipped}{films}{pages}</div></div>'
     )

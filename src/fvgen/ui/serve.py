@@ -56,7 +56,7 @@ def judge_browser() -> None:
     try:
         webbrowser.get()
     except webbrowser.Error as error:
-        raise UserError("--browser found no browser here; leave it out, and open the address in one yourself") from error
+        raise UserError("--browser finds no browser here; leave it out, and open the address yourself") from error
 
 
 def absolute(model: str) -> str:
@@ -146,7 +146,7 @@ def serve(
     raise Stopped("the page is closed, and what visitors left is removed")
 
 
-def _serve(root, models, host, port, most, jobs, keep_minutes, device, browser) -> None:  # noqa: PLR0913
+def _serve(root, models, host, port, most, jobs, keep_minutes, device, browser) -> None:
     import gradio as gr
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
@@ -154,11 +154,13 @@ def _serve(root, models, host, port, most, jobs, keep_minutes, device, browser) 
     from starlette.routing import Route
 
     from fvgen.ui import running
+    from fvgen.ui.answers import Answers
     from fvgen.ui.guard import Guard
     from fvgen.ui.limits import Limits
-    from fvgen.ui.page import Settings, build
+    from fvgen.ui.page import build
     from fvgen.ui.parts import CSS
     from fvgen.ui.sessions import Sessions
+
     limits = Limits(**most)
     running.prepare("fvgen.ui.work")
     sessions = Sessions(root, 60 * keep_minutes)
@@ -169,7 +171,7 @@ def _serve(root, models, host, port, most, jobs, keep_minutes, device, browser) 
             return PlainTextResponse("This walk is gone: its page was closed, or left alone for long.", 404)
         return FileResponse(file, headers={"cache-control": "no-store"})
 
-    page = build(Settings(models, device, limits, jobs), sessions)
+    page = build(Answers(models, device, limits, sessions), jobs)
     layers = [Middleware(Guard, limits=limits, uploads=sessions.uploads)]
     if host in LOOPBACK:  # a stranger's page cannot reach this one by a name of its own that leads here
         layers.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))

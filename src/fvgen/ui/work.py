@@ -6,17 +6,15 @@ choice of settings, so that a walk that was cancelled goes on where it was when 
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-import zipfile
 from pathlib import Path
 
 import fvgen.splats  # noqa: F401 (imported by `generate` where a scene is asked for: seconds that can be spent before)
-from fvgen.system.doors import packaged_text, read_object
-from fvgen.system.files import atomic_path, new_folder, remove, write_text
+from fvgen.system.files import atomic_path, new_folder, remove
 from fvgen.ui.look import write_look
 from fvgen.ui.order import Order, Send
+from fvgen.ui.results import pack, write_comparison
 from fvgen.walks.chain import SEAM
 from fvgen.walks.film import judge_film, write_film
 from fvgen.walks.run import FPS, VIEWS, Choices, generate, judge_choices, load_walker, plan_walk, walk_needs
@@ -26,9 +24,8 @@ def look(send: Send, folder: Path, order: Order) -> None:
     """Poses, points, path and renders of the first model, as ``look/look.html`` and ``look/render.mp4``."""
     _enter(folder)
     paths = [Path(name) for name in order.photographs]
-    choices = Choices(
-        order.models[0][1], order.trajectory, order.frames, order.steps, order.size, order.seed, "auto", VIEWS, SEAM, None
-    )  # fmt: skip
+    numbers = (order.frames, order.steps, order.size, order.seed)
+    choices = Choices(order.models[0][1], order.trajectory, *numbers, "auto", VIEWS, SEAM, None)
     judge_choices(paths, choices, order.device)
     judge_film()
     needs = walk_needs(load_walker(choices.model, order.device), choices)
@@ -64,7 +61,7 @@ def make(send: Send, folder: Path, order: Order) -> None:
             told=lambda line: send("told", line),
             on_progress=lambda done, total: send("clips", done, total),
         )
-    write_comparison(place, [name for name, _ in order.models])
+    write_comparison(place, [name for name, _ in order.models], FPS)
     pack(place)
 
 
@@ -74,24 +71,3 @@ def _enter(folder: Path) -> None:
     os.chdir(folder)
     tempfile.tempdir = str(new_folder(folder / "tmp"))
     os.environ["FVGEN_CACHE"] = str(folder / "cache")
-
-
-def write_comparison(place: Path, models: list[str]) -> None:
-    """compare.html over the films of the models in ``place``, in the order render, student, teacher."""
-    first = read_object(place / models[0] / "run.json")["result"]
-    films = {"render": f"{models[0]}/render.mp4"} | {
-        "video" if name == "walk" else name: f"{name}/video.mp4" for name in sorted(models)
-    }
-    facts = {"films": films, "fps": FPS, "frames": len(first["frames"]), "known": sorted(map(int, first["known"]))}
-    page = packaged_text("fvgen.ui", "compare.html").replace("FACTS", json.dumps(facts))
-    with atomic_path(place / "compare.html") as temporary:
-        write_text(temporary, page)
-
-
-def pack(place: Path) -> None:
-    """walk.zip: all that is in ``place``, whole or not at all. Films and pictures are packed already."""
-    files = sorted(file for file in place.rglob("*") if file.is_file() and file.name != "walk.zip")
-    with atomic_path(place / "walk.zip") as temporary, zipfile.ZipFile(temporary, "w") as archive:
-        for file in files:
-            plain = file.suffix in (".mp4", ".png")
-            archive.write(file, file.relative_to(place), zipfile.ZIP_STORED if plain else zipfile.ZIP_DEFLATED)
