@@ -60,6 +60,15 @@ class Browser:
         found = self.ask("/element", {"using": "css selector", "value": selector})
         self.ask(f"/element/{found[ELEMENT]}/value", {"text": "\n".join(str(file.resolve()) for file in files)})
 
+    @contextmanager
+    def inside(self, selector: str) -> Iterator[None]:
+        """Of an iframe: what is asked for in the block is asked of its page."""
+        self.ask("/frame", {"id": self.ask("/element", {"using": "css selector", "value": selector})})
+        try:
+            yield
+        finally:
+            self.ask("/frame", {"id": None})
+
     def picture(self, file: Path) -> None:
         """What the window shows, as a PNG file."""
         file.write_bytes(base64.b64decode(self.ask("/screenshot")))
