@@ -364,7 +364,7 @@ def test_answers_are_sentences_and_what_comes_from_outside_is_escaped(sessions):
     follow.said(("model", "student"))
     page = follow.said(("told", "<script>"))
     assert "&lt;script&gt;" in page and lines == ["<script>"]
-    assert "3 of 4 clips" in follow.said(("clips", 3, 4)) and "3 of 4" in follow.said(None)
+    assert "3 of 4 clips" in follow.said(("step", "clips", 3, 4)) and "3 of 4" in follow.said(None)
 
 
 def test_both_models_or_one(sessions):
@@ -400,6 +400,16 @@ def test_nothing_else_exists(path):
     with pytest.raises(guard.Refused) as refused:
         judge_path(path)
     assert refused.value.args[0] == 404
+
+
+def test_strangers_names_for_this_machine_lead_nowhere():
+    own = {"localhost", "127.0.0.1", "::1"}
+    for host in ("127.0.0.1:7860", "localhost", "LOCALHOST:1", "[::1]:7860"):
+        guard.judge_host(host, own)
+    for host in ("stranger.example", "127.0.0.1.stranger.example:7860", "", "localhost:7860:x"):
+        guard.judge_host(host, None)  # listening to others, who call it what they like
+        with pytest.raises(guard.Refused):
+            guard.judge_host(host, own)
 
 
 def asked_of(tmp_path: Path, path: str, body: bytes, told: int | None = None, limits: Limits = SMALL, pieces: int = 1):

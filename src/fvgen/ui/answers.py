@@ -54,7 +54,8 @@ class Answers:
             names = judge_uploads(paths, self.sessions.uploads, self.limits)
         except UserError as error:
             return parts.refused(str(error))
-        return parts.told(f"{len(names)} photographs. Look first, or generate at once.")
+        many = "1 photograph" if len(names) == 1 else f"{len(names)} photographs"
+        return parts.told(f"{many}. Look where they lead, or generate at once.")
 
     def look(self, key: str | None, asked: Asked) -> Iterator[State]:
         """The cloud and the path."""
@@ -125,20 +126,20 @@ class Answers:
 
 
 class Follow:
-    """A job's messages as HTML: what it does, for how long, how many clips there are; its lines go to ``lines``."""
+    """A job's messages as HTML: what it does, for how long, how much of it is done; its lines go to ``lines``."""
 
     def __init__(self, verb: str, lines: list[str], clock: Callable[[], float] = time.monotonic) -> None:
         self.verb, self.lines, self.clock = verb, lines, clock
-        self.begun, self.model, self.clips = clock(), "", (0, 0)
+        self.begun, self.model, self.step = clock(), "", ("", 0, 0)
 
     def said(self, message: Message | None) -> str:
         kind = message[0] if message else None
         if kind == "told":
             self.lines[:] = [*self.lines, message[1]][-LAST_LINES:]
-        elif kind == "clips":
-            self.clips = message[1:]
+        elif kind == "step":
+            self.step = message[1:]
         elif kind == "model":
-            self.model, self.clips = ("" if message[1] == "walk" else f", {message[1]}"), (0, 0)
-        done, total = self.clips
-        clips = f", {done} of {total} clips" if total else ""
-        return parts.told(f"{self.verb}{self.model}{clips}: {self.clock() - self.begun:.0f} s", self.lines, done, total)
+            self.model, self.step = ("" if message[1] == "walk" else f", {message[1]}"), ("", 0, 0)
+        what, done, total = self.step
+        step = f", {done} of {total} {what}" if total else ""
+        return parts.told(f"{self.verb}{self.model}{step}: {self.clock() - self.begun:.0f} s", self.lines, done, total)

@@ -7,7 +7,7 @@ logs) does not. Bodies have an end. Answers forbid browsers to load anything fro
 from __future__ import annotations
 
 import re
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -46,10 +46,11 @@ class Refused(Exception):
 
 
 class Guard:
-    """ASGI middleware. uploads: the folder that Gradio keeps uploads in."""
+    """ASGI middleware. uploads: the folder that Gradio keeps uploads in. hosts: names that the page is asked for by;
+    any if None."""
 
-    def __init__(self, app: App, limits: Limits, uploads: Path) -> None:
-        self.app, self.limits, self.uploads = app, limits, uploads
+    def __init__(self, app: App, limits: Limits, uploads: Path, hosts: Collection[str] | None = None) -> None:
+        self.app, self.limits, self.uploads, self.hosts = app, limits, uploads, hosts
 
     async def __call__(self, scope: Ask, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -68,6 +69,7 @@ class Guard:
 
         try:
             judge_path(scope["path"])
+            judge_host(dict(scope["headers"]).get(b"host", b"").decode("latin-1"), self.hosts)
             if scope["method"] == "POST":
                 receive = await self._limited(scope, receive)
             await self.app(scope, receive, answer)
@@ -97,6 +99,13 @@ def judge_path(path: str) -> None:
     plain = unquote(path)
     if not KNOWN.fullmatch(plain) or "://" in plain or "\0" in plain or ".." in plain.split("/"):
         raise Refused(404, "there is nothing at this address")
+
+
+def judge_host(host: str, hosts: Collection[str] | None) -> None:
+    """Raises Refused for a name that is not this machine's: a stranger's page may have one that leads here, and would
+    read ours as its own."""
+    if hosts is not None and re.sub(r":\d+$", "", host).strip("[]").lower() not in hosts:
+        raise Refused(400, "this page is asked for by another name; open it at its own address")
 
 
 def too_large(most: int) -> Refused:

@@ -45,7 +45,7 @@ def build(answers: Answers, jobs: int) -> gr.Blocks:
                         frames = gr.Number(0, label="Frames (0: as needed)", precision=0, minimum=0, min_width=120)
                         seed = gr.Number(0, label="Seed", precision=0, minimum=0, min_width=120)
                 with gr.Row():
-                    look = gr.Button("Look first", min_width=90, elem_id="look")
+                    look = gr.Button("Look", min_width=90, elem_id="look")
                     make = gr.Button("Generate", variant="primary", min_width=90, elem_id="generate")
                     cancel = gr.Button("Cancel", variant="stop", min_width=90, elem_id="cancel")
             with gr.Column(scale=3, min_width=320):

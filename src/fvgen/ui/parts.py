@@ -16,7 +16,9 @@ CSS = """
 .fv-status progress { display: block; width: 100%; height: .6rem; margin: .5rem 0; accent-color: #f97316; }
 .fv-refused { border-left: 3px solid #dc2626; padding-left: .7rem; overflow-wrap: anywhere; }
 .fv-kinds { margin: 0; color: var(--body-text-color-subdued); font-size: .8125rem; }
-.fv-box h2 { margin: 0 0 .4rem; font-size: 1.05rem; }
+.fv-box h2 { margin: 1.2rem 0 .4rem; font-size: 1.05rem; }
+.fv-box h2:first-child { margin-top: 0; }
+.fv-status li { margin: .15rem 0; line-height: 1.35; }
 .fv-box iframe { display: block; width: 100%; height: min(76vh, 36rem); border: 0; border-radius: 8px; }
 .fv-box p { margin: .5rem 0 0; color: var(--body-text-color-subdued); font-size: .875rem; }
 .fv-box video { display: block; width: min(100%, 20rem); margin: .6rem 0 0; border-radius: 8px; background: #000; }
@@ -78,5 +80,5 @@ def made(base: str, folder: str, models: Sequence[str], scenes: Sequence[str], s
     return (
         '<div class="fv-box"><h2>The walk</h2>'
         f'<iframe title="render, student and teacher side by side" src="{place}/compare.html"></iframe>'
-        f'{splats}<div class="fv-links">{zipped}{films}{pages}</div></div>'
+        f'<div class="fv-links">{zipped}{films}{pages}</div>{splats}</div>'
     )

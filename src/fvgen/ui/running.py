@@ -71,7 +71,7 @@ class Running:
         with self._lock:
             self._stopped = True
             if self._process.is_alive():
-                with contextlib.suppress(ProcessLookupError, PermissionError):  # before it leads a group of its own
+                with contextlib.suppress(AttributeError, OSError):  # no such thing, or it leads no group of its own yet
                     os.killpg(self._process.pid, signal.SIGKILL)
                 self._process.kill()
             self._process.join()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import ipaddress
 import os
 import signal
@@ -23,7 +24,6 @@ from fvgen.system.files import disk_reason, remove, writable_folder
 
 PREFIX = "fvgen-ui-"
 SWEEP = 30.0  # seconds between looks for what is old
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def judge_gradio() -> None:
@@ -46,7 +46,7 @@ def judge_port(host: str, port: int) -> None:
             raise UserError(f"--host {host} is no address of this machine; leave it out for 127.0.0.1") from error
         except OSError as error:
             taken = "is in use by another program; choose another one, such as"
-            if error.errno in (98, 48, 10048):  # EADDRINUSE of Linux, macOS, Windows
+            if error.errno == errno.EADDRINUSE:
                 raise UserError(f"--port {port} {taken} --port {port + 1 if port < 65535 else 7861}") from error
             raise UserError(f"--host {host}: {error.strerror}; leave it out for 127.0.0.1") from error
 
@@ -91,7 +91,11 @@ def remove_abandoned(place: Path) -> None:
     """Work folders of ours whose server holds their lock no more."""
     for folder in place.glob(f"{PREFIX}*"):
         with suppress(OSError, Timeout):
-            if folder.is_symlink() or folder.stat().st_uid != os.getuid() or not (folder / "lock").is_file():
+            if (
+                folder.is_symlink()
+                or folder.stat().st_uid != getattr(os, "getuid", int)()
+                or not (folder / "lock").is_file()
+            ):
                 continue
             with FileLock(folder / "lock").acquire(timeout=0):
                 pass
@@ -149,7 +153,6 @@ def serve(
 def _serve(root, models, host, port, most, jobs, keep_minutes, device, browser) -> None:
     import gradio as gr
     from starlette.middleware import Middleware
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import FileResponse, PlainTextResponse
     from starlette.routing import Route
 
@@ -172,9 +175,8 @@ def _serve(root, models, host, port, most, jobs, keep_minutes, device, browser) 
         return FileResponse(file, headers={"cache-control": "no-store"})
 
     page = build(Answers(models, device, limits, sessions), jobs)
-    layers = [Middleware(Guard, limits=limits, uploads=sessions.uploads)]
-    if host in LOOPBACK:  # a stranger's page cannot reach this one by a name of its own that leads here
-        layers.insert(0, Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]"]))
+    hosts = {"localhost", "127.0.0.1", "::1", host.lower()} if is_loopback(host) else None
+    layers = [Middleware(Guard, limits=limits, uploads=sessions.uploads, hosts=hosts)]
     over = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *given: over.set())

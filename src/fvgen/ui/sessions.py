@@ -75,10 +75,12 @@ class Sessions:
     def job(self, session: Session, call: Callable[..., None], *arguments: Any) -> Iterator[Running]:
         """A `Running` of the visitor's, ended when the block is left. Raises UserError where one is at work already."""
         with self._lock:
-            if session.busy or session.closed:
-                state = "this tab was closed" if session.closed else "your last job is still at work"
-                raise UserError(f"{state}; cancel it, or wait for it")
-            session.busy = True
+            if session.busy:
+                raise UserError("your last job is still at work; cancel it, or wait for it")
+            session.busy = not session.closed
+        if session.closed:
+            remove(session.folder)  # photographs that came after `close`
+            raise UserError("this tab was closed, or left alone for long; open the page again")
         running = None
         try:
             running = Running(call, *arguments)

@@ -59,7 +59,8 @@ def make(send: Send, folder: Path, order: Order) -> None:
             scene=order.scene,
             device=order.device,
             told=lambda line: send("told", line),
-            on_progress=lambda done, total: send("clips", done, total),
+            on_progress=lambda done, total: send("step", "clips", done, total),
+            on_fit=lambda done, total: send("step", "steps of the fit", done, total) if done % 10 == 0 else None,
         )
     write_comparison(place, [name for name, _ in order.models], FPS)
     pack(place)
