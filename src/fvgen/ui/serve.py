@@ -142,6 +142,10 @@ def serve(
     judge_gradio()
     judged = {name: absolute(model) for name, model in models.items()}
     judge_port(host, port)
+    if device != "cpu":
+        from fvgen.pipelines.folders import check_device  # takes seconds to import
+
+        check_device(device)
     if browser:
         judge_browser()
     with work_folder(work) as root:
