@@ -49,6 +49,11 @@ SIZE ?= full
 gpu-check:
 	PYTHONPATH=src:$$PYTHONPATH $(or $(wildcard $(VENV)/bin/python),$(PYTHON)) benchmarks/gpu_check.py --device $(DEVICE) --preset $(SIZE)
 
+# The page of `fvgen ui` in a real browser (Debian: chromium, chromium-driver); brings Gradio into .venv.
+page-check: $(READY)
+	$(VENV)/bin/uv pip install --quiet --python $(VENV)/bin/python --constraint constraints.txt --editable '.[dev,ui]'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests/test_ui_page.py -rs -k "not twenty"
+
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .

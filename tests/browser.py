@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import shutil
 import subprocess
@@ -44,7 +45,33 @@ class Browser:
             return json.load(answer)["value"]
 
     def open(self, page: Path) -> None:
-        self.ask("/url", {"url": page.resolve().as_uri()})
+        self.go(page.resolve().as_uri())
+
+    def go(self, address: str) -> None:
+        self.ask("/url", {"url": address})
+
+    def resize(self, width: int, height: int) -> None:
+        """Of the page, however narrow; the window itself has a least width."""
+        wanted = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.ask("/goog/cdp/execute", {"cmd": "Emulation.setDeviceMetricsOverride", "params": wanted})
+
+    def give(self, selector: str, *files: Path) -> None:
+        """Files to an <input type=file>, as a person would choose them."""
+        found = self.ask("/element", {"using": "css selector", "value": selector})
+        self.ask(f"/element/{found[ELEMENT]}/value", {"text": "\n".join(str(file.resolve()) for file in files)})
+
+    @contextmanager
+    def inside(self, selector: str) -> Iterator[None]:
+        """Of an iframe: what is asked for in the block is asked of its page."""
+        self.ask("/frame", {"id": self.ask("/element", {"using": "css selector", "value": selector})})
+        try:
+            yield
+        finally:
+            self.ask("/frame", {"id": None})
+
+    def picture(self, file: Path) -> None:
+        """What the window shows, as a PNG file."""
+        file.write_bytes(base64.b64decode(self.ask("/screenshot")))
 
     def run(self, script: str, *arguments: Any) -> Any:
         """What the body of a function returns; it sees the page's own names."""

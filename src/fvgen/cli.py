@@ -160,6 +160,35 @@ def generate(
 
 
 @app.command()
+def ui(
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 7860,
+    host: Annotated[str, typer.Option(help="Address to listen at; any but 127.0.0.1 lets others in.")] = "127.0.0.1",
+    model: Annotated[str, typer.Option(help="Preset, model folder, or ORGANISATION/NAME on the Hub.")] = "tiny",
+    student: Annotated[str | None, typer.Option(help="The same of its student, to compare both.")] = None,
+    work: Annotated[
+        Path | None, typer.Option(help="Where the work folder is made; the system's temporary one.")
+    ] = None,
+    max_photographs: Annotated[int, typer.Option(min=1, max=50, help="Of one visitor.")] = 50,
+    max_megabytes: Annotated[int, typer.Option(min=1, max=1024, help="Of one photograph.")] = 32,
+    max_minutes: Annotated[float, typer.Option(min=0.1, max=MOST, help="Of one job.")] = 30.0,
+    keep_minutes: Annotated[float, typer.Option(min=1, max=MOST, help="Until a silent visitor is forgotten.")] = 60.0,
+    jobs: Annotated[int, typer.Option(min=1, max=64, help="At work at once; the others queue.")] = 1,
+    browser: Annotated[bool, typer.Option("--browser", help="Open the page in this machine's browser.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+) -> None:
+    """Serve a page for `generate` in the browser: photographs, path, progress, comparison, 3D scene, download."""
+    most = {"photographs": max_photographs, "file_bytes": max_megabytes << 20, "minutes": max_minutes}
+    options = {"host": host, "port": port, "work": work, "keep_minutes": keep_minutes, "jobs": jobs}
+    guarded(partial(_ui, model, student, most, options | {"browser": browser, "device": device}))
+
+
+def _ui(model: str, student: str | None, most: dict[str, Any], options: dict[str, Any]) -> None:
+    from fvgen.ui.serve import serve  # judges port and folder before what takes seconds
+
+    serve({"walk": model} if student is None else {"student": student, "teacher": model}, most=most, **options)
+
+
+@app.command()
 def evaluate(
     predicted: Annotated[Path, typer.Argument(help="A folder of pictures, a data set, or a video.")],
     truth: Annotated[

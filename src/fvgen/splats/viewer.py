@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,11 +33,14 @@ SPLAT = np.dtype(  # 32 bytes a Gaussian, two texels of the page's texture
 )
 
 
-def write_viewer(file: str | Path, gaussians: Gaussians, cameras: Cameras) -> None:
+def write_viewer(
+    file: str | Path, gaussians: Gaussians, cameras: Cameras, names: Sequence[str] | None = None, about: str = ""
+) -> None:
     """Write the page ``file``, whole or not at all. It opens with the first camera and has a button for each.
 
-    cameras: at least one, of the size that the Gaussians were fitted at. Raises UserError when the disk is full or the
-    folder not writable.
+    cameras: at least one, of the size that the Gaussians were fitted at. names: what stands on the buttons; numbers if
+    None. about: what the page says of itself; the number of Gaussians if empty. Raises UserError when the disk is full
+    or the folder not writable.
     """
     assert len(cameras) > 0, "a page without cameras does not know where to stand"
     splats = pack(gaussians)
@@ -47,9 +51,11 @@ def write_viewer(file: str | Path, gaussians: Gaussians, cameras: Cameras) -> No
         "width": cameras.width,
         "poses": cameras.world_from_cam[:, :3].tolist(),
         "lenses": lens.tolist(),
+        "names": [str(k + 1) for k in range(len(cameras))] if names is None else list(names),
+        "about": about or f"{len(splats):,} Gaussians.",
     }
     page = packaged_text("fvgen.splats", "viewer.html")
-    page = page.replace("FACTS", json.dumps(facts, allow_nan=False))
+    page = page.replace("FACTS", json.dumps(facts, allow_nan=False).replace("<", "\\u003c"))
     page = page.replace("SPLATS", base64.b64encode(splats.tobytes()).decode())
     with atomic_path(file) as temporary:
         write_text(temporary, page)

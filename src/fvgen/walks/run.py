@@ -88,6 +88,7 @@ def generate(
     device: str = "cpu",
     told: Told = lambda line: None,
     on_progress: OnProgress = lambda done, total: None,
+    on_fit: OnProgress = lambda done, total: None,
 ) -> Path:
     """Photographs to a walk-through in the folder ``out``, which is returned; the same call again resumes.
 
@@ -105,7 +106,7 @@ def generate(
         holdout: so many photographs are posed and given nowhere; they go to ``holdout`` beside the data set, where
             `fvgen.splats.reconstruct` finds them to score the scene on.
         dataparser_transforms: nerfstudio's file, for a path of its viewer; the one beside the path is found.
-        told, on_progress: are given lines for the user, and clips done of all.
+        told, on_progress, on_fit: are given lines for the user, clips done of all, and iterations of the fit.
 
     Raises UserError (one sentence, nothing written) for anything wrong with these.
     """
@@ -123,7 +124,7 @@ def generate(
     settings = _settings(paths, out, choices, pipeline, needs)
     if _finished(out, settings):
         if scene and not (out / "scene.json").is_file():
-            fit_scene(out, device, told)
+            fit_scene(out, device, told, on_fit)
         told(f"{out} is complete")
         return out
     plan = plan_walk(paths, choices, needs, told, seconds)
@@ -139,16 +140,16 @@ def generate(
     remove(out / WORK)
     if scene:
         with _timed(seconds, "scene"):
-            fit_scene(out, device, told)
+            fit_scene(out, device, told, on_fit)
     told("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items()))
     return out
 
 
-def fit_scene(dataset: Path, device: str, told: Told) -> None:
+def fit_scene(dataset: Path, device: str, told: Told, on_fit: OnProgress) -> None:
     """3D Gaussians of a finished walk: the one place where walks and splats meet."""
     from fvgen.splats import reconstruct
 
-    reconstruct(dataset, device=device, told=told)
+    reconstruct(dataset, device=device, told=told, on_step=on_fit)
 
 
 # --- Judging ---
