@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: env env-train demo test test-all packages gpu-check lint clean
+.PHONY: env env-train demo test test-all packages gpu-check page-check lint clean
 
 env: $(READY)
 
