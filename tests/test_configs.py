@@ -65,3 +65,27 @@ def test_it_fits_and_trains_by_the_command_that_it_tells(name, stage, monkeypatc
     told = next(words for words in commands(name) if f"recipes/stage{1 if stage == 'gan' else 2}_{stage}.py" in words)
     known = lambda words: {word for word in words if not word.startswith(("teacher=", "init=", "out="))}  # noqa: E731
     assert known(printed) == known(told)
+
+
+VIDEOSCENE = sorted((CONFIGS / "videoscene").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", VIDEOSCENE, ids=lambda file: file.stem)
+def test_the_leaps_files_are_whole(file):
+    config = read_stage_config("leap", file, ["out=unused"])
+    assert config.name == "leap" and config.method.t <= config.method.t_max == 599
+    header = file.read_text().split("\n\n")[0]
+    files = re.findall(r"recipes/[\w/]+\.(?:py|yaml|json)", header)
+    assert files and all((REPOSITORY / name).is_file() for name in files)
+    if file.stem != "tiny":
+        lines = file.read_text().splitlines()
+        keys = [number for number, line in enumerate(lines) if re.match(r"\s*\w+: \S", line)]
+        explained = [number for number in keys if lines[number - 1].strip().startswith("# ")]
+        assert len(keys) > 10 and len(explained) >= len(keys) - 2
+        assert (config.optim["student"].weight_decay, config.run.iterations) == (0.01, 20000)
+
+
+def test_the_papers_leap_has_what_it_states():
+    config = read_stage_config("leap", CONFIGS / "videoscene" / "8x80gb.yaml", ["out=unused"])
+    assert (config.optim["student"].lr, config.method.trained, config.data.batch_size) == (3e-5, "attn1", 16)
+    assert config.method.start == "render" and config.memory.precision == "bfloat16"

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from checks import hashes, refusal
+from conftest import REPOSITORY
 from small_cogvideox import FRAMES, rng, video
 from small_cogvideox import small_teacher as small_cogvideox
 from small_models import small_teacher
@@ -26,12 +27,14 @@ from fvgen.distill.draws import Draws
 from fvgen.distill.learners import make_learner
 from fvgen.distill.methods import leap as module
 from fvgen.distill.methods.leap import Leap
+from fvgen.models.cogvideox.pipelines import CogVideoXTeacherPipeline
 from fvgen.models.cogvideox.videoscene import VideoScenePipeline
 from fvgen.models.condition import Condition
 from fvgen.models.family import Size
 from fvgen.models.viewcrafter.leap import FVGenLeapPipeline
 from fvgen.objectives.consistency import pseudo_huber, squared
 from fvgen.pipelines.folders import load_pipeline, save_model
+from fvgen.planning.plan import Choice, Hardware, command
 from fvgen.planning.simulate import simulate
 from fvgen.system.processes import ALONE
 
@@ -381,3 +384,44 @@ def test_it_can_be_planned(stage, teacher, lora):
     attention = sum(p.numel() for name, p in network.named_parameters() if "attn1" in name)
     assert counts["teacher"] == whole and counts["followers"] == counts["student"]
     assert counts["student"] < attention if lora else counts["student"] == attention
+
+
+def test_encoders_alone_are_enough_to_prepare(cogvideox_folder):
+    """As `fvgen prepare` has them: no network is there."""
+    from fvgen.shards.encoders import load_encoders, placed
+
+    clip, whole = video(), load_pipeline(cogvideox_folder, CogVideoXTeacherPipeline)
+    encoders = placed(load_encoders(cogvideox_folder), "cpu")
+    assert encoders.transformer is None
+    found, expected = (pipeline.condition(clip, rng()) for pipeline in (encoders, whole))
+    assert found.keys() == expected.keys() == {"image_latents", "text_tokens", "render_latents"}
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_noise_on_images_has_the_stated_strength():
+    """exp(N(-3, 0.5)) in units of [-1, 1], one draw for both images of a clip; nothing else is noised."""
+    pipeline, clips = small_cogvideox(image_condition="ends", image_noise=True), torch.full((8, FRAMES, 3, 32, 48), 0.5)
+    seen: list[Tensor] = []
+    pipeline._sample = lambda frames, generator, noise=None: seen.append(frames) or torch.zeros(8, 16, 1, 4, 6)
+    logs = []
+    for seed in range(40):
+        seen.clear()
+        pipeline.condition(clips, rng(seed))
+        first, last, whole = seen
+        assert first.shape == last.shape == (8, 1, 3, 32, 48) and torch.equal(whole, clips)
+        strengths = [2 * (image - 0.5).flatten(1).std(1) for image in (first, last)]
+        torch.testing.assert_close(*strengths, rtol=0.08, atol=0)  # 4608 pixels: 1 % standard error each
+        logs.append(strengths[0].log())
+    logs = torch.cat(logs)
+    assert (
+        abs(logs.mean() + 3) < 5 * 0.5 / len(logs) ** 0.5 and abs(logs.std() - 0.5) < 5 * 0.5 / (2 * len(logs)) ** 0.5
+    )
+
+
+@pytest.mark.parametrize(("zero", "start"), [(0, ["python"]), (2, ["deepspeed", "--num_gpus", "8"])])
+def test_the_planned_command_is_the_recipes(zero, start):
+    file = "recipes/configs/videoscene/8x80gb.yaml"
+    config = distill.read_stage_config("leap", REPOSITORY / file, ["out=unused"])
+    line = command(Choice(zero, True, "three models"), Hardware(gpus=8), config, file).split()
+    assert line[: len(start)] == start and any(word.endswith("recipes/leap.py") for word in line)
+    assert "out=OUT" in line and not any(word.startswith("init=") for word in line)
