@@ -364,6 +364,22 @@ def _diagnose(run: Path, as_json: bool) -> None:
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of stages, of demos, or of recipes/distill.py.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """Put runs on one HTML page, seeds of one method or several methods: numbers, pictures, curves, diagnosis."""
+    guarded(partial(_report, runs, out))
+
+
+def _report(runs: list[Path], out: Path) -> None:
+    existing(*runs, what="run folder")
+    from fvgen.reports.runs_page import report as run_report  # takes seconds to import
+
+    print(run_report(runs, out))
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Option(help="YAML file of settings, as for the recipes.")],
     gpus: Annotated[int, typer.Option(min=1, max=MOST, help="Processes, one GPU each.")] = 8,
