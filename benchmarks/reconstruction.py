@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from verdicts import paired
 
 from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator
 from fvgen.clips.worlds import WORLDS
@@ -30,6 +29,7 @@ from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.gaussians import render_gaussians
 from fvgen.geometry.pointcloud import unproject
 from fvgen.metrics import score_images
+from fvgen.metrics.intervals import paired
 from fvgen.scenes.images import fit_image
 from fvgen.splats.fitting import FitSettings, fit, seeds
 from fvgen.system.command import Parser, guarded, positive

@@ -30,11 +30,12 @@ import torch
 from chain import room
 from pages import page
 from tables import Settings, bracket, commit, write_results
-from verdicts import paired, verdict
+from verdicts import verdict
 
 from fvgen.cli import existing, numbers
 from fvgen.clips.clip import Clip
 from fvgen.errors import UserError
+from fvgen.metrics.intervals import paired
 from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline

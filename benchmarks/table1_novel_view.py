@@ -34,12 +34,12 @@ from chain import room
 from pages import page
 from tables import METRICS, bracket, cell, commit, write_results
 from torch import Tensor
-from verdicts import paired
 
 from fvgen.cli import existing, numbers
 from fvgen.clips.clip import Clip
 from fvgen.clips.worlds import is_builtin
 from fvgen.errors import UserError
+from fvgen.metrics.intervals import paired
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.pipelines.student import StudentPipeline

@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from verdicts import paired, psnr_at_equal_lpips, verdict
+from verdicts import psnr_at_equal_lpips, verdict
 
 from fvgen import distill
 from fvgen.errors import UserError
+from fvgen.metrics.intervals import paired
 from fvgen.system.command import Parser, positive
 from fvgen.system.files import atomic_path, write_json, write_text
 

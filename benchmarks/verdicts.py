@@ -1,28 +1,12 @@
-"""What three seeds say: differences paired by seed, and whether an order that a paper reports is found again."""
+"""Whether an order that a paper reports is found again, and the teacher's curve between two metrics."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from itertools import pairwise
 
-from scipy.stats import t as student_t
-
-HIGHER = {"psnr", "ssim", "saved"}  # of these more is better, of all others less
-
-
-def paired(ours: Sequence[float | None], others: Sequence[float | None]) -> dict[str, float] | None:
-    """``ours`` minus ``others``, seed by seed: mean, half width of the 95 % interval (Student's t; NaN for one seed)
-    and the mean relative to the others'. None where a value is missing."""
-    if not ours or None in ours or None in others:
-        return None
-    differences = [a - b for a, b in zip(ours, others, strict=True)]
-    count, mean = len(differences), statistics.mean(differences)
-    half = math.nan
-    if count > 1:
-        half = float(student_t.ppf(0.975, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
-    return {"mean": mean, "half_width": half, "relative": mean / statistics.mean(others)}
+from fvgen.metrics.intervals import HIGHER
 
 
 def verdict(difference: dict[str, float] | None, metric: str) -> str:

@@ -341,3 +341,18 @@ def test_fid_and_kid_share_the_features_of_one_pass(monkeypatch):
     x, y = predicted[:, :, 0, 0], truth[:, :, 0, 0]
     assert (scores["fid"], scores["kid"]) == (frechet.frechet_distance(x, y), frechet.kernel_distance(x, y))
     assert len(calls) == 2
+
+
+def test_means_by_clip_are_of_its_images_alone():
+    predicted, truth = random_images(5, 16, 16), random_images(5, 16, 16, seed=1)
+    clip_of = torch.tensor([0, 2, 0, 2, 2])
+    scores = metrics.score_images(predicted, truth, clip_of=clip_of)
+    for name in ("psnr", "ssim"):
+        first = metrics.score_images(predicted[[0, 2]], truth[[0, 2]])[name]
+        last = metrics.score_images(predicted[[1, 3, 4]], truth[[1, 3, 4]])[name]
+        assert scores["by_clip"][name] == [pytest.approx(first), None, pytest.approx(last)]
+        assert scores[name] == pytest.approx((2 * first + 3 * last) / 5)
+    assert "lpips" not in scores["by_clip"] and "by_clip" not in metrics.score_images(predicted, truth)
+    shown = torch.ones(5, 16, 16, dtype=torch.bool)
+    shown[0] = shown[2] = False  # all of the first clip
+    assert metrics.score_images(predicted, truth, shown, clip_of)["by_clip"]["psnr"][0] is None

@@ -11,8 +11,9 @@ import yaml
 from PIL import Image
 from small_models import FRAMES, HEIGHT, WIDTH
 
+from fvgen.diagnosis.series import read_series
 from fvgen.distill import Trainer, read_metrics, run
-from fvgen.distill.monitor import SEEDS, sample_clips
+from fvgen.distill.monitor import SEEDS, sample_clips, write_strips
 from fvgen.models.family import Size
 from fvgen.planning.plan import teacher_blueprint
 from fvgen.planning.simulate import simulate
@@ -56,16 +57,36 @@ def test_curves_that_cannot_be_drawn_are_not_worth_a_run(stage, capsys):
 
 
 def test_sample_clips_change_no_number(stage, tmp_path):
-    silent, seen = stage(iterations=4), stage(iterations=4, sample_every=2, out=str(tmp_path / "seen"))
+    silent = stage(iterations=5, sample_every=0)
+    seen = stage(iterations=5, sample_every=2, out=str(tmp_path / "seen"))
     run(silent)
     run(seen)
     assert (Path(silent.run.out) / "metrics.jsonl").read_bytes() == (Path(seen.run.out) / "metrics.jsonl").read_bytes()
+    assert not (Path(silent.run.out) / "samples").exists()
     pictures = sorted(path.name for path in (Path(seen.run.out) / "samples").iterdir())
-    assert pictures == ["00000002.png", "00000004.png"]
-    with Image.open(Path(seen.run.out) / "samples" / pictures[0]) as picture:
-        assert picture.size == (FRAMES * WIDTH, SEEDS * HEIGHT)
+    assert pictures == ["00000002.png", "00000004.png", "00000005.png", "truth.png"]  # the last iteration as well
+    for name, strips in zip(pictures, (SEEDS, SEEDS, SEEDS, 1), strict=True):
+        with Image.open(Path(seen.run.out) / "samples" / name) as picture:
+            assert picture.size == (FRAMES * WIDTH, strips * HEIGHT)
+            assert picture.text == {"strips": str(strips), "frames": str(FRAMES)}
     spreads = [row.get("seed_spread") for row in monitored(seen.run.out)]
-    assert spreads[0] is spreads[2] is None and spreads[1] > 0 and spreads[3] > 0
+    assert spreads[0] is spreads[2] is None and all(spreads[place] > 0 for place in (1, 3, 4))
+
+
+def test_strips_of_clips_are_read_as_they_were_written(tmp_path):
+    videos = torch.rand(2, 3, 3, 5, 7, generator=torch.Generator().manual_seed(0))
+    write_strips(tmp_path / "samples" / "00000001.png", videos)
+    read = read_series(tmp_path).last.clips
+    assert read.shape == (2, 3, 5, 7, 3)
+    assert abs(torch.from_numpy(read.copy()).permute(0, 1, 4, 2, 3) - videos).max() <= 0.5 / 255 + 1e-6
+
+
+def test_the_fake_scores_error_stands_beside_the_teachers_at_the_same_noise(stage):
+    """Before it has learnt the fake score is the teacher, and so is its error, where nothing guides the real score."""
+    config = stage("dmd", iterations=3, fake_score_lr=1e-12, guidance=1.0)
+    run(config)
+    for row in monitored(config.run.out):
+        assert row["error_fake"] == pytest.approx(row["error_teacher"], rel=1e-3) and row["error_fake"] > 0
 
 
 def test_a_student_that_ignores_its_noise_has_no_spread(stage):

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy import stats
 
 from fvgen.metrics import score_images
-from fvgen.reports.page import LABELS, TABLE, ReportClip, loss_curves, pictures, table, write_report
+from fvgen.reports.curves import MOST_POINTS, curves, loss_curves
+from fvgen.reports.page import LABELS, TABLE, ReportClip, gains, pictures, table, write_report
 
 FRAMES, HEIGHT, WIDTH = 5, 24, 40
 NASTY = "attic <script>alert(1)</script> \"&' {{ 7 * 7 }}"
@@ -39,7 +41,7 @@ class Page(HTMLParser):
 
 def clip(name, seed=0, columns=tuple(LABELS), size=(FRAMES, 3, HEIGHT, WIDTH)):
     generator = torch.Generator().manual_seed(seed)
-    return ReportClip(name, {key: torch.rand(size, generator=generator) for key in columns})
+    return ReportClip(name, {key: torch.rand(size, generator=generator) for key in columns}, known=(0, size[0] - 1))
 
 
 @pytest.fixture
@@ -61,11 +63,12 @@ def report(clips, monkeypatch, tmp_path):
     }
     rows = {
         key: {"steps": s, "nfe": nfe, "seconds_per_clip": 0.05 * nfe + 0.01}
-        | score_images(torch.cat([c.videos[key] for c in clips]), truth)
+        | score_images(torch.cat([c.videos[key] for c in clips]), truth, clip_of=torch.arange(2 * FRAMES) // FRAMES)
         for key, (s, nfe) in steps.items()
     }
     return {
         "data": "made-up clips",
+        "clips": 16,
         "scenes": [c.name for c in clips],
         "frames": FRAMES,
         "height": HEIGHT,
@@ -90,7 +93,7 @@ def page(report, clips, tmp_path):
 def test_json_round_trip(report, clips, tmp_path):
     write_report(tmp_path, report, clips, CURVES)
     assert json.loads((tmp_path / "report.json").read_text()) == report
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["clips.json", "report.html", "report.json"]
 
 
 def test_what_is_not_finite_becomes_null(report, clips, tmp_path):
@@ -144,14 +147,38 @@ def test_headline_and_table_say_the_numbers(page, report):
     assert f"reaches {report['rows']['student']['psnr']:.2f} dB PSNR" in text
 
 
-def test_missing_values_share_a_footnote(report, page):
+def test_columns_without_a_value_are_a_note_and_single_gaps_a_footnote(report, page):
     header, rows, notes = table(report["rows"])
     assert [name for name, _ in rows] == list(LABELS)[:5]
     cells = dict(zip(header, dict(rows)["student"], strict=True))
-    assert cells["PSNR ↑"] == (f"{report['rows']['student']['psnr']:.2f}", None)
-    assert cells["FID ↓"] == ("–", notes.index(report["rows"]["student"]["why_null"]["fid"]) + 1)
-    assert len(notes) == 2 and not any("KID" in text for text in header)  # LPIPS has its reason, FID another
+    assert cells["PSNR ↑"].text == f"{report['rows']['student']['psnr']:.2f}" and cells["PSNR ↑"].note is None
+    assert not any(word in text for text in header for word in ("KID", "FID", "LPIPS", "MMD"))
+    why = report["rows"]["student"]["why_null"]
+    assert f"FID, KID are left out: {why['fid']}" in notes and f"LPIPS is left out: {why['lpips']}" in notes
     assert all(note[1:] in "".join(Page(page).text) for note in notes)
+    report["rows"]["teacher"]["fid"] = 3.0  # one row has it: the others say why not
+    header, rows, notes = table(report["rows"])
+    cells = dict(zip(header, dict(rows)["student"], strict=True))
+    assert (cells["FID ↓"].text, notes[cells["FID ↓"].note - 1]) == ("–", why["fid"])
+
+
+def test_intervals_are_over_clips_and_gains_paired_by_them(report, page):
+    values = report["rows"]["student"]["by_clip"]["psnr"]
+    half = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+    _, rows, _ = table(report["rows"])
+    assert dict(rows)["student"][3].half == f"± {(half.high - half.low) / 2:.2f}"
+    others = report["rows"]["teacher_few"]["by_clip"]["psnr"]
+    found = {(one, other): dict(cells) for one, other, cells in gains(report["rows"])}
+    difference = sum(a - b for a, b in zip(values, others, strict=True)) / 2
+    assert found["student", "teacher_few"]["PSNR ↑"].text == f"{difference:+.2f}"
+    assert "95 % interval of the mean over clips" in page and "Student minus teacher, few steps" in page
+
+
+def test_the_page_says_what_it_shows_and_what_was_given(page):
+    text = re.sub(r"\s+", " ", "".join(Page(page).text))
+    assert "2 of the 16 clips that were scored, evenly chosen" in text and "1 of 5" in text
+    assert page.count('data-known="0 4"') == 2 and "given frame" in text
+    assert "loss generator" in text and "loss_generator" in text  # its name in the log stands below every title
 
 
 def test_table_shows_the_backbone_and_other_distances_when_there_are_values(report):
@@ -159,8 +186,7 @@ def test_table_shows_the_backbone_and_other_distances_when_there_are_values(repo
         row.update(lpips=0.1, lpips_net="squeeze", kid_squeeze=0.25, why_null={})
     header, rows, notes = table(report["rows"])
     assert "LPIPS (squeeze) ↓" in header and header[-1] == TABLE["kid_squeeze"][0]
-    assert dict(rows)["student"][-1] == ("0.2500", None)
-    assert dict(rows)["student"][header.index("FID ↓")] == ("–", None) and not notes
+    assert dict(rows)["student"][-1].text == "0.2500" and "FID ↓" not in header and not notes
 
 
 def test_sheets_hold_the_frames_losslessly():
@@ -206,17 +232,44 @@ def points(text):
 def test_a_falling_loss_falls_on_the_page():
     curve = loss_curves([{"iteration": i, "loss": 3 - 0.01 * i} for i in range(200)])[0]
     line, band = points(curve.line), points(curve.band)
-    assert len(line) <= 50 and (np.diff(line[:, 0]) > 0).all() and (np.diff(line[:, 1]) > 0).all()
+    assert len(line) <= MOST_POINTS and (np.diff(line[:, 0]) > 0).all() and (np.diff(line[:, 1]) > 0).all()
     assert band.min() >= 0 and band.max() <= 1
     ticks = {text: position for position, text in curve.y_ticks}
     value_to_y = np.polyfit([float(text) for text in ticks], list(ticks.values()), 1)
     np.testing.assert_allclose(np.polyval(value_to_y, 3 - 0.01 * line[:, 0] * 199), line[:, 1], atol=1e-3)
 
 
+def test_every_run_of_more_than_five_has_means_and_bands_from_end_to_end():
+    """Of 60 iterations as of 6: noise of one size has a band of one size everywhere, and a calm line inside."""
+    for count in (6, 60, 500):
+        noise = np.random.default_rng(count).normal(size=count)
+        curve = loss_curves([{"iteration": i, "loss": float(y)} for i, y in enumerate(noise)])[0]
+        line, band = points(curve.line), points(curve.band)
+        high, low = band[: len(line), 1], band[: len(line) - 1 : -1, 1]
+        assert (low > high).all() and (low >= line[:, 1]).all() and (line[:, 1] >= high).all()
+    quarters = [part.mean() for part in np.array_split(low - high, 4)]
+    assert max(quarters) < 1.5 * min(quarters)
+
+
+def test_several_seeds_are_a_mean_between_the_lowest_and_the_highest():
+    def rows(offset, count=40):
+        return [{"iteration": i, "loss": 100 + i + offset} for i in range(count)]
+
+    (curve,) = curves({"a": [rows(0.0), rows(1.0), rows(5.0)], "b": [rows(30.0, 20)]}, ["loss"])
+    assert [line.label for line in curve.lines] == ["a", "b"] and [line.color for line in curve.lines] == [0, 1]
+    ticks = {text: position for position, text in curve.y_ticks}
+    value = np.poly1d(np.polyfit(list(ticks.values()), [float(text) for text in ticks], 1))
+    line, band = points(curve.lines[0].line), points(curve.lines[0].band)
+    count = len(line)
+    np.testing.assert_allclose(value(band[:count, 1]) - value(line[:, 1]), 3, atol=0.02)
+    np.testing.assert_allclose(value(line[:, 1]) - value(band[: count - 1 : -1, 1]), 2, atol=0.02)
+
+
 def test_a_loss_over_decades_gets_powers_of_ten():
     curve = loss_curves([{"iteration": i, "loss_fake": 10 ** (-i / 50)} for i in range(150)])[0]
     assert [text for _, text in curve.y_ticks] == ["0.001", "0.01", "0.1", "1"]
     np.testing.assert_allclose([position for position, _ in curve.y_ticks], [1, 2 / 3, 1 / 3, 0], atol=1e-6)
+    assert curve.title == "loss fake" and loss_curves([{"loss_head": 1.0}] * 2)[0].title == "Head"
 
 
 def test_only_finite_losses_are_drawn():

@@ -23,4 +23,8 @@ def __getattr__(name):  # imported when first used: torch and diffusers take sec
         from fvgen.walks import api
 
         return getattr(api, name)
+    if name == "diagnose":
+        from fvgen.diagnosis import diagnose
+
+        return diagnose
     raise AttributeError(f"module 'fvgen' has no attribute {name!r}")

@@ -471,6 +471,43 @@ def _doctor(as_json: bool) -> None:
 
 
 @app.command()
+def diagnose(
+    run: Annotated[Path, typer.Argument(help="Folder of a stage (the out=DIR of its recipe), or of a demo.")],
+    as_json: Annotated[bool, typer.Option("--json", help="For programs.")] = False,
+) -> None:
+    """Say what a run's numbers say went wrong, the most serious first, and what to try; it may still be going on."""
+    guarded(partial(_diagnose, run, as_json))
+
+
+def _diagnose(run: Path, as_json: bool) -> None:
+    existing(run, what="run folder")
+    from fvgen.diagnosis import diagnose as run_diagnose  # takes seconds to import
+    from fvgen.diagnosis import text_of
+
+    found = run_diagnose(run)
+    if as_json:
+        print(json.dumps({"stages": [each.as_json() for each in found]}))
+    else:
+        print("\n\n".join(text_of(each) for each in found))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of stages, of demos, or of recipes/distill.py.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+) -> None:
+    """Put runs on one HTML page, seeds of one method or several methods: numbers, pictures, curves, diagnosis."""
+    guarded(partial(_report, runs, out))
+
+
+def _report(runs: list[Path], out: Path) -> None:
+    existing(*runs, what="run folder")
+    from fvgen.reports.runs_page import report as run_report  # takes seconds to import
+
+    print(run_report(runs, out))
+
+
+@app.command()
 def plan(
     config: Annotated[Path, typer.Option(help="YAML file of settings, as for the recipes.")],
     gpus: Annotated[int, typer.Option(min=1, max=MOST, help="Processes, one GPU each.")] = 8,

@@ -20,16 +20,21 @@ from typing import Any, Protocol
 
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fvgen.clips.latents import LatentSet
 from fvgen.distill.methods.base import MONITOR, Method
 from fvgen.distill.settings import StageConfig
 from fvgen.errors import first_line
+from fvgen.system.doors import there
 from fvgen.system.files import append_line, atomic_path, new_folder, open_log
 from fvgen.system.work import Work
 
 SEEDS = 2
+SAMPLES = "samples"  # folder of a run: ITERATION.png, a strip of frames a seed
+TRUTH = "truth.png"  # ... and, once, the clip that they are to look like, through encoder and decoder
+MONITOR_LOG = "monitor.jsonl"
 
 
 class Tracker(Protocol):
@@ -136,6 +141,18 @@ def sample_clips(method: Method, latents: LatentSet, config: StageConfig) -> tup
     return clips, (clips.std(dim=0).square().mean().sqrt() / batch.latents[0].std()).item()
 
 
+def write_strips(path: Path, videos: Tensor) -> None:
+    """``videos`` [S, F, 3, H, W] in [0, 1] as S strips below one another, in a PNG that also says how many ``strips``
+    of how many ``frames`` it has: its size does not."""
+    strips = torch.cat([torch.cat(list(frames), dim=-1) for frames in videos], dim=-2)
+    facts = PngInfo()
+    for key, count in zip(("strips", "frames"), videos.shape, strict=False):
+        facts.add_text(key, str(count))
+    pixels = (strips * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+    with atomic_path(path) as temporary:
+        Image.fromarray(pixels).save(temporary, format="PNG", pnginfo=facts)
+
+
 class Monitor:
     """Rows of monitor.jsonl, and the same to the trackers. Only the main process has one."""
 
@@ -161,7 +178,7 @@ class Monitor:
             row["flops_per_second"] = round(self.flops / seconds)
         row["peak_memory_gb"] = round(peak_memory_gb(self.device), 3)
         row |= {name.removeprefix(MONITOR): round(value, 5) for name, value in watched.items()}
-        append_line(self.out / "monitor.jsonl", json.dumps(row))
+        append_line(self.out / MONITOR_LOG, json.dumps(row))
         numbers = {key: value for key, value in {**metrics, **row}.items() if isinstance(value, int | float)}
         numbers.pop("iteration")
         for tracker in self.trackers:
@@ -169,11 +186,12 @@ class Monitor:
                 tracker.scalars(numbers, iteration)
         return row
 
-    def clips(self, videos: Tensor, iteration: int) -> None:
-        """``videos`` [S, F, 3, H, W] in [0, 1], one seed each: S strips as one picture in out/samples; the trackers."""
-        strips = torch.cat([torch.cat(list(frames), dim=-1) for frames in videos], dim=-2)
-        with atomic_path(self.out / "samples" / f"{iteration:08d}.png") as temporary:
-            Image.fromarray((strips * 255).round().byte().permute(1, 2, 0).cpu().numpy()).save(temporary, format="PNG")
+    def clips(self, videos: Tensor, iteration: int, truth: Callable[[], Tensor]) -> None:
+        """``videos`` [S, F, 3, H, W] in [0, 1], one seed each: S strips as one picture in out/samples; the trackers.
+        The first time also the ``truth`` [1, F, 3, H, W] that they are to look like."""
+        write_strips(self.out / SAMPLES / f"{iteration:08d}.png", videos)
+        if not there(self.out / SAMPLES / TRUTH):
+            write_strips(self.out / SAMPLES / TRUTH, truth())
         for tracker in self.trackers:
             with suppress(Exception):
                 tracker.video("sample", videos[0], iteration)

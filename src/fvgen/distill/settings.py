@@ -110,7 +110,10 @@ class Log(Owner):
         3, ge=1, le=10**9, description="iterations in a row with a loss or gradient that is not finite"
     )
     sample_every: int = Field(
-        100, ge=0, le=10**9, description="iterations between sample clips of the student and their spread; 0 is never"
+        100,
+        ge=0,
+        le=10**9,
+        description="iterations between sample clips of the student and their spread; also after the last; 0 is never",
     )
     track: bool = Field(True, description="curves for TensorBoard and Weights & Biases where those are installed")
 

@@ -194,7 +194,7 @@ class Trainer:
         self.waited = self.loader.waited
         every = self.config.log.sample_every
         clips = None
-        if every and iteration % every == 0:
+        if every and (iteration % every == 0 or iteration == self.config.run.iterations):
             clips, watched[MONITOR + "seed_spread"] = sample_clips(self.method, self.latents, self.config)
 
         def write() -> None:
@@ -204,7 +204,8 @@ class Trainer:
             append_line(self.out / LOG, json.dumps({"iteration": iteration, **row}))
             monitor.row(iteration, row, watched)
             if clips is not None:
-                monitor.clips(self._decode(clips), iteration)
+                truth = self.latents.batch([0], self.config.run.device).latents
+                monitor.clips(self._decode(clips), iteration, lambda: self._decode(truth))
 
         self.world.main_only(write)
 

@@ -38,7 +38,9 @@ __all__ = [
 METRICS = ("psnr", "ssim", "lpips", "fid", "kid", "kid_squeeze")
 
 
-def score_images(predicted: Tensor, truth: Tensor, shown: Tensor | None = None) -> dict[str, object]:
+def score_images(
+    predicted: Tensor, truth: Tensor, shown: Tensor | None = None, clip_of: Tensor | None = None
+) -> dict[str, object]:
     """Every metric of ``predicted`` against ``truth``, both [N, 3, H, W] in [0, 1], ready for JSON.
 
     Keys: each name of `METRICS`, a float (psnr, ssim and lpips averaged over the images) or None;
@@ -48,6 +50,9 @@ def score_images(predicted: Tensor, truth: Tensor, shown: Tensor | None = None) 
     shown: [N, H, W] bool, where the truth is one; everywhere if not given. What is hidden is black in both before
     anything is measured, so that no score depends on what either has there; PSNR and SSIM average over shown pixels
     alone, the networks of the others see whole images. Images without a shown pixel are left out.
+
+    clip_of: [N] integers from 0, the clip that each image is of: adds ``by_clip``, for each of psnr, ssim and lpips
+    that could be measured its means by clip, None for a clip without images. Frames of a clip are alike; clips are not.
 
     Raises UserError when FVGEN_WEIGHTS names no folder or a weights file is damaged.
     """
@@ -60,6 +65,10 @@ def score_images(predicted: Tensor, truth: Tensor, shown: Tensor | None = None) 
         "n": predicted.shape[0],
         "why_null": {},
     }
+    clips = int(clip_of.max()) + 1 if clip_of is not None and len(clip_of) else 0
+    if clip_of is not None:
+        clip_of = clip_of if shown is None else clip_of[kept]
+        scores["by_clip"] = {}
     if not len(predicted):
         return scores | {"why_null": dict.fromkeys(METRICS, "masks hide all of every image")}
     if not torch.isfinite(predicted).all():
@@ -68,15 +77,16 @@ def score_images(predicted: Tensor, truth: Tensor, shown: Tensor | None = None) 
     check_images(predicted, truth)
     for names, compute in _GROUPS.items():
         try:
-            scores |= zip(names, compute(predicted, truth, shown), strict=True)
+            found = dict(zip(names, compute(predicted, truth, shown), strict=True))
         except Unavailable as reason:
             scores["why_null"] |= {name: str(reason) for name in names if name in METRICS}
+            continue
+        for name, value in found.items():
+            scores[name] = _mean(value) if isinstance(value, Tensor) else value
+            if clip_of is not None and isinstance(value, Tensor):
+                parts = [value[clip_of == clip] for clip in range(clips)]
+                scores["by_clip"][name] = [_mean(part) if len(part) else None for part in parts]
     return scores
-
-
-def _lpips(predicted: Tensor, truth: Tensor, shown: Tensor | None) -> tuple[float, str]:
-    values, net = lpips(predicted, truth)
-    return _mean(values), net
 
 
 def _inception_distances(predicted: Tensor, truth: Tensor, shown: Tensor | None) -> tuple[float, float]:
@@ -88,11 +98,11 @@ def _mean(values: Tensor) -> float:
     return values.double().mean().item()
 
 
-# Predicted, truth and where it is shown; one run of a network fills several names.
+# Predicted, truth and where it is shown; one run of a network fills several names. A tensor holds a value per image.
 _GROUPS: dict[tuple[str, ...], Callable[[Tensor, Tensor, Tensor | None], tuple]] = {
-    ("psnr",): lambda *images: (_mean(psnr(*images)),),
-    ("ssim",): lambda *images: (_mean(ssim(*images)),),
-    ("lpips", "lpips_net"): _lpips,
+    ("psnr",): lambda *images: (psnr(*images),),
+    ("ssim",): lambda *images: (ssim(*images),),
+    ("lpips", "lpips_net"): lambda predicted, truth, shown: lpips(predicted, truth),
     ("fid", "kid"): _inception_distances,
     ("kid_squeeze",): lambda predicted, truth, shown: (kid_squeeze(predicted, truth),),
 }

@@ -17,14 +17,13 @@ from fvgen.clips.from_scene import ClipSettings, Lost, scene_clips
 from fvgen.clips.views import pose_distance, typical_depth
 from fvgen.geometry.pointcloud import point_radius
 from fvgen.posing.sources import Source, find_sources, open_source
-from fvgen.reports.page import MARK, data_address, page_template, sheet_of
+from fvgen.reports.page import data_address, is_page, page_template, sheet_of
 from fvgen.scenes.images import fit_image
 from fvgen.scenes.scene import Scene
 from fvgen.shards.encoders import load_encoders, placed
 from fvgen.shards.format import CLOUD_POINTS, ClipRecord
 from fvgen.shards.one_shard import one_thread, record_of
 from fvgen.shards.reader import ShardSet, holds_shards
-from fvgen.system.doors import problem, read_text
 from fvgen.system.files import atomic_path, judge_output, write_text
 
 THUMBNAIL = 96  # rows of a frame on the page, about
@@ -66,11 +65,6 @@ def inspect(path: str | Path, out: str | Path, clips: int | None = None, teacher
     with atomic_path(out) as temporary:
         write_text(temporary, page_template("contact_sheet.html.jinja").render(**page))
     return out
-
-
-def is_page(file: Path) -> bool:
-    """Whether a file is a page that fvgen wrote."""
-    return problem(file) is None and MARK in read_text(file, errors="replace")[:500]
 
 
 def _of_shards(path: str | Path, clips: int | None, teacher: str | None) -> dict:

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from fvgen.clips.clip import Clip
 from fvgen.clips.worlds import is_builtin
+from fvgen.diagnosis import diagnose
 from fvgen.distill import RunConfig, read_metrics, read_yaml, run, run_config
 from fvgen.distill.run_folder import read_summary
 from fvgen.errors import UserError
@@ -31,14 +33,14 @@ from fvgen.reports.evaluate import (
     student_contestant,
     teacher_contestant,
 )
-from fvgen.reports.page import ReportClip, write_report
+from fvgen.reports.page import CLIPS, REPORT, ReportClip, table, write_report
 from fvgen.scenes.formats import read_scene, scene_format
 from fvgen.system.doors import there
 from fvgen.system.files import TEMPORARY, atomic_path, judge_output, no_leftovers, writable_folder
 
 REAL_CLIPS_PER_SCENE = 12
 SHOWN_CLIPS = 6
-OURS = {"stage1_gan", "stage2_dmd", "data", "student", "report.json", "report.html"}
+OURS = {"stage1_gan", "stage2_dmd", "data", "student", REPORT, CLIPS, "report.html"}
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ def demo(
     order = ("render", "teacher", "teacher_few", "gan_init", "student")
     report = {
         "data": found.name,
+        "clips": len(clips),
         "scenes": sorted({clip.name if is_builtin(str(found.test)) else clip.name.rsplit("-", 1)[0] for clip in clips}),
         "frames": test.frames,
         "height": test.height,
@@ -116,10 +119,11 @@ def demo(
         "stages": [stage_summary(stage.run.out) for stage in (config.gan, config.dmd)],
     }
     videos = {name: results[name].videos for name in order[1:]}
-    shown = range(0, len(clips), max(1, len(clips) // SHOWN_CLIPS))
+    shown = torch.linspace(0, len(clips) - 1, min(SHOWN_CLIPS, len(clips))).round().long().tolist()
     pictures = [report_clip(clips[i], {name: video[i] for name, video in videos.items()}) for i in shown]
     curves = {"Stage 1: GAN": read_metrics(config.gan.run.out), "Stage 2: DMD": read_metrics(config.dmd.run.out)}
-    write_report(out, report, pictures[:SHOWN_CLIPS], curves)
+    found = [each for stage in (config.gan, config.dmd) for each in diagnose(stage.run.out)]
+    write_report(out, report, pictures, curves, found)
     return report
 
 
@@ -189,17 +193,17 @@ def stage_summary(stage_folder: str) -> dict:
 
 def report_clip(clip: Clip, videos: dict) -> ReportClip:
     """What the page animates of one clip."""
-    return ReportClip(clip.name, {"render": clip.render, **videos, "truth": clip.truth})
+    known = clip.known.nonzero()[:, 0].tolist()
+    return ReportClip(clip.name, {"render": clip.render, **videos, "truth": clip.truth}, known)
 
 
 def print_table(report: dict, console: Console) -> None:
-    """The report's table in the terminal."""
-    table = Table("", "NFE", "s/clip", "PSNR", "SSIM", "LPIPS", "FID", title=f"held-out scenes: {report['data']}")
-    for name, row in report["rows"].items():
-        cells = [row["nfe"], row["seconds_per_clip"], row["psnr"], row["ssim"], row["lpips"], row["fid"]]
-        table.add_row(name, *("-" if value is None else f"{value:.4g}" for value in cells))
-    console.print(table)
-    reasons = {f"{key} is missing: {why}" for row in report["rows"].values() for key, why in row["why_null"].items()}
-    for reason in sorted(reasons):
-        console.print(reason, style="dim")
+    """The page's table in the terminal."""
+    header, rows, notes = table(report["rows"])
+    shown = Table("", *header, title=f"held-out scenes: {report['data']}, {report['clips']} clips")
+    for name, cells in rows:
+        shown.add_row(name, *(cell.text for cell in cells))
+    console.print(shown)
+    for note in notes:
+        console.print(note, style="dim")
     console.print(f"The student is {report['speedup']:.1f} times as fast as its teacher.")

@@ -147,11 +147,13 @@ def score_renders(clips: Sequence[Clip]) -> dict[str, object]:
 
 def score_videos(videos: Sequence[Tensor], clips: Sequence[Clip]) -> dict[str, object]:
     """All metrics of videos [F, 3, H, W] against the truth of ``clips``, over the frames that are not known, where
-    masks show them."""
+    masks show them; also by clip."""
     predicted = torch.cat([video[~clip.known] for video, clip in zip(videos, clips, strict=True)])
     truth = torch.cat([clip.truth[~clip.known] for clip in clips])
     masked = any(clip.shown is not None for clip in clips)
-    return score_images(predicted, truth, torch.cat([shown_of(c)[~c.known] for c in clips]) if masked else None)
+    shown = torch.cat([shown_of(c)[~c.known] for c in clips]) if masked else None
+    clip_of = torch.cat([torch.full((int((~c.known).sum()),), index) for index, c in enumerate(clips)])
+    return score_images(predicted, truth, shown, clip_of)
 
 
 def better(a: dict, b: dict) -> bool:

@@ -399,9 +399,10 @@ class Dmd(Method):
             if x0_fake is None:
                 x0_fake = self.fake_score(seen.x_tau, tau, rollout.batch.condition)
             x0_real = self.real_estimate(rollout, seen)
+            errors = _errors(rollout.x0, seen.x0_real, x0_fake)
         if logits is None:
             gradient = dmd_gradient(rollout.x0, x0_real, x0_fake, torch.ones_like(tau, dtype=torch.float32))
-            return dmd_loss(rollout.x0, gradient).mean(), {MONITOR + "gradient_dmd": gradient.abs().mean()}
+            return dmd_loss(rollout.x0, gradient).mean(), errors | {MONITOR + "gradient_dmd": gradient.abs().mean()}
         ratio, constant = log_ratio(logits), {}
         if self.constant is not None:
             c = self.constant.at(tau)
@@ -417,7 +418,7 @@ class Dmd(Method):
         ratios = {"log_ratio": ratio.mean(), "log_ratio_max": ratio.abs().max()}
         weights = {"weight_h": h.mean(), "weight": weight.mean()}
         extremes = {"weight_min": weight.min(), "weight_max": weight.max()}
-        return loss, ratios | constant | weights | extremes
+        return loss, ratios | constant | weights | extremes | errors
 
 
 def _heeding(row: Metrics, earlier: Metrics) -> Metrics:
@@ -431,6 +432,16 @@ def _watch(metrics: Metrics, name: str, parts: int, gradient: Tensor) -> None:
     """The mean size of a loss's gradient at the student's noised output, in units of 1/n of a mean over the n entries
     of all parts: as large as the matching loss's is where both weigh the same."""
     metrics[MONITOR + name] = gradient.abs().mean() * gradient.numel() * parts
+
+
+def _errors(x0: Tensor, x0_real: Tensor, x0_fake: Tensor) -> Metrics:
+    """What the fake score's and the teacher's clean estimates are off, at the very same noised output of the student:
+    mean squares. The fake score learns to have the smaller one. What is no number counts as 0: watching ends no run."""
+    estimates = {"error_fake": x0_fake, "error_teacher": x0_real}
+    return {
+        MONITOR + name: (estimate - x0).float().square().mean().nan_to_num(0, 0, 0)
+        for name, estimate in estimates.items()
+    }
 
 
 def _sum(losses: list[Tensor]) -> Tensor:
