@@ -425,3 +425,13 @@ def test_the_planned_command_is_the_recipes(zero, start):
     line = command(Choice(zero, True, "three models"), Hardware(gpus=8), config, file).split()
     assert line[: len(start)] == start and any(word.endswith("recipes/leap.py") for word in line)
     assert "out=OUT" in line and not any(word.startswith("init=") for word in line)
+
+
+def test_a_stage_goes_on_from_an_earlier_one(stage, tmp_path):
+    """What does not learn stays as the earlier student had it, not as the teacher has it."""
+    first = stage(trained="", out=str(tmp_path / "first"), iterations=1, sample_every=0)
+    before = load_pipeline(distill.run(first), FVGenLeapPipeline).network.state_dict()
+    second = stage(init=first.run.out, iterations=1, sample_every=0)
+    after = load_pipeline(distill.run(second), FVGenLeapPipeline).network.state_dict()
+    moved = {name for name, x in after.items() if not torch.equal(x, before[name])}
+    assert moved and all("attn1" in name for name in moved)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fvgen.distill.settings import StageConfig
 from fvgen.models.head import DiscriminatorHead
@@ -27,21 +27,23 @@ def write_student(config: StageConfig, base: TeacherPipeline, weights: Mapping[s
         network.load_state_dict(merged_weights(base.network, weights))
     else:
         learnt = {name.removeprefix("network."): tensor for name, tensor in weights.items()}
-        # The rest: buffers, as a table of learned positions, and what does not learn.
-        network.load_state_dict(_before(config, base, learnt) | learnt)
+        network.load_state_dict(learnt | _rest(config, base, network, learnt))
     save_model(config.method.student_of(base, network), folder)
 
 
-def _before(config: StageConfig, base: TeacherPipeline, learnt: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What the student started as: the teacher's weights or, where a part of it stays, an earlier stage's; as they were
-    before the teacher was rounded to train."""
+def _rest(
+    config: StageConfig, base: TeacherPipeline, network: nn.Module, learnt: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What ``learnt`` has not of the student's ``network``: buffers, as a table of learned positions, and weights that
+    stayed as the student started, as they were before the teacher was rounded to train."""
     started = base.network
-    if any(name not in learnt for name, _ in started.named_parameters()):
+    if any(name not in learnt for name, _ in network.named_parameters()):
         if config.run.init:
             started = load_pipeline(Path(config.run.init) / "student", StudentPipeline).network
         elif config.memory.precision != "float32":
             started = load_pipeline(config.run.teacher, TeacherPipeline).network
-    return {name: tensor.detach().cpu() for name, tensor in started.state_dict().items()}
+    state = started.state_dict()
+    return {name: state[name].detach().cpu() for name in network.state_dict().keys() - learnt.keys()}
 
 
 def write_adapter(weights: Mapping[str, Tensor], folder: Path) -> None:
