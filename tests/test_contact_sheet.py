@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import html
 import io
 import re
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ import torch
 from PIL import Image
 from scene_files import document, write_depth, write_nerfstudio
 
+from fvgen.clips.filters import MEANINGS
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import look_at
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
@@ -47,7 +49,7 @@ class Balanced(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         assert all(not value.startswith(("http", "/", "file")) for key, value in attrs if key in ("src", "href"))
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "img", "input"):
             self.open.append(tag)
 
     def handle_endtag(self, tag):
@@ -58,7 +60,7 @@ def checked(path: Path) -> str:
     page = path.read_text()
     parser = Balanced()
     parser.feed(page)
-    assert not parser.open and "<b>" not in page
+    assert not parser.open and "<b>scene" not in page
     return page
 
 
@@ -82,7 +84,20 @@ def test_shards_show_their_decoded_latents(scene, teacher_folder, tmp_path):
 def test_a_scene_shows_its_photographs_and_clips(scene, tmp_path):
     page = checked(inspect(scene, tmp_path / "page.html", clips=1))
     assert len(images(page)) == 3 and page.count("<svg") == 2  # photographs, render, truth
-    assert "nerfstudio" in page and "4 of 18x24" in page
+    assert "nerfstudio" in page and "4, each 24 wide and 18 high" in page and "all 4" in page
+    assert page.count("<canvas") == 2 and 'id="play"' in page and "(at least 0.02)" in page
+    for name, _, text in MEANINGS.values():
+        assert page.count(name) >= 2 and text in html.unescape(page)  # beside the figure, and what it means
+
+
+def test_what_is_not_shown_is_counted(scene, teacher_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("fvgen.reports.contact_sheet.PHOTOGRAPHS", 3)
+    page = checked(inspect(scene, tmp_path / "page.html", clips=1))
+    assert "3 of 4, evenly chosen" in page
+    out = tmp_path / "shards"
+    prepare([scene], out, 3, (16, 24), clips_per_scene=4, teacher=str(teacher_folder), workers=1, limits=KEEP_ALL)
+    page = checked(inspect(out, tmp_path / "page.html", clips=1, teacher=str(teacher_folder)))
+    assert "1 of 2, evenly chosen" in page and "3 a clip, each 24 wide and 16 high" in page and len(images(page)) == 2
 
 
 def test_a_scene_that_gives_no_clip_says_why(tmp_path):

@@ -52,6 +52,8 @@ MISTAKES = {
     "plan": ["--config", "none"],
     "convert": ["--config", "none", "--checkpoint", "none", "--out", "x"],
     "export": ["none", "--out", "x"],
+    "diagnose": ["none"],
+    "report": ["none", "--out", "x.html"],
 }
 
 

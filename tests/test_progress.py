@@ -14,7 +14,7 @@ import yaml
 from fvgen.distill import changed, run
 from fvgen.distill.progress import ProgressLines, brief
 
-LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d stage gan (\d+)/(\d+) D \d\.\d\d G \d\.\d\d \d:\d\d:\d\d left \d:\d\d:\d\d"
+LINE = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d stage gan (\d+)/(\d+) head \d\.\d\d gan \d\.\d\d \d:\d\d:\d\d left \d:\d\d:\d\d"
 
 
 def told(text: str) -> list[tuple[int, int]]:
@@ -80,5 +80,5 @@ def test_a_recipe_is_heard_on_stderr_unless_it_is_told_to_be_silent(stage, tmp_p
 
 
 def test_losses_in_brief():
-    assert brief({"loss_head": 1.234, "loss_student_dmd": 0.5, "other": 9.0}, 0) == "D 1.23 M 0.50"
-    assert brief({"not_finite": ["loss_head"], "loss_student_gan": 0.7}, 3) == "G 0.70 skipped 3"
+    assert brief({"loss_head": 1.234, "loss_student_dmd": 0.5, "other": 9.0}, 0) == "head 1.23 dmd 0.50"
+    assert brief({"not_finite": ["loss_head"], "loss_student_gan": 0.7}, 3) == "gan 0.70 skipped 3"

@@ -16,6 +16,12 @@ REASONS = {
     "sharpness": "motion blur",
     "motion": "static clip",
 }
+MEANINGS = {  # of the figures: what to call them, unit, explanation
+    "points": ("points per pixel", "", "of the cloud that is rendered, over the pixels of a frame"),
+    "overlap": ("overlap", "", "share of the frame where the cloud is seen, in the worst frame that is not given"),
+    "sharpness": ("sharpness", "", "of the blurriest frame, over the clip's median"),
+    "motion": ("movement", "rad", "length of the camera's path, in radians of turn and parallax"),
+}
 LAPLACIAN = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])
 
 

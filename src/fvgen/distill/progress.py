@@ -50,8 +50,9 @@ def _clock(seconds: float) -> str:
 
 
 def brief(row: Mapping[str, Any], skipped: int) -> str:
-    """A row's losses in a few letters."""
-    names = {"loss_head": "D", "loss_student_gan": "G", "loss_student_dmd": "M", "loss_fake_score": "F"}
+    """A row's losses, each by a word: those of the head, of the student before it and of distribution matching, of the
+    fake score."""
+    names = {"loss_head": "head", "loss_student_gan": "gan", "loss_student_dmd": "dmd", "loss_fake_score": "fake"}
     losses = " ".join(f"{short} {row[key]:.2f}" for key, short in names.items() if key in row)
     return f"{losses} skipped {skipped}" if skipped else losses
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fvgen.metrics.intervals import half_width, paired
-from fvgen.reports.page import LABELS, TABLE, Cell
+from fvgen.reports.page import LABELS, TABLE, Cell, headers
 from fvgen.reports.runs import Group
 
 UNTRAINED = ("render", "teacher", "teacher_few")  # rows that no method has changed
@@ -51,7 +51,9 @@ def scored_rows(groups: Sequence[Group]) -> list[Row]:
 def numbers(rows: Sequence[Row]) -> tuple[list[str], list[tuple[Row, list[Cell]]]]:
     """Header and cells: means over seeds with their 95 % interval, or of a single run over its clips."""
     keys = [key for key in TABLE if any(score.get(key) is not None for row in rows for score in row.scores)]
-    return [TABLE[key][0] for key in keys], [(row, [_cell(row.scores, key) for key in keys]) for row in rows]
+    return headers(keys, [score for row in rows for score in row.scores]), [
+        (row, [_cell(row.scores, key) for key in keys]) for row in rows
+    ]
 
 
 def differences(groups: Sequence[Group]) -> list[tuple[str, str, list[tuple[str, Cell]]]]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from fvgen.clips.filters import LIMITS
+from fvgen.clips.filters import LIMITS, MEANINGS
 from fvgen.clips.from_scene import ClipSettings, Lost, scene_clips
 from fvgen.clips.views import pose_distance, typical_depth
 from fvgen.geometry.pointcloud import point_radius
@@ -44,11 +44,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Row:
-    """A clip on the page: facts as (name, text), films as (name, image), a picture from above."""
+    """A clip on the page: facts as (name, text), moving pictures (`film`), a picture from above."""
 
     name: str
     facts: list[tuple[str, str]]
-    films: list[tuple[str, str]]
+    clip: dict
     plan: Plan
 
 
@@ -78,29 +78,36 @@ def _of_shards(path: str | Path, clips: int | None, teacher: str | None) -> dict
         # The render is the condition's tensor that is latents like the truth.
         render = next(x for x in clip.condition.values() if x.shape == clip.latents.shape)
         truth, render = (pipeline.decode_latents(part[None])[0] for part in (clip.latents, render))
-        films = [("render, decoded", _film(render)), ("truth, decoded", _film(truth))]
+        moving = film(record.name, {"render": render, "truth": truth}, record.known)
         colors = clip.cloud_colors.float() / 255
         plan = plan_view(clip.world_from_cam, clip.cloud_points, colors, _half_angle(clip.intrinsics, shards.width))
-        rows.append(Row(record.name, _clip_facts(record, shards.settings.limits), films, plan))
+        rows.append(Row(record.name, _clip_facts(record, shards.settings.limits), moving, plan))
         latents.append(clip.latents)
     values, settings = torch.stack(latents), shards.settings
     strides = Counter("by pose" if record.stride is None else str(record.stride) for record in shards.records)
     facts = [
         ("clips", str(len(shards))),
+        ("clips shown", shown_of(len(chosen), len(shards))),
         ("scenes", str(len({record.scene for record in shards.records}))),
-        ("frames", f"{settings.frames} of {settings.height}x{settings.width}"),
+        ("frames", f"{settings.frames} a clip, {_pixels(settings.height, settings.width)}"),
         ("shards", f"{len(shards.shards)}, {sum(shard.bytes for shard in shards.shards) / 2**20:.1f} MB"),
-        ("strides", _counts(strides)),
-        ("points from", _counts(Counter(record.points for record in shards.records))),
+        ("frames apart", _counts(strides)),
+        ("depth from", _counts(Counter(record.points for record in shards.records))),
         ("encoder", f"{settings.teacher} ({settings.encoder})"),
         ("latents shown", f"mean {values.mean():.3f}, deviation {values.std():.3f}"),
     ]
     for key in LIMITS:
         figures = torch.tensor([record.figures[key] for record in shards.records])
-        facts.append((key, f"{figures.min():.3g} to {figures.max():.3g}, median {figures.median():.3g}"))
+        name, unit, _ = MEANINGS[key]
+        low = f"; clips below {settings.limits[key]:g} were dropped" if settings.limits.get(key) else ""
+        span = f"{figures.min():.3g} to {figures.max():.3g}{f' {unit}' if unit else ''}"
+        facts.append((name, f"{span}, median {figures.median():.3g}{low}"))
     lost = [(f"dropped {count}", reason) for reason, count in shards.dropped().items()]
     lost += [(f"skipped {entry.name}", entry.reason) for entry in shards.skipped()]
-    return {"title": str(path), "facts": facts, "lost": lost, "rows": rows, "photographs": None, "plan": None}
+    decoded = "its latents, decoded"
+    captions = {"render": ("Render", f"what the model is given: {decoded}"), "truth": ("Truth", decoded)}
+    page = {"title": str(path), "facts": facts, "lost": lost, "rows": rows, "captions": captions}
+    return page | {"photographs": None, "plan": None, "meanings": MEANINGS}
 
 
 def _of_scene(given: Path, clips: int | None) -> dict:
@@ -133,9 +140,10 @@ def _of_scene(given: Path, clips: int | None) -> dict:
         cloud = (result.points[kept], result.colors[kept]) if len(result.points) else (torch.empty(0, 3),) * 2
         clouds.append(cloud)
         angle = _half_angle(cameras.intrinsics, width)
-        films = [("render", _film(result.clip.render)), ("truth", _film(result.clip.truth))]
+        record = record_of(result)
+        moving = film(record.name, {"render": result.clip.render, "truth": result.clip.truth}, record.known)
         plan = plan_view(cameras.world_from_cam, *cloud, angle)
-        rows.append(Row(result.clip.name, _clip_facts(record_of(result), LIMITS), films, plan))
+        rows.append(Row(record.name, _clip_facts(record, LIMITS), moving, plan))
     if scene.points is not None and scene.point_colors is not None:
         kept = torch.linspace(0, len(scene.points) - 1, min(4 * CLOUD_POINTS, len(scene.points))).long()
         clouds = [(scene.points[kept], scene.point_colors[kept])]
@@ -145,17 +153,19 @@ def _of_scene(given: Path, clips: int | None) -> dict:
     angle = _half_angle(scene.cameras.intrinsics, scene.cameras.width)
     facts = [
         ("format", format),
-        ("photographs", f"{len(scene)} of {scene.cameras.height}x{scene.cameras.width}"),
+        ("photographs", f"{len(scene)}, {_pixels(scene.cameras.height, scene.cameras.width)}"),
         ("field of view", f"{2 * math.degrees(angle):.0f} degrees across"),
         ("lens", "distorted; undone" if scene.lenses is not None else "pinhole"),
-        ("points", "none" if scene.points is None else str(len(scene.points))),
+        ("sparse points", "none" if scene.points is None else f"{len(scene.points)}, from the scene's own files"),
         ("depth maps", "none" if scene.depth_paths is None else str(len(scene.depth_paths))),
         ("to the nearest view", f"{math.degrees(nearest.median()):.1f} degrees of turn and parallax (median)"),
     ]
     photographs = data_address(sheet_of(shown, 1, {"quality": 80}, min(8, len(shown))))
     plan = plan_view(scene.cameras.world_from_cam, points, colors, angle)
-    page = {"title": str(path), "facts": facts, "lost": lost, "rows": rows}
-    return page | {"photographs": photographs, "plan": plan}
+    captions = {"render": ("Render", "what a model would be given"), "truth": ("Truth", "what the camera saw")}
+    page = {"title": str(path), "facts": facts, "lost": lost, "rows": rows, "captions": captions}
+    page |= {"photographs": photographs, "shown": shown_of(len(shown), len(scene)), "plan": plan}
+    return page | {"meanings": MEANINGS}
 
 
 def plan_view(world_from_cam: Tensor, points: Tensor, colors: Tensor, half_angle: float) -> Plan:
@@ -200,17 +210,35 @@ def plan_view(world_from_cam: Tensor, points: Tensor, colors: Tensor, half_angle
 
 
 def _clip_facts(record: ClipRecord, limits: dict[str, float]) -> list[tuple[str, str]]:
-    stride = "by pose" if record.stride is None else str(record.stride)
-    facts = [("stride", stride), ("points from", record.points), ("from", record.frames[0]), ("to", record.frames[-1])]
+    stride = "chosen by pose" if record.stride is None else str(record.stride)
+    facts = [("from", record.frames[0]), ("to", record.frames[-1]), ("frames apart", stride)]
+    facts.append(("depth from", record.points))
     for key, value in record.figures.items():
-        low = f" (below {limits[key]:g})" if key in limits and value < limits[key] else ""
-        facts.append((key, f"{value:.3g}{low}"))
+        name, unit, _ = MEANINGS.get(key, (key, "", ""))
+        limit = limits.get(key, 0)
+        asked = f" (below {limit:g}: prepare drops it)" if value < limit else f" (at least {limit:g})" if limit else ""
+        facts.append((name, f"{value:.3g}{f' {unit}' if unit else ''}{asked}"))
     return facts
 
 
-def _film(video: Tensor) -> str:
-    """All frames [F, 3, H, W] side by side."""
-    return data_address(sheet_of(video, max(1, video.shape[2] // THUMBNAIL), {"quality": 80}, len(video)))
+def film(name: str, videos: dict[str, Tensor], known: Sequence[int] = (), columns: int | None = None) -> dict:
+    """Videos [F, 3, H, W] of one clip as a page plays them, about `THUMBNAIL` rows high: sheets of frames side by side,
+    or ``columns`` a line."""
+    frames, _, height, width = next(iter(videos.values())).shape
+    columns, shrink = columns or frames, max(1, height // THUMBNAIL)
+    sheets = {key: data_address(sheet_of(video, shrink, {"quality": 80}, columns)) for key, video in videos.items()}
+    size = {"frames": frames, "columns": columns, "height": height, "width": width}
+    return {"name": name, **size, "known": list(known), "sheets": sheets}
+
+
+def shown_of(shown: int, total: int) -> str:
+    """How many of all are on the page."""
+    return f"all {total}" if shown == total else f"{shown} of {total}, evenly chosen"
+
+
+def _pixels(height: int, width: int) -> str:
+    """As people say it of photographs; options say HEIGHTxWIDTH."""
+    return f"each {width} wide and {height} high"
 
 
 def _half_angle(intrinsics: Tensor, width: int) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -155,9 +155,14 @@ def table(rows: Mapping[str, Mapping]) -> tuple[list[str], list[tuple[str, list[
     for reason in dict.fromkeys(why.values()):
         names = [TABLE[key][0].rstrip(" ↓↑") for key in TABLE if why.get(key) == reason]
         notes += [f"{', '.join(names)} {'are' if len(names) > 1 else 'is'} left out: {reason}"]
-    nets = {row["lpips_net"] for row in rows.values() if row.get("lpips_net")}
-    header = [TABLE[key][0].replace("LPIPS", f"LPIPS ({', '.join(sorted(nets))})" if nets else "LPIPS") for key in keys]
-    return header, body, notes
+    return headers(keys, rows.values()), body, notes
+
+
+def headers(keys: Iterable[str], rows: Iterable[Mapping]) -> list[str]:
+    """Of columns; LPIPS with its backbone."""
+    nets = {row["lpips_net"] for row in rows if row.get("lpips_net")}
+    lpips = f"LPIPS ({', '.join(sorted(nets))})" if nets else "LPIPS"
+    return [TABLE[key][0].replace("LPIPS", lpips) for key in keys]
 
 
 def gains(rows: Mapping[str, Mapping]) -> list[tuple[str, str, list[tuple[str, Cell]]]]:

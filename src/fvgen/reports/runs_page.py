@@ -19,6 +19,7 @@ from fvgen.reports.runs import Group, Run, grouped, read_runs
 from fvgen.system.files import atomic_path, judge_output, write_text
 
 MOST_COLUMNS = 10  # of moving pictures
+BESIDE = 0.03  # of a chart's width: between points that have one place
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def content(given: Sequence[Run], groups: Sequence[Group]) -> dict[str, Any]:
         "header": header,
         "table": table,
         "several": any(len(row.scores) > 1 for row in rows),
-        "differences": differences(groups),
+        "differences": [(label, f"· by {by}", cells) for label, by, cells in differences(groups)],
         "charts": [chart(key, points) for key, points in quality(rows).items()],
         "clips": [*held_out(groups), *samples(groups)],
         "unshown": max(0, len(given) - MOST_COLUMNS),
@@ -149,11 +150,16 @@ def chart(metric: str, points: Sequence[Point]) -> Chart:
     def place_y(value: float) -> float:
         return 1 - (value - bottom) / (top - bottom)
 
+    def place_x(point: Point) -> float:  # those of as many evaluations beside each other
+        same = [each for each in points if each.nfe == point.nfe]
+        aside = (same.index(point) - (len(same) - 1) / 2) * min(BESIDE, 0.8 / last / len(same))
+        return math.log2(max(point.nfe, 1)) / last + aside
+
     dots = [
         Dot(
             f"{point.label}: {point.mean:.4g} in {point.nfe:g} evaluations",
             COLORS - 1 if point.group is None else point.group % COLORS,
-            math.log2(max(point.nfe, 1)) / last,
+            place_x(point),
             place_y(point.mean),
             place_y(point.mean - point.half),
             place_y(point.mean + point.half),

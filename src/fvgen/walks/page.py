@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fvgen.geometry.pointcloud import unproject
-from fvgen.reports.contact_sheet import PHOTOGRAPHS, THUMBNAIL, Row, plan_view
+from fvgen.reports.contact_sheet import PHOTOGRAPHS, Row, film, plan_view, shown_of
 from fvgen.reports.page import data_address, page_template, sheet_of
 from fvgen.system.files import atomic_path, write_text
 from fvgen.walks.render import Cloud, Rendered
@@ -26,18 +26,21 @@ def write_page(out: Path, title: str, facts: list[tuple[str, str]], left_out: di
     angle = math.atan(cloud.cameras.width / 2 / cloud.cameras.intrinsics[0, 0, 0].item())
     plan = plan_view(rendered.cameras.world_from_cam, points[kept], colors[kept], angle)
     shown = torch.linspace(0, len(video) - 1, min(FILM, len(video))).round().long()
-    films = [("render", _film(rendered.frames[shown])), ("video", _film(video[shown]))]
+    moving = film("walk", {"render": rendered.frames[shown], "video": video[shown]}, columns=min(8, len(shown)))
     coverage = rendered.coverage
     about = [
         ("coverage", f"{coverage.min():.0%} to {coverage.max():.0%}"),
-        ("frames shown", f"{len(shown)} of {len(video)}"),
+        ("frames shown", shown_of(len(shown), len(video))),
     ]
     photographs = cloud.photographs[:PHOTOGRAPHS]
     page = {
         "title": title,
         "facts": facts,
         "lost": [(f"left out {name}", reason) for name, reason in left_out.items()],
-        "rows": [Row("walk", about, films, plan)],
+        "rows": [Row("walk", about, moving, plan)],
+        "captions": {"render": ("Render", "what the model was given"), "video": ("Video", "what it made of it")},
+        "shown": shown_of(len(photographs), len(cloud.photographs)),
+        "meanings": {},
         "photographs": data_address(sheet_of(photographs, 1, {"quality": 80}, min(8, len(photographs)))),
         "plan": plan_view(cloud.cameras.world_from_cam, points[kept], colors[kept], angle),
     }
@@ -46,7 +49,3 @@ def write_page(out: Path, title: str, facts: list[tuple[str, str]], left_out: di
 
 
 Parts = tuple[Cloud, Rendered, Tensor]  # the video [F, 3, H, W]
-
-
-def _film(frames: Tensor) -> str:
-    return data_address(sheet_of(frames, max(1, frames.shape[2] // THUMBNAIL), {"quality": 80}, min(8, len(frames))))
