@@ -96,6 +96,30 @@ LINES = {
     "plan --config good.yaml --height 320": "--height has another name now; write --size HEIGHTxWIDTH",
     "plan --config good.yaml lr=1": "unknown setting 'lr'",
     "plan --config good.yaml batch_size=many": "batch_size='many'",
+    # policy
+    "policy": "Missing argument 'RUN'",
+    "policy none": "none",
+    "policy empty": "empty",
+    "policy empty --method guess": "guess",
+    "policy empty --clips 0": "Invalid value for '--clips'",
+    "policy empty --lpips -1": "Invalid value for '--lpips'",
+    # diagnose
+    "diagnose": "Missing argument 'RUN'",
+    "diagnose none": "run folder none does not exist",
+    "diagnose empty": "empty",
+    "diagnose note.txt": "note.txt",
+    "diagnose empty --format yaml": "No such option: --format",
+    # report
+    "report": "Missing argument 'RUNS",
+    "report none": "run folder none does not exist",
+    "report empty": "empty",
+    "report empty empty": "empty",
+    # ui
+    "ui --port 99999": "Invalid value for '--port'",
+    "ui --port http": "Invalid value for '--port'",
+    "ui --max-photographs 51": "Invalid value for '--max-photographs'",
+    "ui --jobs 0": "Invalid value for '--jobs'",
+    "ui --share": "No such option: --share",
     # doctor
     "doctor --jsn": "No such option: --jsn",
     "doctor me": "(me)",

@@ -205,7 +205,7 @@ def test_what_cannot_be_judged_is_one_sentence(tmp_path, monkeypatch):
         said = refusal(lambda p=place, t=truth, c=asked: compare(p, t, tmp_path / "scores.json", c))
         assert told in said
     monkeypatch.setitem(sys.modules, "pycolmap", None)
-    assert "fvgen[photos]" in refusal(lambda: compare(whole, None, tmp_path / "scores.json", True))
+    assert "[photos]" in refusal(lambda: compare(whole, None, tmp_path / "scores.json", True))
     assert not (tmp_path / "scores.json").exists()
 
 

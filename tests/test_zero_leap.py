@@ -12,7 +12,7 @@ from fvgen.distill import read_metrics, run, stage_config
 from fvgen.models.viewcrafter.leap import FVGenLeapPipeline
 from fvgen.pipelines.folders import load_pipeline
 
-pytest.importorskip("deepspeed", reason="DeepSpeed is not installed; pip install 'fvgen[train]'")
+pytest.importorskip("deepspeed", reason="DeepSpeed, the extra [train], is not installed")
 pytestmark = pytest.mark.slow
 
 

@@ -113,6 +113,7 @@ def _pixels(file: Path, name: str, limits: Limits) -> int:
             width, height = image_size(file, posed=False)
         except UserError as error:  # about the path on this machine, which is nobody's business
             reason = str(error).removeprefix(f"image {file} ").replace(str(file), name).split(";")[0]
+            reason = re.sub(r" \([^()]*[/\\][^()]*\)?", "", reason)  # what is left of the path where it was shortened
             raise UserError(f"{name} {reason}; save it again, or as JPEG") from error
     if width * height > limits.pixels:
         most = f"{limits.pixels / 1e6:.0f}"

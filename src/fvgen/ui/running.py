@@ -93,4 +93,5 @@ def _work(outbox: Connection, call: Callable[..., None], arguments: tuple[Any, .
         pass
     except BaseException as error:
         traceback.print_exc()
+        sys.stderr.flush()  # before anybody hears of it
         send("failed", f"{type(error).__name__}; the terminal of fvgen ui says more")
