@@ -256,6 +256,7 @@ def markdown(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
     ]
     remarks = ["Means over seeds. A claim's difference is paired by seed, with its 95 % interval."]
     parts = {"rows": table, "what the paper says": claims, "its own numbers, at full size on RealEstate10K": PAPER}
+    parts = {name: rows for name, rows in parts.items() if rows}  # no claims where no student was trained
     return page("VideoScene on the proving ground", "videoscene.py", remarks, {"settings": settings, "parts": parts})
 
 
