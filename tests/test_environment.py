@@ -159,8 +159,8 @@ def test_ctrl_c_before_anything_happened(tmp_path, moment):
     time.sleep(moment)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=300)
-    # Before ours is up, Python itself ends the process by the signal.
-    assert process.returncode in (130, -signal.SIGINT)
+    # Before ours is up, Python itself ends the process by the signal, or, while it imports its site module, with 1.
+    assert process.returncode in (130, -signal.SIGINT) or (process.returncode == 1 and b"site" in said)
     if process.returncode == 130:
         assert said.decode().startswith("fvgen: interrupted") and said.count(b"\n") == 1
     assert not (tmp_path / "demo").exists()
