@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fvgen.errors import UserError, short
-from fvgen.ui import order, parts
+from fvgen.ui import jobs, order, parts
 from fvgen.ui.limits import Limits, judge_uploads
 from fvgen.ui.order import Order
 from fvgen.ui.running import Message
@@ -59,11 +59,11 @@ class Answers:
 
     def look(self, key: str | None, asked: Asked) -> Iterator[State]:
         """The cloud and the path."""
-        return self._run(key, asked, order.look, "Looking", self._looked)
+        return self._run(key, asked, jobs.look, "Looking", self._looked)
 
     def make(self, key: str | None, asked: Asked) -> Iterator[State]:
         """The walk."""
-        return self._run(key, asked, order.make, "Generating", self._made)
+        return self._run(key, asked, jobs.make, "Generating", self._made)
 
     def stop(self, key: str | None) -> str:
         """End the visitor's job; a waiting one was taken from the queue before."""

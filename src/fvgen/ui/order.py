@@ -1,4 +1,4 @@
-"""What a visitor asks for, and the two jobs that answer it. Nothing heavy is imported here: jobs run elsewhere."""
+"""What a visitor asks for. Nothing heavy is imported here: jobs run elsewhere."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from fvgen.errors import UserError, short
 from fvgen.walks.paths import FROM_ONE, THROUGH
@@ -63,17 +62,3 @@ def seed_of(number: int | None) -> int:
     if number is not None and not 0 <= number < 2**32:
         raise UserError(f"seed {number} is not possible; give 0 to {2**32 - 1}")
     return number or 0
-
-
-def look(send: Send, folder: Path, order: Order) -> None:
-    """`fvgen.ui.work.look`, imported where it runs."""
-    from fvgen.ui import work
-
-    work.look(send, folder, order)
-
-
-def make(send: Send, folder: Path, order: Order) -> None:
-    """`fvgen.ui.work.make`, imported where it runs."""
-    from fvgen.ui import work
-
-    work.make(send, folder, order)
