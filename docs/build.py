@@ -43,7 +43,7 @@ def local_links(text: str) -> list[str]:
 
 
 def linked_files() -> list[Path]:
-    """Every page, and every file of the repository that one of them leads to. Raises SystemExit where one is missing."""
+    """Every page, and every file that one of them leads to. Raises SystemExit where one is missing."""
     waiting = [ROOT / name for name in STARTS] + sorted((ROOT / "docs").glob("*.md"))
     found: list[Path] = []
     while waiting:
@@ -117,8 +117,8 @@ def signature(name: str, node: ast.FunctionDef) -> str:
 
 
 def text_of(docstring: str | None) -> str:
-    """A docstring as Markdown: it nearly is. < and * stand for themselves outside code."""
-    parts = re.split(r"(``.+?``|`.+?`)", docstring or "", flags=re.DOTALL)
+    """A docstring as Markdown: it nearly is. <, * and _ stand for themselves outside code, indented code included."""
+    parts = re.split(r"(``.+?``|`.+?`|^ {4}[^\n]*)", docstring or "", flags=re.DOTALL | re.MULTILINE)
     escaped = (part if n % 2 else re.sub(r"([<*_])", r"\\\1", part) for n, part in enumerate(parts))
     return "".join(escaped)
 
@@ -147,7 +147,7 @@ def page(title: str, intro: str | None, nodes: list[ast.FunctionDef | ast.ClassD
 
 
 def reference() -> dict[str, str]:
-    """{file name below api/: page}. A package's page has the names of its __all__, each of its modules one of its own."""
+    """{file name below api/: page}. A package's page has the names of its __all__, each of its modules has its own."""
     package = ROOT / "src" / "fvgen"
     top = [definitions(parsed(package / f"{place}.py"))[name] for name, place in TOP.items()]
     pages = {"fvgen.md": page("fvgen", ast.get_docstring(parsed(package / "__init__.py")), top)}
