@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 READY := $(VENV)/.ready
 
-.PHONY: env env-train demo test test-all packages gpu-check page-check lint clean
+.PHONY: env env-train demo docs test test-all packages gpu-check page-check lint clean
 
 env: $(READY)
 
@@ -28,6 +28,15 @@ $(VENV)/.ready-train: pyproject.toml constraints.txt
 
 demo: $(READY)
 	$(VENV)/bin/fvgen demo --out runs/demo
+
+# docs/ as a site in runs/site. What builds it has a small environment of its own and parses fvgen, which it need not have.
+docs: .venv-docs/.ready
+	.venv-docs/bin/python docs/build.py
+
+.venv-docs/.ready: docs/requirements.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check --requirement docs/requirements.txt
+	touch $@
 
 # A process a core and a thread a process: threads of several tests would wait for each other.
 TEST := OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
@@ -59,4 +68,4 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) .venv-docs .cache runs

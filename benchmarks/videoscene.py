@@ -33,7 +33,7 @@ import torch
 from pages import page
 from tables import bracket, cell, commit, write_results
 from torch import Tensor
-from verdicts import paired, verdict
+from verdicts import verdict
 
 from fvgen import distill
 from fvgen.clips.builtin import DATA_SEED, HEIGHT, WIDTH
@@ -45,6 +45,7 @@ from fvgen.diffusion.consistency import leap_grid
 from fvgen.diffusion.samplers import ddim
 from fvgen.distill.policy import refit
 from fvgen.metrics.consistency import match_distance
+from fvgen.metrics.intervals import paired
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import frozen
 from fvgen.pipelines.folders import check_device, load_pipeline
