@@ -15,7 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fvgen.cli import existing
+from fvgen.calls import existing
 from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import write_json
 

@@ -29,7 +29,7 @@ import psutil
 import torch
 from pages import page
 
-from fvgen.cli import numbers
+from fvgen.calls import numbers
 from fvgen.errors import UserError
 from fvgen.scenes.formats import find_scenes, read_scene
 from fvgen.shards.prepare import prepare

@@ -18,7 +18,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from fvgen.cli import existing, numbers
+from fvgen.calls import existing, numbers
 from fvgen.clips.worlds import is_builtin
 from fvgen.errors import UserError
 from fvgen.system.command import Parser, guarded, positive

@@ -32,7 +32,7 @@ from pages import page
 from tables import Settings, bracket, commit, write_results
 from verdicts import verdict
 
-from fvgen.cli import existing, numbers
+from fvgen.calls import existing, numbers
 from fvgen.clips.clip import Clip
 from fvgen.errors import UserError
 from fvgen.metrics.intervals import paired

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from full_size import cheap_weights
 
-from fvgen.cli import numbers
+from fvgen.calls import numbers
 from fvgen.clips.latents import LatentBatch
 from fvgen.distill.config import changed, parse_overrides, stage_config
 from fvgen.distill.draws import Draws

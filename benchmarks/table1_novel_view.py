@@ -35,7 +35,7 @@ from pages import page
 from tables import METRICS, bracket, cell, commit, write_results
 from torch import Tensor
 
-from fvgen.cli import existing, numbers
+from fvgen.calls import existing, numbers
 from fvgen.clips.clip import Clip
 from fvgen.clips.worlds import is_builtin
 from fvgen.errors import UserError
