@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 import sys
-import time
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +19,8 @@ import pytest
 import torch
 from checks import refusal
 
-from fvgen.clips.latents import LatentSet
+import fvgen
+from fvgen import cli
 from fvgen.diagnosis import Diagnosis, diagnose
 from fvgen.diagnosis.diagnose import diagnosis_of, text_of
 from fvgen.diagnosis.evidence import share_interval
@@ -100,7 +100,6 @@ PROVOKED = {  # method of the preset, another row of the table, settings
     "average lags": ("gan", "", {"ema_decay": 0.999}),
     "updates skipped": ("gan", "broken", {"head_lr": 1e-3}),
     "diverged": ("gan", "lost", {}),
-    "waits for clips": ("gan", "", {}),
 }
 
 
@@ -145,11 +144,8 @@ def own_methods(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("pattern", PROVOKED)
-def test_a_run_made_to_collapse_is_recognised(settings, own_methods, monkeypatch, pattern):
+def test_a_run_made_to_collapse_is_recognised(settings, own_methods, pattern):
     name, method, changes = PROVOKED[pattern]
-    if pattern == "waits for clips":
-        batch = LatentSet.batch
-        monkeypatch.setattr(LatentSet, "batch", lambda *given: time.sleep(0.3) or batch(*given))
     found, names = seen(settings(name, method, **changes))
     assert pattern in names and not found.healthy, text_of(found)
     (finding,) = (each for each in found.findings if each.pattern == pattern)
@@ -183,6 +179,12 @@ def test_work_that_was_done_twice_is_recognised(settings, monkeypatch):
     (found,) = diagnose(config.run.out)
     assert [each.pattern for each in found.findings] == ["work done twice"]
     assert found.findings[0].evidence.startswith("7 iterations were done again after 1 restarts, 58%")
+
+
+def test_half_of_the_seconds_is_the_limit_of_waiting():
+    for waited, names in ((0.4, []), (0.6, ["waits for clips"])):
+        rows = [{"iteration": k, "seconds": 1.0, "data_seconds": waited} for k in range(1, 9)]
+        assert [each.pattern for each in diagnosis_of(Series("x", {}, rows)).findings] == names
 
 
 # --- Healthy runs ---
@@ -314,6 +316,21 @@ def test_other_versions_and_damage_are_read_as_far_as_they_go(settings, tmp_path
     (out / "monitor.jsonl").unlink()
     (found,) = diagnose(out)
     assert not found.healthy and not found.findings and found.looked == 0  # nothing is said of nothing
+
+
+def test_the_command_tells_people_and_programs(settings, capsys):
+    config = settings("gan", ema_decay=0.999)
+    run(config)
+    capsys.readouterr()
+    cli._diagnose(Path(config.run.out), as_json=False)
+    said = capsys.readouterr().out
+    assert re.search(r"HARM: average lags\. ema_decay 0\.999 and 10 updates .* leave 99%", said)
+    cli._diagnose(Path(config.run.out), as_json=True)
+    (stage,) = json.loads(capsys.readouterr().out)["stages"]
+    assert stage["findings"][0]["value"] == pytest.approx(0.999**10) and not stage["healthy"]
+    assert fvgen.diagnose(config.run.out)[0].as_json() == stage
+    parent = Path(config.run.out).parent  # as a demo's, or that of recipes/distill.py
+    assert [each.run for each in diagnose(parent)] == [config.run.out]
 
 
 def test_what_is_no_run_is_refused(tmp_path):

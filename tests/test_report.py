@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 from scipy import stats
 
+from fvgen.diagnosis.diagnose import diagnosis_of
+from fvgen.diagnosis.series import Series
 from fvgen.metrics import score_images
 from fvgen.reports.curves import MOST_POINTS, curves, loss_curves
 from fvgen.reports.page import LABELS, TABLE, ReportClip, gains, pictures, table, write_report
@@ -124,6 +126,17 @@ def test_page_loads_nothing(page):
     for tag, attributes in Page(page).tags:
         assert tag not in ("link", "iframe", "object", "embed")
         assert (attributes.get("src") or "data:").startswith("data:") and "href" not in attributes
+
+
+def test_the_diagnosis_stands_on_the_page(report, clips, tmp_path):
+    rows = [{"iteration": i, "loss_student": 1.0, "loss_head": 0.7} for i in (1, 2, 5)]
+    ill = diagnosis_of(Series(NASTY, {"method": "gan", "iterations": 9}, rows))
+    well = diagnosis_of(Series("stage2", {"method": "dmd"}, rows[:2], finished=True))
+    write_report(tmp_path, report, clips, CURVES, [ill, well])
+    text = re.sub(r"\s+", " ", "".join(Page((tmp_path / "report.html").read_text()).text))
+    assert "Resume gap" in text and "2 of 5 iterations are missing in metrics.jsonl: 3 to 4" in text
+    assert "gan, 5 of 9 iterations, not finished" in text and re.search(r"Healthy: \d+ patterns", text)
+    assert "Cannot be told: one colour (without samples)" in text and NASTY in text
 
 
 def test_names_are_escaped(page):
