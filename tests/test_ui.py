@@ -282,15 +282,15 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def test_a_job_says_what_it_does_and_how_it_ended(capfd):
+def test_a_job_says_what_it_does_and_how_it_ended(tmp_path):
     def said(call, *arguments) -> list[tuple]:
         return [message for message in Running(call, *arguments).messages(60) if message is not None]
 
     assert said(ui_jobs.counts, 3) == [("told", "0"), ("told", "1"), ("told", "2"), ("done",)]
     assert said(ui_jobs.refuses) == [("refused", "this is not possible; do that")]
-    ((kind, line),) = said(ui_jobs.breaks)
+    ((kind, line),) = said(ui_jobs.breaks, str(tmp_path / "terminal"))
     assert kind == "failed" and "secret" not in line and "RuntimeError" in line
-    assert "a secret of the server" in capfd.readouterr().err
+    assert "a secret of the server" in (tmp_path / "terminal").read_text()
     assert said(ui_jobs.dies)[0][0] == "failed"
 
 

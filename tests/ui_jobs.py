@@ -19,7 +19,9 @@ def refuses(send) -> None:
     raise UserError("this is not possible; do that")
 
 
-def breaks(send) -> None:
+def breaks(send, terminal: str) -> None:
+    """``terminal``: a file in the place of this process's stderr."""
+    os.dup2(os.open(terminal, os.O_WRONLY | os.O_CREAT), 2)
     raise RuntimeError("a secret of the server")
 
 
