@@ -20,7 +20,7 @@ import torch
 from checks import refusal
 
 import fvgen
-from fvgen import cli
+from fvgen import calls
 from fvgen.diagnosis import Diagnosis, diagnose
 from fvgen.diagnosis.diagnose import diagnosis_of, text_of
 from fvgen.diagnosis.evidence import share_interval
@@ -322,10 +322,10 @@ def test_the_command_tells_people_and_programs(settings, capsys):
     config = settings("gan", ema_decay=0.999)
     run(config)
     capsys.readouterr()
-    cli._diagnose(Path(config.run.out), as_json=False)
+    calls.diagnose(Path(config.run.out), as_json=False)
     said = capsys.readouterr().out
     assert re.search(r"HARM: average lags\. ema_decay 0\.999 and 10 updates .* leave 99%", said)
-    cli._diagnose(Path(config.run.out), as_json=True)
+    calls.diagnose(Path(config.run.out), as_json=True)
     (stage,) = json.loads(capsys.readouterr().out)["stages"]
     assert stage["findings"][0]["value"] == pytest.approx(0.999**10) and not stage["healthy"]
     assert fvgen.diagnose(config.run.out)[0].as_json() == stage
