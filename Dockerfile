@@ -2,9 +2,9 @@
 # has not been built.
 #
 #   docker build -t fvgen .
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" fvgen doctor
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" fvgen generate photographs --device cuda --out walk
-#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/work" --entrypoint deepspeed fvgen /opt/fvgen/recipes/stage1_gan.py ...
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/data" fvgen doctor
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/data" fvgen generate photographs --device cuda --out walk
+#   docker run --rm --gpus all --shm-size 8g -v "$PWD:/data" --entrypoint deepspeed fvgen /opt/fvgen/recipes/stage1_gan.py ...
 
 # Its major version is that of the torch in constraints.txt. The compiler is needed: DeepSpeed's optimisers and gsplat
 # build their kernels when they are first used.
@@ -24,7 +24,7 @@ COPY recipes recipes
 RUN uv pip install --python /opt/venv/bin/python --no-cache --constraint constraints.txt --editable '.[train,photos,eval,scene]'
 
 # Whoever runs it mounts a folder of theirs here; caches stay in it.
-WORKDIR /work
-ENV FVGEN_CACHE=/work/.cache/fvgen HF_HOME=/work/.cache/huggingface TORCH_HOME=/work/.cache/torch
+WORKDIR /data
+ENV FVGEN_CACHE=/data/.cache/fvgen HF_HOME=/data/.cache/huggingface TORCH_HOME=/data/.cache/torch
 ENTRYPOINT ["fvgen"]
 CMD ["doctor"]
