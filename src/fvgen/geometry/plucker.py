@@ -1,0 +1,72 @@
+"""Cameras as a network reads them: rays through pixels, and their Plücker embeddings (Wonderland, section 3.2).
+
+    d = normalise(R K^-1 [u, v, 1])        o = the camera's centre        p = (o x d, d)
+
+u, v are pixel centres (the top-left one is at 0.5, 0.5), axes are OpenCV's. The paper prints d' = R K^-1 [u, v, 1] + t,
+which is a point and no direction; p is what everybody else's is (CameraCtrl, AC3D, Long-LRM, LGM): moment, then
+direction. Focal lengths enter through rays alone.
+
+F frames, H W of any grid that spans the image, C channels, F' latent frames.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from fvgen.errors import UserError
+from fvgen.geometry.cameras import Cameras, pixel_rays
+
+STILL = 1e-6
+"""A path whose poses differ less from its first (lengths in scene units, rotations by matrix entry) does not move."""
+
+
+def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Origins [F, 3] and unit directions [F, H, W, 3] in the world, through the centres of a grid of H x W pixels that
+    spans the cameras' images."""
+    scale = torch.tensor([width / cameras.width, height / cameras.height, 1.0]).to(cameras.intrinsics)
+    grid = replace(cameras, intrinsics=cameras.intrinsics * scale[:, None], height=height, width=width)
+    return cameras.centers, normalize(pixel_rays(grid), dim=-1)
+
+
+def plucker(cameras: Cameras, height: int | None = None, width: int | None = None) -> Tensor:
+    """[F, 6, H, W]: moment in scene units, then unit direction, at every pixel of the grid (the cameras' own by
+    default)."""
+    origins, directions = rays(cameras, height or cameras.height, width or cameras.width)
+    moments = torch.linalg.cross(origins[:, None, None].expand_as(directions), directions)
+    return torch.cat([moments, directions], dim=-1).permute(0, 3, 1, 2)
+
+
+def normalised(cameras: Cameras, least: float = 1e-3) -> tuple[Cameras, float]:
+    """The path as seen from its first camera, with lengths multiplied so that the furthest camera is at distance 1;
+    and that factor, for depths to be multiplied by as well.
+
+    The first camera becomes the identity, exactly. Where no camera is further than ``least`` (scene units) from the
+    first, as on a path that only turns, the factor is 1 / least: noise of the poses is not blown up without bound.
+    (Ours: the paper normalises "as RealEstate10K does" and does not say how.)
+
+    Raises UserError for a path with NaN or infinity, and for one that neither moves nor turns.
+    """
+    if not all(torch.isfinite(matrix).all() for matrix in (cameras.world_from_cam, cameras.intrinsics)):
+        raise UserError("a camera of the path holds NaN or infinity; give finite poses and intrinsics")
+    poses = replace(cameras, world_from_cam=cameras.world_from_cam.double())  # far from the origin float32 is coarse
+    relative = poses.cam_from_world[:1] @ poses.world_from_cam
+    relative[0] = torch.eye(4, dtype=relative.dtype)
+    if len(cameras) > 1 and (relative - relative[0]).abs().max() < STILL:
+        raise UserError("the camera path has no motion (every pose is the first one's); give one that moves or turns")
+    scale = 1 / max(relative[:, :3, 3].norm(dim=-1).max().item(), least)
+    relative[:, :3, 3] *= scale
+    return replace(cameras, world_from_cam=relative.to(cameras.world_from_cam)), scale
+
+
+def folded(x: Tensor, squeeze: int = 4) -> Tensor:
+    """Frames [..., F, C, H, W] to latent frames [..., F', squeeze C, H, W]: latent frame 0 is frame 0, repeated, and
+    latent frame i > 0 frames (i - 1) squeeze + 1 to i squeeze, in order, as CogVideoX's causal VAE groups them."""
+    frames = x.shape[-4]
+    assert frames % squeeze == 1, f"{frames} frames are not one more than a multiple of {squeeze}"
+    first = x.narrow(-4, 0, 1)
+    whole = torch.cat([first] * (squeeze - 1) + [x], dim=-4)
+    return whole.unflatten(-4, (-1, squeeze)).flatten(-4, -3)
