@@ -1,5 +1,6 @@
-"""A folder of clips with their pixels: ``clips.safetensors`` (all clips, stacked, 8-bit; ``shown`` where any has masks)
-and ``index.json`` (names, sizes, provenance). Its latents are cached beside it: see `fvgen.clips.latents`.
+"""A folder of clips with their pixels: ``clips.safetensors`` (all clips, stacked, 8-bit; ``shown`` where any has masks,
+``world_from_cam`` and ``intrinsics`` where all have cameras) and ``index.json`` (names, sizes, provenance). Its latents
+are cached beside it: see `fvgen.clips.latents`.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from safetensors import SafetensorError
 
 from fvgen.clips.clip import Clip, shown_of, to_bytes
 from fvgen.errors import UserError, first_line
+from fvgen.geometry.cameras import Cameras
 from fvgen.system.doors import open_tensors, read_object
 from fvgen.system.files import atomic_path, new_folder, write_tensors, write_text
 
 FORMAT = 1
 KINDS = ["U8", "U8", "BOOL"]  # of truth, render and known
+CAMERAS = {"world_from_cam": [4, 4], "intrinsics": [3, 3]}  # float32, of every frame
 
 
 class ClipFolder:
@@ -31,7 +34,8 @@ class ClipFolder:
         cure = f"delete {path} and prepare it again"
         try:
             self._file = open_tensors(file)
-            self._masked = "shown" in self._file.keys()  # noqa: SIM118 (it is no mapping)
+            keys = set(self._file.keys())
+            self._masked, self._posed = "shown" in keys, not keys.isdisjoint(CAMERAS)
             found = {key: self._file.get_slice(key) for key in ("truth", "render", "known")}
         except (SafetensorError, UserError) as error:
             reason = getattr(error, "reason", first_line(error))
@@ -46,6 +50,7 @@ class ClipFolder:
             or kinds != KINDS
             or 0 in truth
             or (self._masked and not self._fits_masks(truth))
+            or (self._posed and not (keys.issuperset(CAMERAS) and self._fits_cameras(truth)))
         ):
             raise UserError(f"{file} does not fit its index.json; {cure}")
         self.frames, self.height, self.width = truth[1], truth[3], truth[4]
@@ -54,13 +59,22 @@ class ClipFolder:
         shown = self._file.get_slice("shown")
         return (shown.get_dtype(), list(shown.get_shape())) == ("BOOL", [*truth[:2], *truth[3:]])
 
+    def _fits_cameras(self, truth: Sequence[int]) -> bool:
+        slices = {name: self._file.get_slice(name) for name in CAMERAS}
+        kinds = {name: (each.get_dtype(), list(each.get_shape())) for name, each in slices.items()}
+        return kinds == {name: ("F32", [*truth[:2], *size]) for name, size in CAMERAS.items()}
+
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> Clip:
         truth, render = (self._file.get_slice(key)[index].float() / 255 for key in ("truth", "render"))
         shown = self._file.get_slice("shown")[index] if self._masked else None
-        return Clip(self.names[index], truth, render, self._file.get_slice("known")[index], shown=shown)
+        cameras = None
+        if self._posed:
+            matrices = (self._file.get_slice(name)[index] for name in CAMERAS)
+            cameras = Cameras(*matrices, self.height, self.width)
+        return Clip(self.names[index], truth, render, self._file.get_slice("known")[index], cameras, shown)
 
 
 def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFolder:
@@ -79,6 +93,8 @@ def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFol
     }
     if any(clip.shown is not None for clip in clips):
         tensors["shown"] = torch.stack([shown_of(clip) for clip in clips])
+    if all(clip.cameras is not None for clip in clips):
+        tensors |= {name: torch.stack([getattr(clip.cameras, name).float() for clip in clips]) for name in CAMERAS}
     frames, _, height, width = shapes.pop()
     index = {
         "format": FORMAT,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fvgen.clips.clip import Clip
 from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
 from fvgen.models.condition import Condition
@@ -83,6 +84,20 @@ def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0) 
     return LatentSet(tensors, clips.names)
 
 
+def condition_of(clip: Clip, pipeline: NovelViewPipeline, generator: torch.Generator) -> Condition:
+    """What ``pipeline``'s network sees of a clip, [1, ...]: of its render, and of its cameras where it wants them.
+
+    Raises UserError for a clip without the cameras that it wants.
+    """
+    if not pipeline.wants_cameras:
+        return pipeline.condition(clip.render[None], generator)
+    if clip.cameras is None:
+        raise UserError(
+            f"clip {clip.name} has no cameras, which this model is guided by; prepare it again with this fvgen"
+        )
+    return pipeline.condition(clip.render[None], generator, cameras=clip.cameras)
+
+
 def _stacked(rows: list[Tensor]) -> Tensor:
     """[N, ...] of rows [1, ...], or one row where all are the same."""
     same = all(torch.equal(row, rows[0]) for row in rows[1:])
@@ -92,5 +107,4 @@ def _stacked(rows: list[Tensor]) -> Tensor:
 def _encode(clips: ClipFolder, index: int, pipeline: NovelViewPipeline, generator: torch.Generator) -> dict:
     clip = clips[index]
     latents = pipeline.encode_frames(clip.truth[None], generator)
-    condition = pipeline.condition(clip.render[None], generator)
-    return {"latents": latents, **condition}
+    return {"latents": latents, **condition_of(clip, pipeline, generator)}

@@ -34,7 +34,7 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
     ``run`` is the stage's own folder; the run may still be going on. Raises UserError for a folder without checkpoints,
     an iteration that was not kept, a damaged checkpoint, or an ``out`` that holds something else.
     """
-    run, out = Path(run), judge_output(out, inputs=[Path(run) / "checkpoints", Path(run) / "student"])
+    run, out = Path(run), judge_output(out, inputs=[Path(run) / name for name in ("checkpoints", "student", "teacher")])
     if problem(run / "config.yaml"):
         raise UserError(f"{run} is no run's folder (it has no config.yaml); give the output folder of a stage")
     config = read_run_config(run)
@@ -63,7 +63,7 @@ def export_checkpoint(run: str | Path, out: str | Path, iteration: int | None = 
 
 def _export(config: StageConfig, checkpoint: Path, out: Path) -> Path:
     weights = load_weights(checkpoint, "ema")
-    base = load_pipeline(config.run.teacher, TeacherPipeline)
+    base = config.method.base_of(load_pipeline(config.run.teacher, TeacherPipeline), config.run.seed)
     writable_folder(out.parent)
     try:
         with torch.no_grad():

@@ -79,7 +79,7 @@ class RunFolder:
 
     def mend(self) -> None:
         """Finish or undo what a kill has left half-written."""
-        for name in ("student", "head"):
+        for name in {"student", "head", self.config.method.result}:
             recover(self.root / name)
         self.checkpoints.clean()
 

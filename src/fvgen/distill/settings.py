@@ -124,11 +124,13 @@ class MethodSettings(Owner):
     all_learners: names of all networks that may learn.
     optimizer: what differs from `Optimizer`'s defaults where nobody says otherwise.
     whole: networks must be whole in every process, which ZeRO-3 does not leave them.
+    result: the folder below ``out`` with the pipeline that the stage leaves.
     """
 
     all_learners: ClassVar[tuple[str, ...]] = ("student",)
     optimizer: ClassVar[Mapping[str, float]] = {}
     whole: ClassVar[bool] = False
+    result: ClassVar[str] = "student"
 
     def learners(self) -> tuple[str, ...]:
         """Names of the networks that learn under these settings, each with an `Optimizer` of its own."""
@@ -141,6 +143,15 @@ class MethodSettings(Owner):
     def trains(self, name: str) -> bool:
         """Whether a student's weight of this name learns; the others stay the teacher's, and its very tensors."""
         return True
+
+    def base_of(self, teacher: Any, seed: int) -> Any:
+        """The pipeline that is trained with, made of the ``teacher`` that was given: data are encoded for it, and the
+        method is built on it. What is random in it comes from ``seed``. Raises UserError where it cannot be made."""
+        return teacher
+
+    def blueprint_of(self, blueprint: Any) -> Any:
+        """The same of a `fvgen.models.family.Blueprint`, to plan with."""
+        return blueprint
 
     def student_of(self, base: Any, network: Any) -> Any:
         """The pipeline that a stage leaves: ``base``, the teacher's, with the student's network."""

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvgen.clips.builtin import builtin_clips
+from fvgen.clips.builtin import FRAMES, HEIGHT, WIDTH, builtin_clips
 from fvgen.clips.folder import ClipFolder
 from fvgen.clips.latents import LatentSet, load_latents
 from fvgen.clips.worlds import WORLDS
@@ -92,7 +92,8 @@ class Trainer:
         self.world.main_only(self.folder.judge)  # before gigabytes are read
         if self.start_from is not None:
             check_families(config.run.teacher, self.start_from)
-        self.base = load_pipeline(config.run.teacher, TeacherPipeline).to(config.run.device)
+        given = load_pipeline(config.run.teacher, TeacherPipeline)
+        self.base = config.method.base_of(given, config.run.seed).to(config.run.device)
         data = self.world.main_first(lambda: stage_data(config, self.base))
         teacher = self.base.teacher(getattr(config.method, "guidance", None))
         learner = partial(make_learner, config, self.world)
@@ -124,7 +125,7 @@ class Trainer:
     def train(self) -> Path:
         """Run (or finish) the stage; returns the student's folder. Raises Stopped after SIGTERM, all saved."""
         if self.world.tell(self.folder.is_finished()):
-            return self.out / "student"
+            return self.out / self.config.method.result
         with ExitStack() as stack:
             self.world.main_only(lambda: stack.enter_context(self.folder.lock()))
             self.world.main_only(self.folder.mend)
@@ -247,7 +248,7 @@ class Trainer:
             self.folder.finish(iterations, seconds)
 
         self.world.main_only(write)
-        return self.out / "student"
+        return self.out / self.config.method.result
 
 
 def _result(learner: Learner) -> dict[str, Tensor]:
@@ -303,16 +304,30 @@ def open_clips(data: str, count: int, base: NovelViewPipeline, teacher: str) -> 
     """Clips by the setting ``data``, ``count`` of the built-in ones; shards are encoded already. Raises UserError for a
     folder that holds none, clips that ``base`` cannot take, and shards that other encoders made than ``teacher``'s."""
     if data in WORLDS:
-        clips: ClipFolder | ShardSet = builtin_clips("train", count, world=WORLDS[data])
+        frames = builtin_frames(base)
+        clips: ClipFolder | ShardSet = builtin_clips("train", count, world=WORLDS[data], frames=frames)
     elif holds_shards(data):
-        clips = ShardSet(data)
-        clips.check_encoder(base.encoder_fingerprint(), teacher)
+        clips = ShardSet(data, base.wants_cameras)
+        without = base.encoder_fingerprint(cameras=False)
+        made_without = clips.settings.encoder == without
+        clips.check_encoder(without if made_without else base.encoder_fingerprint(), teacher)
         base.check_clip(clips.frames, clips.height, clips.width)
         check_kind(clips, teacher)
     else:
         clips = ClipFolder(data)
     base.check_clip(clips.frames, clips.height, clips.width)
     return clips
+
+
+def builtin_frames(base: NovelViewPipeline) -> int:
+    """Of the built-in clips: their usual number, or the model's own where it cannot take that. Raises UserError for a
+    model that takes no clips of their size."""
+    try:
+        base.check_clip(FRAMES, HEIGHT, WIDTH)
+        return FRAMES
+    except UserError:
+        base.check_clip(base.frames, HEIGHT, WIDTH)
+        return base.frames
 
 
 def check_kind(clips: ShardSet, teacher: str) -> None:

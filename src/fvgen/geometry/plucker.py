@@ -20,6 +20,8 @@ from torch.nn.functional import normalize
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras, pixel_rays
 
+PACKED = 12 + 9
+"""Numbers of a camera in a `packed` path."""
 STILL = 1e-6
 """A path whose poses differ less from its first (lengths in scene units, rotations by matrix entry) does not move."""
 
@@ -27,8 +29,8 @@ STILL = 1e-6
 def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     """Origins [F, 3] and unit directions [F, H, W, 3] in the world, through the centres of a grid of H x W pixels that
     spans the cameras' images."""
-    scale = torch.tensor([width / cameras.width, height / cameras.height, 1.0]).to(cameras.intrinsics)
-    grid = replace(cameras, intrinsics=cameras.intrinsics * scale[:, None], height=height, width=width)
+    scale = _image_scale(height / cameras.height, width / cameras.width, cameras.intrinsics)
+    grid = replace(cameras, intrinsics=cameras.intrinsics * scale, height=height, width=width)
     return cameras.centers, normalize(pixel_rays(grid), dim=-1)
 
 
@@ -70,3 +72,24 @@ def folded(x: Tensor, squeeze: int = 4) -> Tensor:
     first = x.narrow(-4, 0, 1)
     whole = torch.cat([first] * (squeeze - 1) + [x], dim=-4)
     return whole.unflatten(-4, (-1, squeeze)).flatten(-4, -3)
+
+
+def packed(cameras: Cameras) -> Tensor:
+    """[F, 21]: the first three rows of the camera-to-world pose, then intrinsics in units of image width and height.
+
+    All that rays of any grid are made of, in a few kilobytes: the embeddings of a clip are as large as its pixels.
+    """
+    unit = cameras.intrinsics / _image_scale(cameras.height, cameras.width, cameras.intrinsics)
+    return torch.cat([cameras.world_from_cam[:, :3].flatten(1), unit.flatten(1)], dim=1)
+
+
+def unpacked(path: Tensor, height: int, width: int) -> Cameras:
+    """Cameras of H x W images from `packed` [F, 21]."""
+    pose, unit = path[:, :12].unflatten(1, (3, 4)), path[:, 12:].unflatten(1, (3, 3))
+    last = torch.tensor([0.0, 0.0, 0.0, 1.0]).to(path).expand(len(path), 1, 4)
+    return Cameras(torch.cat([pose, last], dim=1), unit * _image_scale(height, width, unit), height, width)
+
+
+def _image_scale(height: float, width: float, like: Tensor) -> Tensor:
+    """[3, 1]: what rows of intrinsics are multiplied by where an image gets so many times higher and wider."""
+    return torch.tensor([[width], [height], [1.0]]).to(like)

@@ -39,13 +39,14 @@ class Blueprint:
 
     ``network`` builds it on the default device; ``example`` gives latents [B, C, F, h, w] and a condition of zeros for
     clips of some size, or raises UserError for a size that does not fit; ``schedule`` its noise levels; ``guidance``
-    its own.
+    its own; ``with_cameras`` the blueprint of `NovelViewPipeline.with_cameras`, by its settings, where there is one.
     """
 
     network: Callable[[], nn.Module]
     example: Callable[[Size], tuple[Any, Condition]]
     schedule: Callable[[], NoiseSchedule]
     guidance: float
+    with_cameras: Callable[[Mapping[str, Any]], Blueprint] | None = None
 
 
 @dataclass(frozen=True)

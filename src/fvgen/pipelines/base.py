@@ -18,6 +18,7 @@ from fvgen.diffusion.samplers import Generators, OnStep, SamplerStep, normal
 from fvgen.errors import UserError
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Denoiser
+from fvgen.pipelines.cameras import UNGUIDED, GivenCameras
 from fvgen.pipelines.frames import (
     VideoOutput,
     answer,
@@ -29,8 +30,11 @@ from fvgen.pipelines.frames import (
 )
 from fvgen.pipelines.hub import FolderOnHub
 from fvgen.pipelines.options import OnStepEnd
+from fvgen.pipelines.strict import arguments_of
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from fvgen.diffusion.schedule import NoiseSchedule
     from fvgen.models.family import Family
 
@@ -44,6 +48,7 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
     network_part: ClassVar[str]  # the component that is trained ...
     network: nn.Module  # ... and that itself
     settings: ClassVar[tuple[str, ...]] = ()  # what teacher and student have in common in ``model_index.json``
+    wants_cameras = False  # whether `condition` takes, and needs, the cameras of the frames
     _callback_tensor_inputs: ClassVar = ["latents", "x0"]
 
     @property
@@ -67,7 +72,8 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         fps: int | None = None,
         reference: Tensor | None = None,
     ) -> Condition:
-        """All that the network sees of renders [B, F, C, H, W] in [0, 1]."""
+        """All that the network sees of renders [B, F, C, H, W] in [0, 1]; a model that `wants_cameras` takes them as
+        the argument ``cameras``, see `fvgen.pipelines.cameras`."""
         raise AttributeError(f"{type(self).__name__} has no condition")
 
     def nulls(self, negative_prompt: str | None = None) -> tuple[Mapping[str, Tensor], ...]:
@@ -116,6 +122,16 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         """Whether its renders are to have no holes, see `fvgen.geometry.closing`."""
         return False
 
+    def with_network(self, network: nn.Module) -> Self:
+        """The same model with another network."""
+        settings = {name: self.config[name] for name in arguments_of(type(self))[0] if name in self.config}
+        return type(self)(**{**settings, **self.components, self.network_part: network})
+
+    def with_cameras(self, **settings: Any) -> Self:
+        """The same with a network that is also guided by cameras, for `fvgen.distill.methods.camera` to train. Raises
+        UserError where the family has none."""
+        raise UserError(f"models of the family {self.family.name} cannot be guided by cameras; give one of CogVideoX")
+
     def denoiser(self) -> Denoiser:
         """The network, unguided."""
         return Denoiser(self.network, self.schedule, self.family.call)
@@ -124,10 +140,13 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         """The components that training has no use for once the data are encoded."""
         return (x for name, x in self.components.items() if isinstance(x, nn.Module) and name != self.network_part)
 
-    def encoder_fingerprint(self) -> str:
-        """Twelve hex digits that change with any weight or setting that goes into latents or conditions."""
+    def encoder_fingerprint(self, cameras: bool = True) -> str:
+        """Twelve hex digits that change with any weight or setting that goes into latents or conditions. ``cameras``:
+        also with whether those are seen, which no encoder has to do with."""
         digest = hashlib.sha256()
-        for _, part in self.encoding_parts():
+        for name, part in self.encoding_parts():
+            if name == "cameras" and not cameras:
+                continue
             if not isinstance(part, nn.Module):
                 digest.update(str(part).encode())
                 continue
@@ -157,6 +176,7 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         prompt: str | Sequence[str] | None = None,
         fps: int | None = None,
         reference: Tensor | None = None,
+        cameras: GivenCameras = None,
         on_step: OnStep | None = None,
         callback_on_step_end: OnStepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
@@ -172,7 +192,10 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         self.check_render(render)
         self.check_clip(render.shape[1], *render.shape[3:])
         generator = generator or torch.Generator().manual_seed(0)
-        condition = self.condition(render, generator, prompt, fps, reference)
+        if cameras is not None and not self.wants_cameras:
+            raise UserError(UNGUIDED)
+        seen = {"cameras": cameras} if self.wants_cameras else {}
+        condition = self.condition(render, generator, prompt, fps, reference, **seen)
         with self.progress_bar(total=steps) as bar:
 
             def told(step: SamplerStep) -> Tensor | None:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any, TypedDict
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from fvgen.pipelines.cameras import GivenCameras
+
 OnStepEnd = Callable[[Any, int, int, dict], dict | None]  # diffusers' callback_on_step_end
 
 
@@ -19,6 +21,8 @@ class CallOptions(TypedDict, total=False):
     fps: the network's frame rate where it has one (ViewCrafter's `frame_stride`), its default if not given.
     reference: [3, H, W] or [B, 3, H, W] in [0, 1], for a model that looks at a photograph beside the clip; [n, 3, H, W]
         or [B, n, 3, H, W] for one that looks at n of the clip's own frames, in their place.
+    cameras: `fvgen.geometry.cameras.Cameras` of the F frames at H x W, one path for all clips or a list of one per
+        clip, for a model that is guided by them; where the world is and how long its unit is does not matter.
     callback_on_step_end: diffusers' callback (pipeline, index, timestep, tensors) -> changed tensors.
     callback_on_step_end_tensor_inputs: which tensors it is given, of "latents" and "x0".
     output_type: "pt", "np", "pil" or "latent", see `fvgen.pipelines.frames.VideoOutput`.
@@ -29,6 +33,7 @@ class CallOptions(TypedDict, total=False):
     prompt: str | Sequence[str] | None
     fps: int | None
     reference: Tensor | None
+    cameras: GivenCameras
     callback_on_step_end: OnStepEnd | None
     callback_on_step_end_tensor_inputs: Sequence[str]
     output_type: str | None

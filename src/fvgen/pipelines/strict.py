@@ -55,6 +55,10 @@ RANGES: dict[str, tuple[float, float]] = {
     "scaling_factor": (1e-4, 1e4),
     "layer_norm_eps": (1e-12, 1),
     "norm_eps": (1e-12, 1),
+    **dict.fromkeys(("control_blocks", "space_factor"), COUNT),
+    **dict.fromkeys(("camera_lora_rank", "branch_width"), (0, WIDTH[1])),
+    "encoder_width": WIDTH,
+    "control_t_min": (0, 999),
     "num_train_timesteps": (1, 1 << 16),
     "beta_start": (1e-8, 1),
     "beta_end": (1e-8, 1),
@@ -64,6 +68,7 @@ CHOICES = {
     "prediction": ("v", "eps"),
     "spacing": ("trailing", "uniform"),
     "image_resize": ("viewcrafter", "antialias"),
+    "branch": ("lora", "control", "dual"),
 }
 LARGEST = 1 << 31  # of any other number
 MOST = 256  # entries of a list of settings

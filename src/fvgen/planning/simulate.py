@@ -157,6 +157,7 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
         return Learner(name, module, CountingEngine(module, allocations))
 
     with _undisturbed():
+        blueprint = config.method.blueprint_of(blueprint)
         with torch.device("meta"):
             network = blueprint.network()
         latents, condition = blueprint.example(size)
@@ -184,7 +185,8 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
     flops = allocations.flops + (critics - 2) * (dealt[1] - dealt[0]) if critics > 2 else allocations.flops
     counts = {name: sum(p.numel() for p in each.parameters() if p.requires_grad) for name, each in networks.items()}
     adapters = [network for network in (*networks.values(), *followers) if isinstance(_inner(network), Role)]
-    counts["teacher"] = _numel([teacher.network], beside=adapters)
+    learning = nn.ParameterList(p for each in networks.values() for p in each.parameters() if p.requires_grad)
+    counts["teacher"] = _numel([teacher.network], beside=[*adapters, learning])
     counts["followers"] = _numel(followers, beside=[teacher.network, *networks.values()])
     counts["followers"] += _numel([x for x in followers if isinstance(_inner(x), Role)])
     return Profile(flops / len(parts), outline(allocations.timeline()), counts)

@@ -18,6 +18,7 @@ from rich.progress import track
 from torch import Tensor
 
 from fvgen.clips.clip import Clip, shown_of
+from fvgen.clips.latents import condition_of
 from fvgen.diffusion.samplers import few_step
 from fvgen.metrics import score_images
 from fvgen.models.condition import Condition
@@ -95,7 +96,7 @@ def evaluate(
     results = {name: Result(contestant) for name, contestant in contestants.items()}
     for index, clip in enumerate(track(clips, "evaluation")):
         clock = Clock(pipeline.device)
-        condition = pipeline.condition(clip.render[None], _generator(seed, index, "condition"))
+        condition = condition_of(clip, pipeline, _generator(seed, index, "condition"))
         encode = clock.lap()
         for result in results.values():
             clock = Clock(pipeline.device)

@@ -14,6 +14,8 @@ import torch
 
 from fvgen.clips.clip import shown_of, to_bytes
 from fvgen.clips.from_scene import ClipSettings, Lost, SceneClip, scene_clips
+from fvgen.clips.latents import condition_of
+from fvgen.errors import UserError
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.posing.sources import Source
 from fvgen.shards.format import CLOUD_POINTS, ClipRecord, Pixels, Settings, ShardClip, Skipped, write_shard
@@ -77,9 +79,8 @@ def make_shard(job: Job, pipeline: NovelViewPipeline, tick: Callable[[], None]) 
         for result in scene_clips(scene, [number for _, number in pairs], settings, tally.timed):
             if isinstance(result, Lost):
                 tally.miss(result)
-            else:
-                with tally.timed("encode"):
-                    made.append((record_of(result), encoded(result, pipeline)))
+            elif (clip := _encoded(result, pipeline, tally)) is not None:
+                made.append((record_of(result), clip))
                 if job.settings.keep_frames:
                     frames = map(to_bytes, (result.clip.truth, result.clip.render))
                     pixels.append(Pixels(*frames, shown_of(result.clip)))
@@ -89,6 +90,16 @@ def make_shard(job: Job, pipeline: NovelViewPipeline, tick: Callable[[], None]) 
         write_shard(job.path, job.settings, made, dict(sorted(tally.dropped.items())), tally.skipped, pixels)
     tally.clips = len(made)
     return tally
+
+
+def _encoded(made: SceneClip, pipeline: NovelViewPipeline, tally: Tally) -> ShardClip | None:
+    """None for a clip that the model refuses, which is counted: a path of cameras, say, that does not move."""
+    try:
+        with tally.timed("encode"):
+            return encoded(made, pipeline)
+    except UserError as error:
+        tally.miss(Lost(made.scene, str(error), broken=True))
+        return None
 
 
 def record_of(made: SceneClip) -> ClipRecord:
@@ -110,7 +121,7 @@ def encoded(made: SceneClip, pipeline: NovelViewPipeline) -> ShardClip:
     """Latents of truth and render, and the condition; posterior samples are drawn from the clip's seed."""
     generator = torch.Generator().manual_seed(made.seed)
     latents = pipeline.encode_frames(made.clip.truth[None], generator)
-    condition = pipeline.condition(made.clip.render[None], generator)
+    condition = condition_of(made.clip, pipeline, generator)
     kept = torch.linspace(0, len(made.points) - 1, CLOUD_POINTS).long()
     return ShardClip(
         latents=latents[0].cpu(),

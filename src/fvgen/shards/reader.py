@@ -19,6 +19,7 @@ from fvgen.clips.latents import LatentBatch, LatentSet
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import Cameras
 from fvgen.models.condition import Condition
+from fvgen.pipelines.cameras import CAMERA_PATH, clip_path
 from fvgen.shards.format import (
     PER_CLIP,
     PIXELS,
@@ -44,13 +45,14 @@ class ShardSet(LatentSet):
     """All clips of a shard folder, local or remote (s3://, gs://, hf://: see `places`), read when asked for.
 
     A drop-in for the latents of a clip folder. Clips are in the order of their names, however many parts made them.
-    Each shard's checksum is verified before its first use in a process.
+    Each shard's checksum is verified before its first use in a process. ``camera_paths``: conditions hold the path of
+    their clip's cameras, whether or not the encoders that made the shards asked for it.
 
     Raises UserError for a folder without shards, unfinished or missing parts, parts of different settings; and on
     reading, for a shard that is missing, truncated or altered.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, camera_paths: bool = False) -> None:
         self.place: Place = open_place(path)
         self.parts = _read_parts(self.place)
         self.settings = self.parts[0].settings
@@ -67,6 +69,7 @@ class ShardSet(LatentSet):
         self._open: OrderedDict[int, safe_open] = OrderedDict()
         self._verified: set[int] = set()
         self._kind: dict[str, tuple[str, list[int]]] = {}  # of all shards' tensors, but for the number of clips
+        self._paths = camera_paths
         super().__init__({}, [record.name for record in self.records])
         self.frames, self.height, self.width = self.settings.frames, self.settings.height, self.settings.width
 
@@ -81,6 +84,9 @@ class ShardSet(LatentSet):
             raise self._lying(index, error) from error
         if problem := clip_problem(clip):
             raise self._lying(index, ValueError(f"clip {self.names[index][:100]}: {problem}"))
+        if self._paths and CAMERA_PATH not in clip.condition:
+            cameras = Cameras(clip.world_from_cam, clip.intrinsics, self.height, self.width)
+            clip = clip._replace(condition={**clip.condition, CAMERA_PATH: clip_path(cameras)})
         return clip
 
     def clips(self) -> ShardClips:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fvgen.distill.methods.base import Method
+from fvgen.distill.methods.camera import Camera, CameraSettings
 from fvgen.distill.methods.controls import FrozenHead, RandomGradient
 from fvgen.distill.methods.data_forcing import DataForcing, DataForcingSettings
 from fvgen.distill.methods.dmd import Dmd
@@ -44,6 +45,8 @@ METHODS: dict[str, Row] = {
     "consistency": Row(Consistency, ConsistencySettings),
     # VideoScene: one evaluation, from a noised render. docs/videoscene.md says what is the paper's and what is ours.
     "leap": Row(Leap, LeapSettings),
+    # Wonderland's camera guidance, which makes a teacher. docs/wonderland.md says what is the paper's and what is ours.
+    "camera": Row(Camera, CameraSettings),
     # Controls, which must fail.
     "control-random-gradient": Row(RandomGradient, DmdSettings, {"dmd_weight": 0.0}),
     "control-frozen-head": Row(FrozenHead, DmdSettings, {"dmd_weight": 0.0}),

@@ -130,6 +130,18 @@ def denoisers(
     return ready, exact
 
 
+def in_place(setup: Setup, trains: Callable[[str], bool]) -> tuple[Denoiser, dict[str, Tensor]]:
+    """The teacher's very network as the student, of which the weights whose names ``trains`` takes learn: a method that
+    has no use for the teacher beside it keeps none. And the float32 weights that these were rounded from, if any."""
+    memory, network = setup.config.memory, setup.teacher.network
+    rounded = memory.precision == "bfloat16" and setup.device.type != "meta"
+    exact = _weights(network, trains) if rounded else {}
+    _prepare(network, memory)
+    for name, parameter in network.named_parameters():
+        parameter.requires_grad_(trains(name))
+    return Denoiser(network.eval(), setup.teacher.schedule, setup.teacher.call), exact
+
+
 def _copied(network: nn.Module, trains: Callable[[str], bool]) -> nn.Module:
     """A copy whose weights that do not learn are the network's own tensors."""
     kept = {id(parameter): parameter for name, parameter in network.named_parameters() if not trains(name)}

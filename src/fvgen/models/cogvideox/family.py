@@ -12,15 +12,17 @@ from torch import Tensor, nn
 
 from fvgen.diffusion.schedule import TIMESTEPS, NoiseSchedule
 from fvgen.errors import UserError, short
+from fvgen.geometry.plucker import PACKED
 from fvgen.models.cogvideox.published import PUBLISHED
 from fvgen.models.cogvideox.transformer import taps_of, velocity_and_taps, width_of
-from fvgen.models.cogvideox.vae import latent_size
+from fvgen.models.cogvideox.vae import latent_size, space_factor
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Prediction
 from fvgen.models.family import Blueprint, Family, Size
 
 GUIDANCE = 6.0
 LEAP = "VideoScenePipeline"
+CAMERA = "CameraTransformer"
 LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
 """All linear layers of the blocks but those of their adaptive norms; peft compares ends of names."""
 SCHEDULER: Mapping[str, Any] = {
@@ -40,12 +42,14 @@ def call(
     stop: bool = False,
     cut: bool = False,
 ) -> Prediction:
-    """Noisy latents, then ``image_latents`` [B, C, F', h, w], on the channels; ``text_tokens`` [B, N, D]."""
+    """Noisy latents, then ``image_latents`` [B, C, F', h, w], on the channels; ``text_tokens`` [B, N, D]; for a network
+    that looks at cameras ``camera_path`` [B, F, 21], which stays float32."""
     dtype = next(network.parameters()).dtype
     everything = condition.expanded(len(x_t))
     sample = torch.cat([x_t.to(dtype), everything["image_latents"].to(dtype)], dim=1).transpose(1, 2)
     text = everything["text_tokens"].to(dtype)
-    velocity, features = velocity_and_taps(network, sample, text, t, taps, stop, cut)
+    guide = {"camera_path": everything["camera_path"]} if getattr(network, "wants_cameras", False) else {}
+    velocity, features = velocity_and_taps(network, sample, text, t, taps, stop, cut, **guide)
     return Prediction(None if velocity is None else velocity.transpose(1, 2), features)
 
 
@@ -91,21 +95,30 @@ def start(condition: Condition) -> Tensor:
 def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
     """From the JSON files of a model folder, by component."""
     index, transformer, vae = files.get("", {}), files["transformer"], files["vae"]
+    guided = transformer.get("_class_name") == CAMERA
 
     def network() -> nn.Module:
         from diffusers import CogVideoXTransformer3DModel
 
-        return CogVideoXTransformer3DModel(**{k: v for k, v in transformer.items() if not k.startswith("_")})
+        from fvgen.models.cogvideox.camera import CameraTransformer
+
+        kind = CameraTransformer if guided else CogVideoXTransformer3DModel
+        return kind(**{k: v for k, v in transformer.items() if not k.startswith("_")})
 
     def example(size: Size) -> tuple[Tensor, Condition]:
         shape = latent_size(transformer, vae, size.frames, size.height, size.width)
         latents = torch.zeros(size.batch, vae["latent_channels"], *shape)
         text = torch.zeros(1, transformer["max_text_seq_length"], transformer["text_embed_dim"])
         beside = latents if index.get("image_condition", "renders") != "renders" else None
-        return latents, Condition(image_latents=latents, text_tokens=text, render_latents=beside)
+        path = torch.zeros(size.batch, size.frames, PACKED) if guided else None
+        return latents, Condition(image_latents=latents, text_tokens=text, render_latents=beside, camera_path=path)
+
+    def with_cameras(settings: Mapping[str, Any]) -> Blueprint:
+        described = {"_class_name": CAMERA, "space_factor": space_factor(vae), **settings}
+        return blueprint({**files, "transformer": {**transformer, **described}})
 
     guidance = float(index.get("guidance", GUIDANCE))
-    return Blueprint(network, example, lambda: noise_schedule(files["scheduler"]), guidance)
+    return Blueprint(network, example, lambda: noise_schedule(files["scheduler"]), guidance, with_cameras)
 
 
 def pipeline(class_name: str) -> type[Any]:

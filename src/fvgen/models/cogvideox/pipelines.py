@@ -6,7 +6,7 @@ Frames are [B, F, 3, H, W] in [0, 1] with F = 8k+1; latents are [B, 16, F', h, w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from diffusers import (
@@ -20,13 +20,18 @@ from torch import Tensor, nn
 from fvgen.diffusion.samplers import Generators, normal
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.errors import UserError, did_you_mean
+from fvgen.models.cogvideox.camera import CameraTransformer
 from fvgen.models.cogvideox.family import FAMILY, GUIDANCE, noise_schedule
 from fvgen.models.cogvideox.prompts import EncodedPrompts
 from fvgen.models.cogvideox.vae import decode, encode, latent_size, space_factor
 from fvgen.models.condition import Condition
 from fvgen.pipelines.base import NovelViewPipeline, unusual_settings
+from fvgen.pipelines.cameras import GivenCameras, camera_path
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 PARTS = ("vae", "transformer", "scheduler", "prompts", "policy")
 IMAGES: Mapping[str, tuple[int, ...]] = {"renders": (), "first": (0,), "ends": (0, -1)}
@@ -49,7 +54,7 @@ class _CogVideoXParts(NovelViewPipeline):
 
     Args:
         vae: pixels to latents and back.
-        transformer: predicts the velocity.
+        transformer: predicts the velocity; a `CameraTransformer` looks at the cameras of the clip's frames.
         scheduler: its settings alone are used, for the noise levels.
         prompts: the encoded prompt and negative prompt.
         image_condition: what the transformer's image channels hold, one of `IMAGES`: "renders" the latents of the
@@ -77,6 +82,7 @@ class _CogVideoXParts(NovelViewPipeline):
         chosen = self.config.image_condition
         if chosen not in IMAGES:
             raise UserError(f"image_condition={chosen!r} is unknown{did_you_mean(str(chosen), IMAGES)}")
+        self.wants_cameras = isinstance(self.transformer, CameraTransformer)
         self.transformer.rotary_base = _base(self.config.rotary_base)
         nn.Module.to(self.transformer, self.transformer.dtype)  # diffusers makes tables of positions in float64
 
@@ -116,6 +122,7 @@ class _CogVideoXParts(NovelViewPipeline):
         prompt: str | Sequence[str] | None = None,
         fps: int | None = None,
         reference: Tensor | None = None,
+        cameras: GivenCameras = None,
     ) -> Condition:
         """All that the transformer sees of renders [B, F, 3, H, W] in [0, 1], and what a leap starts from.
 
@@ -125,6 +132,9 @@ class _CogVideoXParts(NovelViewPipeline):
 
         reference: photographs [n, 3, H, W] or [B, n, 3, H, W] in [0, 1] to show in place of the render's own frames,
         n = 1 for "first" and 2 for "ends".
+
+        cameras: of the F frames at H x W, for all clips or one path each, where `wants_cameras`; the condition then has
+        ``camera_path`` [1 or B, F, 21], the path as its first camera sees it and of size 1.
 
         Drawn are, in this order, the noise's strength, for each image its noise and its posterior, the render's own
         posterior.
@@ -143,7 +153,9 @@ class _CogVideoXParts(NovelViewPipeline):
             latents[:, :, index] = image
         scaled = latents / factor if self.vae.config.invert_scale_latents else latents * factor
         beside = whole * factor if shown else None
-        return Condition(image_latents=scaled, text_tokens=text, render_latents=beside)
+        path = camera_path(self.wants_cameras, cameras, render)
+        path = None if path is None else path.to(self._execution_device)
+        return Condition(image_latents=scaled, text_tokens=text, render_latents=beside, camera_path=path)
 
     def text_tokens(self, prompt: str | Sequence[str] | None = None) -> Tensor:
         """[1, N, D] of the model's prompt (None) or negative prompt (""). Raises UserError for another text."""
@@ -163,10 +175,23 @@ class _CogVideoXParts(NovelViewPipeline):
         yield "invert_scale_latents", self.vae.config.invert_scale_latents
         if IMAGES[self.config.image_condition]:
             yield "beside", f"render_latents, image_noise={self.config.image_noise}"
+        if self.wants_cameras:
+            yield "cameras", "camera_path"
         if unusual := unusual_settings(self.components, USUAL):
             yield "settings", unusual
         yield "vae", self.vae
         yield "prompts", self.prompts
+
+    def with_cameras(self, copy_blocks: bool = True, **settings: Any) -> Self:
+        """The same with a `CameraTransformer` made of the transformer (`CameraTransformer.from_base`), which starts as
+        the same model; as it is if it has one, of these settings. Raises UserError for one of others."""
+        if not self.wants_cameras:
+            settings["space_factor"] = space_factor(self.vae.config)
+            return self.with_network(CameraTransformer.from_base(self.transformer, copy_blocks, **settings))
+        for name, value in settings.items():
+            if (found := self.transformer.config[name]) != value:
+                raise UserError(f"{name}={value}, but the teacher is guided by cameras with {name}={found}; give that")
+        return self
 
     @property
     def decoder(self) -> nn.Module:
@@ -225,7 +250,7 @@ class CogVideoXTeacherPipeline(_CogVideoXParts, TeacherPipeline):
     def __init__(
         self,
         vae: AutoencoderKLCogVideoX,
-        transformer: CogVideoXTransformer3DModel,
+        transformer: CogVideoXTransformer3DModel | CameraTransformer,
         scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
         prompts: EncodedPrompts,
         image_condition: str = "renders",
@@ -250,7 +275,7 @@ class CogVideoXStudentPipeline(_CogVideoXParts, StudentPipeline):
     def __init__(
         self,
         vae: AutoencoderKLCogVideoX,
-        transformer: CogVideoXTransformer3DModel,
+        transformer: CogVideoXTransformer3DModel | CameraTransformer,
         scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
         prompts: EncodedPrompts,
         image_condition: str = "renders",

@@ -8,7 +8,7 @@ Facts: diffusers 0.38 to 0.42, `CogVideoXTransformer3DModel` and `CogVideoXImage
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -63,26 +63,51 @@ def velocity_and_taps(
     taps: Sequence[str],
     stop: bool = False,
     cut: bool = False,
+    **guide: Tensor,
 ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
     """(velocity [B, F', C, h, w], features [B, D, F', h/p, w/p] by tap) of ``sample`` [B, F', 2C, h, w], ``text``
     [B, N, text width] and timesteps ``t`` [B].
 
-    stop: nothing behind the last tap is computed, the velocity is None. cut: nothing there keeps a graph.
+    stop: nothing behind the last tap is computed, the velocity is None. cut: nothing there keeps a graph. guide: what
+    else the network looks at, by the names of its own `forward`: the camera path, of a `CameraTransformer`.
     """
-    frames, height, width = sample.shape[1], *sample.shape[3:]
-    rotary = rotary_table(network, frames, height, width, sample.device)
+    rotary = rotary_table(network, sample.shape[1], *sample.shape[3:], sample.device)
     if not taps:
         # The class's own way, which hooks (of accelerate's offloading, say) know of.
-        return network(sample, text, t, image_rotary_emb=rotary).sample, {}
+        return network(sample, text, t, image_rotary_emb=rotary, **guide).sample, {}
+    return block_by_block(network, sample, text, t, rotary, taps, stop, cut, **guide)
+
+
+def block_by_block(
+    network: nn.Module,
+    sample: Tensor,
+    text: Tensor,
+    t: Tensor,
+    rotary: Rotary | None,
+    taps: Sequence[str] = (),
+    stop: bool = False,
+    cut: bool = False,
+    **guide: Tensor,
+) -> tuple[Tensor | None, Mapping[str, Tensor]]:
+    """What the class's own `forward` computes, with a look behind each block; arguments of `velocity_and_taps`.
+
+    A network with a guide has a method ``guided``, which changes the video tokens before the first block and gives what
+    is added to them behind each of the first blocks.
+    """
     p = network.config.patch_size
-    grid = frames, height // p, width // p
+    grid = sample.shape[1], sample.shape[3] // p, sample.shape[4] // p
     embedding = network.time_embedding(network.time_proj(t).to(sample.dtype), None)
     tokens = network.embedding_dropout(network.patch_embed(text, sample))
     text, video = tokens.split([text.shape[1], tokens.shape[1] - text.shape[1]], dim=1)
+    additions: Iterator[Tensor] = iter(())
+    if guide:
+        video, additions = network.guided(video, text, embedding, rotary, grid, t, **guide)
     wanted, features, with_graph = set(taps), {}, torch.is_grad_enabled()
     for tap, block in zip(taps_of(network), network.transformer_blocks, strict=True):
         with torch.set_grad_enabled(with_graph):
-            video, text = _through(network, block, video, text, embedding, rotary, None)
+            video, text = through(network, block, video, text, embedding, rotary)
+            if (addition := next(additions, None)) is not None:
+                video = video + addition
         if tap in wanted:
             features[tap] = video.transpose(1, 2).unflatten(2, grid)
             if len(features) == len(wanted):
@@ -94,11 +119,13 @@ def velocity_and_taps(
         return _unpatched(patches.unflatten(1, grid), p), features
 
 
-def _through(network: nn.Module, block: nn.Module, *inputs: Tensor | Rotary | None) -> tuple[Tensor, Tensor]:
+def through(
+    network: nn.Module, block: nn.Module, video: Tensor, text: Tensor, embedding: Tensor, rotary: Rotary | None
+) -> tuple[Tensor, Tensor]:
     """(video, text) tokens behind a block, computed again in the backward pass where the network is set to that."""
     if network.gradient_checkpointing and torch.is_grad_enabled():
-        return network._gradient_checkpointing_func(block, *inputs)
-    return block(*inputs)
+        return network._gradient_checkpointing_func(block, video, text, embedding, rotary, None)
+    return block(video, text, embedding, rotary)
 
 
 def _unpatched(patches: Tensor, p: int) -> Tensor:

@@ -12,6 +12,7 @@ from diffusers import (
     CogVideoXTransformer3DModel,
 )
 
+from fvgen.models.cogvideox.camera import CameraTransformer
 from fvgen.models.cogvideox.pipelines import _CogVideoXParts
 from fvgen.models.cogvideox.prompts import EncodedPrompts
 from fvgen.models.policy import DDPNet
@@ -43,7 +44,7 @@ class VideoScenePipeline(_CogVideoXParts, LeapPipeline):
     def __init__(
         self,
         vae: AutoencoderKLCogVideoX,
-        transformer: CogVideoXTransformer3DModel,
+        transformer: CogVideoXTransformer3DModel | CameraTransformer,
         scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
         prompts: EncodedPrompts,
         policy: DDPNet | None = None,
