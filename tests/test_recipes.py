@@ -14,6 +14,7 @@ from small_models import FRAMES, HEIGHT, WIDTH
 
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
 from fvgen.pipelines.folders import load_pipeline
+from fvgen.pipelines.teacher import TeacherPipeline
 
 pytestmark = pytest.mark.slow  # each test starts Python several times, and torch with it
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -100,3 +101,13 @@ def test_a_mistake_is_one_sentence_from_a_fresh_python_too(tmp_path):
     assert outcome.returncode == 2 and outcome.stdout == ""
     assert outcome.stderr.startswith("fvgen: data folder") and outcome.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_teacher_of_cogvideox_kind_is_trained_by_the_clock(tmp_path):
+    words = ["--out", tmp_path / "world", "--image-condition", "first", "--device", "cpu", "--minutes", "0.2"]
+    words += ["--vae-minutes", "0.03", "--clips", "4", "--batch", "2", "--vae-batch", "1", "--widths", "8", "8", "8"]
+    done = python("recipes/train_cogvideox_world.py", *words, "--layers", "1", "--heads", "1", "--kept", tmp_path)
+    assert done.returncode == 0, done.stderr
+    log = json.loads(done.stdout.splitlines()[-1])
+    assert log["vae"]["iterations"] > 0 and log["teacher"]["iterations"] > 0
+    assert load_pipeline(tmp_path / "world" / "teacher", TeacherPipeline).config.image_condition == "first"

@@ -83,7 +83,9 @@ def synthetic_clip(
     depth_noise = _uniform(generator, *world.depth_noise)
     first_alone = world.first_alone > 0 and _uniform(generator, 0.0, 1.0) < world.first_alone
     known = [0] if first_alone else [0, frames - 1]
-    return depth_clip(scene.name, images, depth, cameras, world.radius, keep, depth_noise, generator, known)
+    return depth_clip(
+        scene.name, images, depth, cameras, world.radius, keep, depth_noise, generator, known, world.close
+    )
 
 
 def depth_clip(
@@ -96,6 +98,7 @@ def depth_clip(
     depth_noise: float,
     generator: torch.Generator,
     known: Sequence[int] | None = None,
+    close: bool = False,
 ) -> Clip:
     """A clip whose cloud comes from the depth [F, H, W] of its ``known`` frames, the first and the last one if not
     given (FVGen, section 5.1).
@@ -108,7 +111,7 @@ def depth_clip(
     error = torch.nn.functional.interpolate(coarse, size=depth.shape[1:], mode="bicubic", align_corners=True)[:, 0]
     points, colors = unproject(depth[known] * (1 + depth_noise * error), truth[known], cameras[known])
     chosen = torch.rand(points.shape[0], generator=generator) < keep
-    return render_clip(name, truth, cameras, points[chosen], colors[chosen], known, radius)[0]
+    return render_clip(name, truth, cameras, points[chosen], colors[chosen], known, radius, close)[0]
 
 
 def make_scene(generator: torch.Generator, name: str, world: World = USUAL) -> SyntheticScene:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fvgen.depth import depth_pro, dust3r, dust3r_model, measured, sparse, stereo
+from fvgen.depth import depth_pro, dust3r, dust3r_model, flat, measured, sparse, stereo
 from fvgen.depth.stereo import STEREO_SIDE
 from fvgen.errors import UserError, did_you_mean
 from fvgen.geometry.stereo import TooFewFeatures
@@ -22,10 +22,12 @@ __all__ = ["DEPTHS", "STEREO_SIDE", "Backend", "PointMaps", "point_maps"]
 
 
 class Backend(NamedTuple):
-    """``lacks`` says in a few words why a backend cannot run on a scene, or None; ``run`` gives depth [K, H, W]."""
+    """``lacks`` says in a few words why a backend cannot run on a scene, or None; ``run`` gives depth [K, H, W].
+    ``asked_for``: "auto" never takes it."""
 
     lacks: Callable[[Scene], str | None]
     run: Callable[[Scene, Sequence[int], int, int], Tensor]
+    asked_for: bool = False
 
 
 class PointMaps(NamedTuple):
@@ -63,6 +65,8 @@ def _unmasked(scene: Scene, views: Sequence[int], height: int, width: int, backe
 def _best(scene: Scene, views: Sequence[int], height: int, width: int) -> PointMaps:
     reasons = {}
     for name, row in DEPTHS.items():
+        if row.asked_for:
+            continue
         reason = row.lacks(scene)
         if reason is None:
             try:
@@ -80,6 +84,7 @@ DEPTHS: dict[str, Backend] = {  # best first; DUSt3R and Depth Pro count only wh
     "stereo": Backend(stereo.lacks, stereo.run),
     "depth_pro": Backend(depth_pro.lacks, depth_pro.run),
     "colmap": Backend(sparse.lacks, sparse.run),
+    "flat": Backend(flat.lacks, flat.run, asked_for=True),
 }
 
 

@@ -1,13 +1,19 @@
-"""Train VAE and teacher of VideoScene's kind on built-in clips: CogVideoX's classes in small.
+"""Train VAE and teacher of CogVideoX's classes, in small, on built-in clips.
 
-    python recipes/train_videoscene_teacher.py --out DIR [--image-condition ends|renders] [--device cuda] [--minutes 10]
+    python recipes/train_cogvideox_world.py --out DIR [--image-condition ends|renders|first] [--device cuda]
+        [--minutes 10] [--vae-minutes 3] [--vae DIR] [--kept DIR]
 
-An interpolation model ("ends": it sees first and last frame, noised as CogvideX-Interpolation's are) or one that sees
-the whole render ("renders", the stronger teacher). Clips of 9 frames of 48x64 from `builtin-closed` and `builtin`; the
-VAE squeezes space 4x and time 4x. A third of the minutes goes to the VAE, the rest to the transformer, by
-`train_proving_ground`'s loop. The objective is the squared error of the velocity at uniform timesteps, as their code
-has it. DIR gets `teacher` (a CogVideoXTeacherPipeline) and log.json. benchmarks/videoscene.py says how good it is
-against its prior, before any student is trained.
+Teachers of three kinds: an interpolation model ("ends": it sees first and last frame, noised as CogvideX-
+Interpolation's are), one that sees the whole render ("renders", the strongest; both are VideoScene's), and one that
+sees the first frame alone ("first", the base of Wonderland's camera guidance, which lifts its blindness to where the
+camera goes). Clips of 9 frames of 48x64 from `builtin-coarse` and `builtin-closed`; the VAE squeezes space 4x and time
+4x. Both are trained by `train_proving_ground`'s loop. The VAE's objective is the absolute error of pixels and edges,
+and, where the weights are at hand, LPIPS of a few frames, as CogVideoX's own was trained; the transformer's is the
+squared error of the velocity at uniform timesteps. DIR gets `teacher` (a CogVideoXTeacherPipeline) and log.json.
+benchmarks/videoscene.py says how good it is against its prior, before any student is trained.
+
+--vae: a teacher of this recipe's whose VAE is taken as it is. --kept: a folder for clips, so that a second teacher
+costs no second making of them.
 """
 
 from __future__ import annotations
@@ -17,30 +23,36 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 from train_proving_ground import collected, trained
 
 from fvgen.clips.builtin import DATA_SEED, HEIGHT, WIDTH
 from fvgen.clips.rooms import synthetic_clip
 from fvgen.clips.worlds import WORLDS
+from fvgen.metrics.image import lpips_network
+from fvgen.metrics.weights import Unavailable
 from fvgen.models.cogvideox.family import FAMILY
 from fvgen.models.cogvideox.pipelines import CogVideoXTeacherPipeline
 from fvgen.models.cogvideox.prompts import EncodedPrompts
 from fvgen.models.condition import Condition
 from fvgen.pipelines.folders import load_pipeline, save_model
+from fvgen.system.doors import load_tensors
+from fvgen.system.files import write_tensors
 
 FRAMES = 9  # 8k + 1
-MIX = ("builtin-closed", "builtin-closed", "builtin", "builtin-closed")
+MIX = ("builtin-coarse", "builtin-coarse", "builtin-coarse", "builtin-closed")
 TOKENS, TEXT = 2, 32  # of the prompt, which says nothing here
 VAE_RATE, TEACHER_RATE = 1e-3, 1e-3
 KL_WEIGHT = 1e-6
-VAE_SHARE = 1 / 3
+LPIPS_WEIGHT, LPIPS_FRAMES = 0.2, 3  # of every clip
+WIDTHS = (32, 64, 96)
 AT_ONCE = 32  # clips that are encoded together
 
 
@@ -52,7 +64,20 @@ def make_clip(index: int) -> tuple:
     return *images, clip.known.numpy()
 
 
-def build_vae(seed: int, widths: tuple[int, ...] = (32, 64, 96)) -> AutoencoderKLCogVideoX:
+def all_clips(count: int, workers: int, kept: Path | None) -> dict[str, Tensor]:
+    """truth and render [N, F, 3, H, W] uint8 and known [N, F], made or from ``kept``."""
+    file = None if kept is None else kept / f"clips-{count}.safetensors"
+    if file is not None and file.is_file():
+        return load_tensors(file)
+    with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        clips = collected([pool.submit(make_clip, index) for index in range(count)])
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(file, clips)
+    return clips
+
+
+def build_vae(seed: int, widths: Sequence[int] = WIDTHS) -> AutoencoderKLCogVideoX:
     """CogVideoX's class, one level shorter: 4x in space, 4x in time, 16 channels."""
     torch.manual_seed(seed)
     vae = AutoencoderKLCogVideoX(
@@ -103,9 +128,21 @@ def build_teacher(
     return CogVideoXTeacherPipeline(vae, transformer.eval(), scheduler, prompts, **settings)
 
 
-def train_vae(clips: dict[str, Tensor], seconds: float, device: str, seed: int, batch: int) -> tuple:
+def perceptual(device: str) -> nn.Module | None:
+    """LPIPS, where its weights are at hand."""
+    try:
+        return lpips_network(device)[0]
+    except Unavailable as error:
+        print(f"vae: without LPIPS ({error})", flush=True)
+        return None
+
+
+def train_vae(
+    clips: dict[str, Tensor], seconds: float, device: str, seed: int, batch: int, widths: Sequence[int]
+) -> tuple:
     """On whole clips, photographs and renders two to one; returns the VAE and what was done."""
-    vae = build_vae(seed).to(device)
+    vae = build_vae(seed, widths).to(device)
+    distance = perceptual(device)
     truth, render = (clips[name].to(device) for name in ("truth", "render"))
     everything = torch.cat([truth, truth, render])
 
@@ -116,7 +153,12 @@ def train_vae(clips: dict[str, Tensor], seconds: float, device: str, seed: int, 
         noise = torch.randn(posterior.mean.shape, generator=generator, device=device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
         edges = sum(l1_loss(decoded.diff(dim=d), video.diff(dim=d)) for d in (-1, -2, -3))
-        return l1_loss(decoded, video) + 0.5 * edges + KL_WEIGHT * posterior.kl().sum() / video.numel()
+        loss = l1_loss(decoded, video) + 0.5 * edges + KL_WEIGHT * posterior.kl().sum() / video.numel()
+        if distance is not None:
+            some = torch.randperm(video.shape[2], generator=generator, device=device)[:LPIPS_FRAMES]
+            pair = [x[:, :, some].transpose(1, 2).flatten(0, 1) for x in (decoded, video)]
+            loss = loss + LPIPS_WEIGHT * distance(*pair).mean()
+        return loss
 
     facts = trained("vae", loss_of, [vae], VAE_RATE, seconds, seed, graphed=False)
     vae.eval()
@@ -126,7 +168,7 @@ def train_vae(clips: dict[str, Tensor], seconds: float, device: str, seed: int, 
         psnr = -10 * math.log10(((vae.decode(latents).sample.clamp(-1, 1) - some) / 2).square().mean().item())
         vae.register_to_config(scaling_factor=1 / latents.std().item())
     print(f"vae: {psnr:.2f} dB", flush=True)
-    return vae, facts | {"batch": batch, "psnr": round(psnr, 2)}
+    return vae, facts | {"batch": batch, "psnr": round(psnr, 2), "lpips": distance is not None}
 
 
 @torch.no_grad()
@@ -174,32 +216,33 @@ def train_teacher(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--image-condition", choices=["ends", "renders"], default="ends")
+    parser.add_argument("--image-condition", choices=["ends", "renders", "first"], default="ends")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all, the making of clips included")
+    parser.add_argument("--vae-minutes", type=float, default=3.0, help="of these, for the VAE")
     parser.add_argument("--clips", type=int, default=4096)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="that make clips")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6, help="of 32 channels each")
-    parser.add_argument("--batch", type=int, default=64, help="of the teacher; the VAE's is a quarter")
+    parser.add_argument("--batch", type=int, default=64, help="of the teacher")
+    parser.add_argument("--vae-batch", type=int, default=16)
+    parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the VAE's levels")
     parser.add_argument("--vae", type=Path, help="a teacher of this recipe's whose VAE is taken as it is")
+    parser.add_argument("--kept", type=Path, help="a folder for clips, to be used again")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     start = time.perf_counter()
-    pool = ProcessPoolExecutor(args.workers, initializer=torch.set_num_threads, initargs=(1,))
-    clips = collected([pool.submit(make_clip, index) for index in range(args.clips)])
-    pool.shutdown()
-    spent = time.perf_counter() - start
-    print(f"{args.clips} clips after {spent:.0f} s", flush=True)
+    clips = all_clips(args.clips, args.workers, args.kept)
+    print(f"{args.clips} clips after {time.perf_counter() - start:.0f} s", flush=True)
     torch.set_float32_matmul_precision("high")
     log: dict[str, dict] = {"clips": {"count": args.clips, "mix": MIX}, "arguments": {"seed": args.seed}}
     log["arguments"] |= {"image_condition": args.image_condition, "layers": args.layers, "heads": args.heads}
     if args.vae:
         vae = load_pipeline(args.vae, CogVideoXTeacherPipeline).vae
     else:
-        seconds = VAE_SHARE * (60 * args.minutes - spent)
-        vae, log["vae"] = train_vae(clips, seconds, args.device, args.seed, max(1, args.batch // 4))
+        seconds = 60 * args.vae_minutes
+        vae, log["vae"] = train_vae(clips, seconds, args.device, args.seed, args.vae_batch, args.widths)
     pipeline = build_teacher(vae.cpu(), args.seed, args.image_condition, args.layers, args.heads)
     log["teacher"] = train_teacher(clips, pipeline, start + 60 * args.minutes, args.device, args.seed, args.batch)
     save_model(pipeline.to("cpu"), args.out / "teacher")
