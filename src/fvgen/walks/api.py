@@ -14,7 +14,7 @@ from fvgen.walks.chain import SEAM, chain
 from fvgen.walks.given import Given, open_given
 from fvgen.walks.paths import Walk, camera_path, default_trajectory
 from fvgen.walks.render import Rendered, make_cloud, render_walk
-from fvgen.walks.run import VIEWS, Choices, _evenly, judge_choices, load_walker, plan_walk, walk_needs
+from fvgen.walks.run import VIEWS, Choices, _evenly, judge_choices, load_walker, plan_walk, walk_needs, with_scale
 
 SIZE = (320, 512)
 
@@ -76,5 +76,6 @@ def walk(
     judge_choices(paths, choices, device)
     pipeline = load_walker(choices.model, device)
     needs = walk_needs(pipeline, choices)
-    plan = plan_walk(paths, choices, needs, lambda line: None, {})
+    choices = with_scale(choices, pipeline, paths)
+    plan = plan_walk(paths, choices, needs, lambda line: None, {}, pipeline.wants_cameras)
     return chain(pipeline, plan.rendered, needs.frames, steps, seed)

@@ -55,7 +55,7 @@ def open_given(paths: Sequence[str | Path], points: str = "auto") -> Given:
     if photographs is None:
         opened = open_source(paths[0], points)
     else:
-        if len(photographs) == 1 and points != "flat" and (lack := lacks_single()):
+        if len(photographs) == 1 and points != "flat" and (lack := _lacks_single()):
             raise UserError(lack)
         whole = len(paths) == 1 and Path(paths[0]).is_dir()
         opened = open_source(paths[0], points) if whole else open_photographs(paths, points)
@@ -104,7 +104,13 @@ def _photographs(paths: Sequence[str | Path]) -> Photographs | None:
     return photographs
 
 
-def lacks_single() -> str | None:
+def lacks_depth(paths: Sequence[str | Path]) -> bool:
+    """Whether this is one photograph, and nothing here can tell its depth."""
+    photographs = _photographs(paths)
+    return photographs is not None and len(photographs) == 1 and _lacks_single() is not None
+
+
+def _lacks_single() -> str | None:
     """Why one photograph will not do here, or None."""
     if lacks_dust3r() is None or lacks_depth_pro(None) is None:
         return None

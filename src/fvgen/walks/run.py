@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from fvgen.system.places import sha256_of
 from fvgen.walks.chain import SEAM, SEAMS, chain, walk_spans
 from fvgen.walks.dataset import View, save_png, write_dataset, write_views
 from fvgen.walks.film import judge_film, write_film
-from fvgen.walks.given import Given, hold_out, judge, open_given
+from fvgen.walks.given import Given, hold_out, judge, lacks_depth, open_given
 from fvgen.walks.page import write_page
 from fvgen.walks.paths import Walk, camera_path, default_trajectory, judge_trajectory, said
 from fvgen.walks.render import Cloud, Rendered, judge_coverage, make_cloud, render_walk
@@ -121,13 +121,14 @@ def generate(
     with _timed(seconds, "model"):
         pipeline = load_walker(choices.model, device)
         needs = walk_needs(pipeline, choices)
+        choices = with_scale(choices, pipeline, paths)
     settings = _settings(paths, out, choices, pipeline, needs)
     if _finished(out, settings):
         if scene and not (out / "scene.json").is_file():
             fit_scene(out, device, told, on_fit)
         told(f"{out} is complete")
         return out
-    plan = plan_walk(paths, choices, needs, told, seconds)
+    plan = plan_walk(paths, choices, needs, told, seconds, pipeline.wants_cameras)
     if plan.warning:
         told(f"warning: {plan.warning}")
     writable_folder(out / WORK)
@@ -190,6 +191,14 @@ def walk_needs(pipeline: NovelViewPipeline, choices: Choices) -> RenderNeeds:
     return needs
 
 
+def with_scale(choices: Choices, pipeline: NovelViewPipeline, paths: Sequence[str | Path]) -> Choices:
+    """For a model that is guided by cameras one photograph is enough, without a depth of its own: a wall at distance 1
+    says how long a path is."""
+    if pipeline.wants_cameras and choices.points == "auto" and lacks_depth(paths):
+        return replace(choices, points="flat")
+    return choices
+
+
 def _settings(
     paths: list, out: Path, choices: Choices, pipeline: NovelViewPipeline, needs: RenderNeeds
 ) -> dict[str, Any]:
@@ -246,8 +255,15 @@ def _finished(out: Path, settings: dict[str, Any]) -> bool:
 # --- Stages ---
 
 
-def plan_walk(paths: list, choices: Choices, needs: RenderNeeds, told: Told, seconds: dict[str, float]) -> Plan:
-    """Poses, points, path and renders."""
+def plan_walk(
+    paths: list,
+    choices: Choices,
+    needs: RenderNeeds,
+    told: Told,
+    seconds: dict[str, float],
+    guided: bool = False,
+) -> Plan:
+    """Poses, points, path and renders. ``guided``: the model looks at cameras, and frames may show no point."""
     with _timed(seconds, "pose"):
         given, held = open_given(paths, choices.points), []
         if choices.holdout:
@@ -269,7 +285,7 @@ def plan_walk(paths: list, choices: Choices, needs: RenderNeeds, told: Told, sec
         )
         told(said(walk, [path.name for path in given.scene.image_paths]))
         rendered = render_walk(cloud, walk, needs.half_pixel_shift, close=needs.closed)
-    return Plan(given, cloud, walk, rendered, judge_coverage(rendered), held)
+    return Plan(given, cloud, walk, rendered, None if guided else judge_coverage(rendered), held)
 
 
 def _evenly(order: list[int], count: int) -> list[int]:
