@@ -263,7 +263,7 @@ def test_who_learns_follows_from_the_settings(name, changes, learners):
         ("dmd", {"r1_sigma": 0.1}, "r1_sigma has no effect where r1_weight is 0"),
         ("dmd", {"gan_weight": 0.0, "divergence": "reverse_kl", "head_channels": 8}, "where no head learns"),
         ("dmd", {"gan_weight": 0.0, "divergence": "reverse_kl", "head_lr": 1e-3}, "where no head learns"),
-        ("nothing", {}, "there is no method 'nothing'; known are consistency, control-frozen-head,"),
+        ("nothing", {}, "there is no method 'nothing'; known are camera, consistency, control-frozen-head,"),
     ],
 )
 def test_settings_without_effect_are_refused_by_name(name, changes, words):

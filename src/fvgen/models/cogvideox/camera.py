@@ -21,7 +21,10 @@ from inspect import signature
 from typing import Any
 
 import torch
-from diffusers import CogVideoXTransformer3DModel
+from diffusers import (
+    CogVideoXTransformer3DModel,
+    ModelMixin,  # noqa: F401 (diffusers looks for the name where it finds the class of a component)
+)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
@@ -194,7 +197,7 @@ class CameraTransformer(CogVideoXTransformer3DModel):
         """Of an image-to-video transformer, whose weights are copied. ``copy_blocks``: those of its first blocks also
         into the control branch, where that is as wide."""
         network = cls(**{name: value for name, value in base.config.items() if name in BASE}, **settings)
-        network.to(device=base.device, dtype=base.dtype).train(base.training)
+        nn.Module.to(network, base.device, base.dtype).train(base.training)  # diffusers' own warns of an empty list
         missing, surplus = network.load_state_dict(base.state_dict(), strict=False)
         assert not surplus and all(network.is_guide(name) for name in missing), (missing, surplus)
         control = network.camera_control
