@@ -1,0 +1,55 @@
+"""`fvgen generate` with a model that is guided by cameras: one photograph is enough, and the path is obeyed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checks import refusal
+from PIL import Image
+from small_cameras import SETTINGS, moved
+from small_cogvideox import FRAMES, HEIGHT, WIDTH, small_teacher
+
+import fvgen
+from fvgen.pipelines.folders import save_model
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Path:
+    """An image-to-video model whose camera branches are no longer silent."""
+    folder = tmp_path_factory.mktemp("models") / "guided"
+    pipeline = small_teacher(image_condition="first").with_cameras(**SETTINGS)
+    moved(pipeline.transformer)
+    save_model(pipeline, folder)
+    return folder
+
+
+@pytest.fixture
+def photograph(tmp_path) -> Path:
+    pixels = (torch.rand(HEIGHT, WIDTH, 3, generator=torch.Generator().manual_seed(3)) * 255).byte().numpy()
+    Image.fromarray(pixels).save(tmp_path / "room.png")
+    return tmp_path / "room.png"
+
+
+def test_one_photograph_without_depth_walks(model, photograph, tmp_path):
+    frames = {}
+    for path in ("orbit:20", "orbit:-20"):
+        out = fvgen.generate(photograph, tmp_path / path.replace(":", ""), model=model, trajectory=path, steps=2)
+        run = json.loads((out / "run.json").read_text())
+        assert (run["points"], run["result"]["points"]) == ("flat", "flat") and len(run["result"]["frames"]) == FRAMES
+        frames[path] = list(run["result"]["frames"].values())
+    assert frames["orbit:20"][-1] != frames["orbit:-20"][-1]
+
+
+def test_a_path_out_of_sight_of_the_photograph_is_no_mistake(model, photograph, tmp_path):
+    out = fvgen.generate(photograph, tmp_path / "walk", model=model, trajectory="pan:170", steps=1)
+    assert json.loads((out / "run.json").read_text())["result"]["coverage"][-1] == 0
+
+
+def test_others_still_want_depth(photograph, tmp_path, monkeypatch):
+    for name in ("FVGEN_DEPTH_PRO", "FVGEN_DUST3R"):
+        monkeypatch.delenv(name, raising=False)
+    assert "tells no depth by itself" in refusal(lambda: fvgen.generate(photograph, tmp_path / "walk"))
+    assert not (tmp_path / "walk").exists()
