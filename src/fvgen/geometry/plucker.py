@@ -68,7 +68,7 @@ def folded(x: Tensor, squeeze: int = 4) -> Tensor:
     """Frames [..., F, C, H, W] to latent frames [..., F', squeeze C, H, W]: latent frame 0 is frame 0, repeated, and
     latent frame i > 0 frames (i - 1) squeeze + 1 to i squeeze, in order, as CogVideoX's causal VAE groups them."""
     frames = x.shape[-4]
-    assert frames % squeeze == 1, f"{frames} frames are not one more than a multiple of {squeeze}"
+    assert (frames - 1) % squeeze == 0, f"{frames} frames are not one more than a multiple of {squeeze}"
     first = x.narrow(-4, 0, 1)
     whole = torch.cat([first] * (squeeze - 1) + [x], dim=-4)
     return whole.unflatten(-4, (-1, squeeze)).flatten(-4, -3)

@@ -1,0 +1,82 @@
+"""What LaLRM's numbers mean: Gaussians along the rays of a clip's own frames.
+
+The paper gives no activations; these are chosen so that zeros are a fair start at any size of scene and image, and
+that a Gaussian can be no wider than a few of its neighbours (docs/wonderland.md has the relatives' choices):
+
+    distance   near^(1-w) far^w,  w = sigmoid(x + b)      along the ray; b puts zeros at ``typical``; linear in w where
+                                                          far / near <= 50
+    scale      distance / focal  exp(clamp(x, -3, 1.5))   focal in Gaussians, so 1 is the way to the next one
+    opacity    sigmoid(x - 1), where there is one for every pixel sigmoid(x - 2)
+    colour     sigmoid(x)
+    rotation   normalise(x + (1, 0, 0, 0))                w x y z
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fvgen.geometry.cameras import Cameras
+from fvgen.geometry.conventions import rotation_to_quaternion
+from fvgen.geometry.gaussians import LEAST_ALPHA, Gaussians
+from fvgen.geometry.plucker import normalised, packed, rays
+from fvgen.models.lalrm import LaLRM
+
+LINEAR = 50.0  # far / near up to which distances are spread evenly
+LEAST_SCALE, MOST_SCALE = -3.0, 1.5  # logarithms, in ways to the next Gaussian
+FAINT, FAINTER = 1.0, 2.0  # what opacities' numbers start below, on coarse and full grids
+COLOR, SCALE, ROTATION, OPACITY, DISTANCE = slice(0, 3), slice(3, 6), slice(6, 10), 10, 11
+
+
+def distances(x: Tensor, near: float, far: float, typical: float) -> Tensor:
+    """Of numbers of any shape; 0 gives ``typical``, -inf ``near``, inf ``far``."""
+    logarithmic = far / near > LINEAR
+    low, middle, high = (math.log(d) if logarithmic else d for d in (near, typical, far))
+    share = (middle - low) / (high - low)
+    spread = torch.lerp(*(x.new_full((), end) for end in (low, high)), torch.sigmoid(x + math.log(share / (1 - share))))
+    return spread.exp() if logarithmic else spread
+
+
+def gaussians_along(numbers: Tensor, cameras: Cameras, settings: Mapping[str, Any]) -> Gaussians:
+    """F H' W' Gaussians of ``numbers`` [12, F, H', W'], in the world of ``cameras`` (of the F frames); ``settings``:
+    near, far, typical and spacing of a `LaLRM`."""
+    height, width = numbers.shape[2:]
+    origins, directions = rays(cameras.to(numbers.device), height, width)
+    rows = numbers.permute(1, 2, 3, 0)  # [F, H', W', 12]
+    away = distances(rows[..., DISTANCE, None], settings["near"], settings["far"], settings["typical"])
+    focal = cameras.intrinsics[:, 0, 0].to(numbers) * width / cameras.width
+    size = away / focal[:, None, None, None] * rows[..., SCALE].clamp(LEAST_SCALE, MOST_SCALE).exp()
+    unturned = torch.tensor([1.0, 0.0, 0.0, 0.0]).to(numbers)
+    faint = FAINTER if settings["spacing"] == 1 else FAINT
+    return Gaussians(
+        (origins[:, None, None] + away * directions).flatten(0, 2),
+        size.flatten(0, 2),
+        torch.nn.functional.normalize(rows[..., ROTATION] + unturned, dim=-1).flatten(0, 2),
+        torch.sigmoid(rows[..., OPACITY] - faint).flatten(),
+        torch.sigmoid(rows[..., COLOR]).flatten(0, 2),
+    )
+
+
+@torch.no_grad()
+def reconstructed(lalrm: LaLRM, latents: Tensor, cameras: Cameras) -> Gaussians:
+    """Gaussians in the cameras' own world and units from scaled ``latents`` [1, C, F', h, w] of a clip; those that
+    nobody can see are left out. Raises UserError as `normalised` does."""
+    path, scale = normalised(cameras)
+    numbers = lalrm(latents.to(lalrm.device, lalrm.dtype), packed(path)[None].float().to(lalrm.device))[0].float()
+    seen = gaussians_along(numbers.cpu(), path.to(dtype=torch.float32), lalrm.config)
+    seen = seen[seen.opacities >= LEAST_ALPHA]
+    pose = cameras.world_from_cam[0].double()
+    means = (seen.means.double() / scale) @ pose[:3, :3].T + pose[:3, 3]
+    turned = multiplied(rotation_to_quaternion(pose[None, :3, :3]).expand(len(seen), 4), seen.rotations.double())
+    return Gaussians(means.float(), seen.scales / scale, turned.float(), seen.opacities, seen.colors)
+
+
+def multiplied(a: Tensor, b: Tensor) -> Tensor:
+    """[N, 4] Hamilton product of quaternions w x y z: turned by b, then by a."""
+    (aw, av), (bw, bv) = ((q[:, :1], q[:, 1:]) for q in (a, b))
+    real = aw * bw - (av * bv).sum(dim=1, keepdim=True)
+    return torch.cat([real, aw * bv + bw * av + torch.linalg.cross(av, bv)], dim=1)
