@@ -18,11 +18,13 @@ from torch import Tensor
 
 from fvgen import distill
 from fvgen.clips.clip import Clip
+from fvgen.clips.filters import LIMITS
 from fvgen.clips.folder import save_clips
 from fvgen.clips.latents import LatentBatch
 from fvgen.distill.draws import Draws
-from fvgen.distill.methods.camera import AC3D, truncated_normal
+from fvgen.distill.methods.camera import AC3D, Camera, truncated_normal
 from fvgen.errors import UserError
+from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.conventions import from_opengl
 from fvgen.models.condition import Condition
 from fvgen.models.family import Size
@@ -31,6 +33,7 @@ from fvgen.pipelines.folders import load_pipeline, save_model
 from fvgen.pipelines.student import StudentPipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.planning.plan import profiles, teacher_blueprint
+from fvgen.planning.simulate import simulate
 from fvgen.shards.prepare import prepare
 from fvgen.shards.reader import ShardSet
 
@@ -119,23 +122,21 @@ def test_either_branch_alone_trains(stage, branch):
     assert load_pipeline(folder, TeacherPipeline).network.config.branch == branch
 
 
-def test_it_goes_on_from_a_guided_teacher_of_the_same_settings(guided_folder, stage):
+def test_it_goes_on_from_a_guided_teacher_of_the_same_settings(guided_folder, stage, tmp_path):
     before = weights(guided_folder)
     after = weights(distill.run(stage(teacher=str(guided_folder), student_lr=1e-5, iterations=1)))
     assert before.keys() == after.keys()
     assert max((after[name] - tensor).abs().max().item() for name, tensor in before.items()) < 1e-4
-    other = stage(teacher=str(guided_folder), control_blocks=2)
+    other = stage(teacher=str(guided_folder), control_blocks=2, out=str(tmp_path / "other"))
     assert "control_blocks=2, but the teacher is guided" in refusal(lambda: distill.run(other))
 
 
-@pytest.mark.parametrize("name", ["gan", "leap", "ode-pairs"])
-def test_the_other_methods_take_it_as_their_teacher(guided_folder, stage, name):
-    own = {"critic_updates": 1, "head_channels": 8} if name == "gan" else {}
-    folder = distill.run(
-        stage(name, teacher=str(guided_folder), guidance=1.0, iterations=1)
-        if name != "gan"
-        else stage(name, teacher=str(guided_folder), iterations=1, **own)
-    )
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("gan", {"critic_updates": 1, "head_channels": 8}), ("leap", {"guidance": 1.0}), ("ode-pairs", {"guidance": 1.0})],
+)
+def test_the_other_methods_take_it_as_their_teacher(guided_folder, stage, name, own):
+    folder = distill.run(stage(name, teacher=str(guided_folder), iterations=1, **own))
     student = load_pipeline(folder, StudentPipeline)
     one, two = (student(video(), cameras=cameras(seed)) for seed in (1, 2))
     assert student.wants_cameras and not torch.equal(one, two)
@@ -197,11 +198,9 @@ def test_the_truncated_normal_is_one():
 )
 def test_timesteps_are_drawn_where_something_is_to_be_learnt(words, low, mean):
     settings = distill.stage_config("camera", {"out": "a", **words}).method
-    method = type("Bare", (), {"settings": settings})()
-    from fvgen.distill.methods.camera import Camera
-
-    count = 20_000
-    t = Camera.timesteps(method, torch.zeros(count), Draws(rng()))
+    method, count = Camera.__new__(Camera), 20_000
+    method.settings = settings
+    t = method.timesteps(torch.zeros(count), Draws(rng()))
     assert t.dtype == torch.long and low <= t.min() and t.max() <= 999
     assert t.min() < low + 20 and t.max() > 990
     if mean is None:
@@ -220,12 +219,10 @@ def test_the_loss_is_that_of_the_velocity(stage, guided_folder):
     draws, schedule = Draws(rng(4)), trainer.base.schedule
     t = draws.integers(0, 1000, batch.latents)
     noise = draws.normal(batch.latents)
-    alpha = schedule.alphas_cumprod[t].view(-1, 1, 1, 1, 1) if hasattr(schedule, "alphas_cumprod") else None
     x_t = schedule.add_noise(batch.latents, noise, t)
     v = trainer.base.family.call(method.student.network, x_t, t, batch.condition).output
-    target = schedule.velocity(batch.latents, noise, t)
-    if alpha is not None:
-        torch.testing.assert_close(target, alpha.sqrt() * noise - (1 - alpha).sqrt() * batch.latents)
+    signal, level = (schedule.add_noise(*pair, t) for pair in ((torch.ones_like(noise), 0 * noise), (0 * noise, noise)))
+    target = signal * noise - level / noise * batch.latents  # sqrt(ab) e - sqrt(1 - ab) z
     torch.testing.assert_close(found, (v - target).square().mean())
 
 
@@ -234,17 +231,23 @@ def test_the_loss_is_that_of_the_velocity(stage, guided_folder):
 
 def test_a_stage_is_planned_from_the_base_it_will_be_trained_on(base_folder, guided_folder, stage):
     family, blueprint = teacher_blueprint(str(base_folder))
-    found = profiles(stage(), family, blueprint, Size(1, FRAMES, HEIGHT, WIDTH))
-    assert set(found) == {("three models", False), ("three models", True)}
+    size = Size(1, FRAMES, HEIGHT, WIDTH)
+    counted = simulate(stage(), family, blueprint, size).parameters
     network = load_pipeline(guided_folder, TeacherPipeline).network
     sizes = {name: p.numel() for name, p in network.named_parameters()}
-    counted = found["three models", False].parameters
     assert counted["student"] == sum(size for name, size in sizes.items() if network.is_guide(name))
     assert counted["teacher"] == sum(size for name, size in sizes.items() if not network.is_guide(name))
     assert counted["followers"] == 0
     family, blueprint = teacher_blueprint(str(guided_folder))
-    own = stage("gan", teacher=str(guided_folder), critic_updates=1, head_channels=8)
-    assert profiles(own, family, blueprint, Size(1, FRAMES, HEIGHT, WIDTH))["LoRA both", True].flops > 0
+    assert simulate(stage(teacher=str(guided_folder)), family, blueprint, size).parameters == counted
+
+
+@pytest.mark.slow
+def test_a_stage_of_a_guided_teacher_is_planned_in_every_way_to_share(guided_folder, stage):
+    family, blueprint = teacher_blueprint(str(guided_folder))
+    config = stage("dmd", teacher=str(guided_folder), critic_updates=1, head_channels=8)
+    found = profiles(config, family, blueprint, Size(1, FRAMES, HEIGHT, WIDTH))
+    assert len(found) == 6 and all(profile.flops > 0 for profile in found.values())
 
 
 # --- Shards ---
@@ -272,8 +275,6 @@ def scene(tmp_path_factory) -> Path:
 
 def test_shards_of_the_base_serve_its_guided_teacher(scene, base_folder, guided_folder, stage, tmp_path):
     """They hold poses; only the guided model's own shards hold paths as well, and the two are the same."""
-    from fvgen.clips.filters import LIMITS
-
     options = {"clips_per_scene": 1, "clips_per_shard": 1, "workers": 1, "limits": dict.fromkeys(LIMITS, 0.0)}
     for name, folder in (("plain", base_folder), ("own", guided_folder)):
         prepare([scene], tmp_path / name, FRAMES, (HEIGHT, WIDTH), teacher=str(folder), **options)
@@ -290,7 +291,5 @@ def test_shards_of_the_base_serve_its_guided_teacher(scene, base_folder, guided_
     with pytest.raises(UserError, match="other encoders"):
         distill.run(stage("ode-pairs", data=str(tmp_path / "own"), batch_size=1))
     clip = plain[0]
-    from fvgen.geometry.cameras import Cameras
-
     expected = clip_path(Cameras(clip.world_from_cam, clip.intrinsics, HEIGHT, WIDTH))
     assert torch.equal(clip.condition["camera_path"], expected)
