@@ -33,7 +33,7 @@ def count(module: torch.nn.Module) -> int:
 
 def test_the_papers_sizes():
     with torch.device("meta"):
-        half, full = LaLRM(), LaLRM(spacing=1)
+        half, full = LaLRM(), LaLRM(pitch=1)
     assert count(half.blocks) == 24 * 12 * 1024**2 + 24 * 2 * 1024  # 302.0 M, and the norms' gains
     assert count(half.latents) == 16 * 4 * 1024  # 0.07 M
     assert count(half.rays) == 6 * 4 * 16 * 16 * 1024  # 6.3 M
@@ -52,7 +52,7 @@ def test_frames_come_back(frames, latent, squeeze):
 
 
 def test_one_for_every_pixel_and_recomputation():
-    network, z = small(spacing=1), torch.randn(1, 4, 3, 4, 6)
+    network, z = small(pitch=1), torch.randn(1, 4, 3, 4, 6)
     plain = network(z, path(9))
     assert plain.shape == (1, 12, 9, 16, 24)
     network.enable_gradient_checkpointing()
@@ -71,7 +71,7 @@ def test_without_cameras_the_path_is_not_looked_at():
 
 def test_settings_that_do_not_fit():
     assert "no multiple of head_dim=24" in refusal(lambda: small(head_dim=24))
-    assert "spacing=3 does not divide a token's 8 pixels" in refusal(lambda: small(spacing=3))
+    assert "pitch=3 does not divide a token's 8 pixels" in refusal(lambda: small(pitch=3))
     assert "0 < near < typical < far" in refusal(lambda: small(near=4.0))
 
 

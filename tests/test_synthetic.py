@@ -23,7 +23,7 @@ from fvgen.clips.rooms import (
     synthetic_clip,
 )
 from fvgen.clips.textures import PATTERNS, Texture, color_at, fractal_noise, lattice_hash, value_noise
-from fvgen.geometry.cameras import Cameras, look_at, pinhole, pose_problem
+from fvgen.geometry.cameras import Cameras, look_at, pinhole, pose_problem, project
 from fvgen.geometry.pointcloud import render_points, unproject
 
 FRAMES, HEIGHT, WIDTH = 3, 24, 32
@@ -320,3 +320,24 @@ def test_grain_keeps_colours_in_range():
     bright = Texture("marble", 1.0, torch.tensor([[0.9, 0.9, 0.9], [1.0, 1.0, 1.0]]), grain=0.9, seed=2)
     found = color_at(bright, uv)
     assert found.min() >= 0 and found.max() == 1 and found.std() > 0.05
+
+
+def test_views_off_the_path_are_free_and_change_no_clip():
+    plain = synthetic_clip("train", 0, 3, 4, 24, 32)
+    clip = synthetic_clip("train", 0, 3, 4, 24, 32, others=5)
+    assert torch.equal(clip.truth, plain.truth) and torch.equal(clip.render, plain.render)
+    assert clip.others.images.shape == (5, 3, 24, 32) and clip.others.depth.shape == (4 + 5, 24, 32)
+    assert torch.equal(synthetic_clip("train", 0, 3, 4, 24, 32, others=5).others.images, clip.others.images)
+    between = torch.cdist(clip.others.cameras.centers, clip.cameras.centers).amin(dim=1)
+    extent = torch.cdist(clip.cameras.centers, clip.cameras.centers).max()
+    assert (between > 0.05 * extent).sum() >= 4  # off the path, all but one that lies before a frame
+    # what another view's depth says is where a frame sees the same point, where nothing is in between
+    points, colors = unproject(clip.others.depth[4:5], clip.others.images[:1], clip.others.cameras[[0]])
+    pixels, depth = project(points, clip.cameras[[1]])
+    x, y = pixels[0].floor().long().unbind(-1)
+    inside = (x >= 0) & (y >= 0) & (x < 32) & (y < 24) & (depth[0] > 0)
+    theirs = clip.others.depth[1][y[inside], x[inside]]
+    agree = (theirs / depth[0][inside] - 1).abs() < 0.05
+    assert inside.sum() > 100 and agree.float().mean() > 0.6
+    difference = (clip.truth[1][:, y[inside], x[inside]].T - colors[inside])[agree].abs().mean()
+    assert difference < 0.1

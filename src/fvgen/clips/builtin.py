@@ -38,21 +38,22 @@ def cache_folder() -> Path:
 
 
 def builtin_clips(
-    split: str, count: int, workers: int | None = None, world: World = USUAL, frames: int = FRAMES
+    split: str, count: int, workers: int | None = None, world: World = USUAL, frames: int = FRAMES, others: int = 0
 ) -> ClipFolder:
     """The first ``count`` clips of a split ("train" or "test"), from the cache or made now (0.2 s each on one core)."""
     name = f"{world.name}-{split}" if world.name else split
     length = "" if frames == FRAMES else f"-{frames}frames"
-    path = cache_folder() / f"builtin-{GENERATION}-{name}-{count}{length}"
+    more = f"-{others}others" if others else ""
+    path = cache_folder() / f"builtin-{GENERATION}-{name}-{count}{length}{more}"
     if not (path / "index.json").exists():
-        made = _make(split, count, workers or os.cpu_count() or 1, world, frames)
+        made = _make(split, count, workers or os.cpu_count() or 1, world, frames, others)
         clips = list(track(made, f"scenes ({name})", total=count))
         save_clips(path, clips, {"kind": "builtin", "generation": GENERATION, "split": name, "seed": DATA_SEED})
     return ClipFolder(path)
 
 
-def _make(split: str, count: int, workers: int, world: World, frames: int) -> Iterator[Clip]:
-    job = partial(_one, split, world, frames)
+def _make(split: str, count: int, workers: int, world: World, frames: int, others: int) -> Iterator[Clip]:
+    job = partial(_one, split, world, frames, others)
     if workers == 1 or count < 8:
         yield from map(job, range(count))
         return
@@ -60,5 +61,5 @@ def _make(split: str, count: int, workers: int, world: World, frames: int) -> It
         yield from pool.map(job, range(count), chunksize=4)
 
 
-def _one(split: str, world: World, frames: int, index: int) -> Clip:
-    return synthetic_clip(split, DATA_SEED, index, frames, HEIGHT, WIDTH, world)
+def _one(split: str, world: World, frames: int, others: int, index: int) -> Clip:
+    return synthetic_clip(split, DATA_SEED, index, frames, HEIGHT, WIDTH, world, others)

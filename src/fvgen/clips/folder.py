@@ -1,5 +1,6 @@
 """A folder of clips with their pixels: ``clips.safetensors`` (all clips, stacked, 8-bit; ``shown`` where any has masks,
-``world_from_cam`` and ``intrinsics`` where all have cameras) and ``index.json`` (names, sizes, provenance). Its latents
+``world_from_cam`` and ``intrinsics`` where all have cameras, ``other_images`` and what belongs to them where all have
+other views) and ``index.json`` (names, sizes, provenance). Its latents
 are cached beside it: see `fvgen.clips.latents`.
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-from fvgen.clips.clip import Clip, shown_of, to_bytes
+from fvgen.clips.clip import Clip, Others, shown_of, to_bytes
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import Cameras
 from fvgen.system.doors import open_tensors, read_object
@@ -21,6 +22,7 @@ from fvgen.system.files import atomic_path, new_folder, write_tensors, write_tex
 FORMAT = 1
 KINDS = ["U8", "U8", "BOOL"]  # of truth, render and known
 CAMERAS = {"world_from_cam": [4, 4], "intrinsics": [3, 3]}  # float32, of every frame
+OTHERS, DEPTH = "other_", "depth"  # `Others`: 8-bit images and cameras like a clip's, each named so; depth float16
 
 
 class ClipFolder:
@@ -36,6 +38,7 @@ class ClipFolder:
             self._file = open_tensors(file)
             keys = set(self._file.keys())
             self._masked, self._posed = "shown" in keys, not keys.isdisjoint(CAMERAS)
+            self._others, self._deep = f"{OTHERS}images" in keys, DEPTH in keys
             found = {key: self._file.get_slice(key) for key in ("truth", "render", "known")}
         except (SafetensorError, UserError) as error:
             reason = getattr(error, "reason", first_line(error))
@@ -50,7 +53,8 @@ class ClipFolder:
             or kinds != KINDS
             or 0 in truth
             or (self._masked and not self._fits_masks(truth))
-            or (self._posed and not (keys.issuperset(CAMERAS) and self._fits_cameras(truth)))
+            or (self._posed and not (keys.issuperset(CAMERAS) and self._fits_cameras(truth[:2])))
+            or (self._others and not self._fits_others(truth, keys))
         ):
             raise UserError(f"{file} does not fit its index.json; {cure}")
         self.frames, self.height, self.width = truth[1], truth[3], truth[4]
@@ -59,10 +63,24 @@ class ClipFolder:
         shown = self._file.get_slice("shown")
         return (shown.get_dtype(), list(shown.get_shape())) == ("BOOL", [*truth[:2], *truth[3:]])
 
-    def _fits_cameras(self, truth: Sequence[int]) -> bool:
-        slices = {name: self._file.get_slice(name) for name in CAMERAS}
+    def _fits_cameras(self, many: Sequence[int], prefix: str = "") -> bool:
+        slices = {name: self._file.get_slice(prefix + name) for name in CAMERAS}
         kinds = {name: (each.get_dtype(), list(each.get_shape())) for name, each in slices.items()}
-        return kinds == {name: ("F32", [*truth[:2], *size]) for name, size in CAMERAS.items()}
+        return kinds == {name: ("F32", [*many, *size]) for name, size in CAMERAS.items()}
+
+    def _fits_others(self, truth: Sequence[int], keys: set[str]) -> bool:
+        images = self._file.get_slice(f"{OTHERS}images")
+        shape = list(images.get_shape())
+        if (images.get_dtype(), len(shape)) != ("U8", 5) or [shape[0], *shape[2:]] != [truth[0], *truth[2:]]:
+            return False
+        if not (self._posed and keys.issuperset({f"{OTHERS}{name}" for name in CAMERAS})):
+            return False
+        if self._deep:
+            depth = self._file.get_slice(DEPTH)
+            deep = [truth[0], truth[1] + shape[1], *truth[3:]]
+            if (depth.get_dtype(), list(depth.get_shape())) != ("F16", deep):
+                return False
+        return self._fits_cameras(shape[:2], OTHERS)
 
     def __len__(self) -> int:
         return len(self.names)
@@ -74,7 +92,14 @@ class ClipFolder:
         if self._posed:
             matrices = (self._file.get_slice(name)[index] for name in CAMERAS)
             cameras = Cameras(*matrices, self.height, self.width)
-        return Clip(self.names[index], truth, render, self._file.get_slice("known")[index], cameras, shown)
+        others = self._read_others(index) if self._others else None
+        return Clip(self.names[index], truth, render, self._file.get_slice("known")[index], cameras, shown, others)
+
+    def _read_others(self, index: int) -> Others:
+        images = self._file.get_slice(f"{OTHERS}images")[index].float() / 255
+        matrices = (self._file.get_slice(f"{OTHERS}{name}")[index] for name in CAMERAS)
+        depth = self._file.get_slice(DEPTH)[index].float() if self._deep else None
+        return Others(images, Cameras(*matrices, self.height, self.width), depth)
 
 
 def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFolder:
@@ -95,6 +120,8 @@ def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFol
         tensors["shown"] = torch.stack([shown_of(clip) for clip in clips])
     if all(clip.cameras is not None for clip in clips):
         tensors |= {name: torch.stack([getattr(clip.cameras, name).float() for clip in clips]) for name in CAMERAS}
+    if all(clip.others is not None for clip in clips):
+        tensors |= _stacked_others([clip.others for clip in clips])
     frames, _, height, width = shapes.pop()
     index = {
         "format": FORMAT,
@@ -109,6 +136,16 @@ def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFol
         write_tensors(folder / "clips.safetensors", tensors)
         write_text(folder / "index.json", json.dumps(index, indent=1) + "\n")
     return ClipFolder(path)
+
+
+def _stacked_others(all_others: Sequence[Others]) -> dict[str, torch.Tensor]:
+    assert len({len(others.cameras) for others in all_others}) == 1, "as many other views for every clip expected"
+    cameras = {name: torch.stack([getattr(o.cameras, name).float() for o in all_others]) for name in CAMERAS}
+    tensors = {f"{OTHERS}{name}": matrices for name, matrices in cameras.items()}
+    tensors[f"{OTHERS}images"] = torch.stack([to_bytes(others.images) for others in all_others])
+    if all(others.depth is not None for others in all_others):
+        tensors[DEPTH] = torch.stack([others.depth.half() for others in all_others])
+    return tensors
 
 
 def _read_index(path: Path) -> dict:

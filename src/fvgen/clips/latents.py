@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fvgen.clips.clip import Clip
+from fvgen.clips.clip import Clip, to_bytes
 from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
+from fvgen.geometry.plucker import normalised, packed, seen_from
 from fvgen.models.condition import Condition
 from fvgen.system.doors import Unreadable, load_tensors, not_finite
 from fvgen.system.files import write_tensors
@@ -25,22 +26,26 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LatentBatch:
-    """``latents`` [B, C, F, h, w]: the scaled latents of the true frames; ``condition``: what the networks may see."""
+    """``latents`` [B, C, F, h, w]: the scaled latents of the true frames; ``condition``: what the networks may see;
+    ``views``: pictures of the scenes, for a method that `needs` them, see `views_of`."""
 
     latents: Tensor
     condition: Condition
+    views: Condition | None = None
 
     def to(self, device: str | torch.device) -> LatentBatch:
         """The same batch on another device."""
-        return LatentBatch(self.latents.to(device, non_blocking=True), self.condition.to(device, non_blocking=True))
+        views = None if self.views is None else self.views.to(device, non_blocking=True)
+        latents = self.latents.to(device, non_blocking=True)
+        return LatentBatch(latents, self.condition.to(device, non_blocking=True), views)
 
 
 class LatentSet:
     """All clips of a folder in memory, encoded: ``tensors`` holds "latents" [N, C, F, h, w] and the tensors of their
-    conditions by name, [N, ...], or [1, ...] for what holds for all."""
+    conditions by name, [N, ...], or [1, ...] for what holds for all; ``views`` those of `views_of`, where wanted."""
 
-    def __init__(self, tensors: dict[str, Tensor], names: list[str]) -> None:
-        self.tensors, self.names = tensors, names
+    def __init__(self, tensors: dict[str, Tensor], names: list[str], views: Condition | None = None) -> None:
+        self.tensors, self.names, self.views = tensors, names, views
 
     def __len__(self) -> int:
         return len(self.names)
@@ -49,7 +54,8 @@ class LatentSet:
         """The clips at ``indices`` as one batch."""
         latents = self.tensors["latents"][indices].to(device, non_blocking=True)
         condition = Condition(**{key: tensor for key, tensor in self.tensors.items() if key != "latents"})
-        return LatentBatch(latents, condition.rows(indices).to(device, non_blocking=True))
+        views = None if self.views is None else self.views.rows(indices).to(device, non_blocking=True)
+        return LatentBatch(latents, condition.rows(indices).to(device, non_blocking=True), views)
 
     def random_batch(
         self, size: int, generator: torch.Generator, device: str | torch.device = "cpu", rows: slice = slice(None)
@@ -58,8 +64,9 @@ class LatentSet:
         return self.batch(torch.randint(len(self), (size,), generator=generator)[rows], device)
 
 
-def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0) -> LatentSet:
-    """The latents of ``clips`` under ``pipeline``'s encoders, from the cache or encoded now and cached.
+def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0, views: bool = False) -> LatentSet:
+    """The latents of ``clips`` under ``pipeline``'s encoders, from the cache or encoded now and cached; with the clips'
+    ``views`` where they are wanted.
 
     Posterior samples are drawn once, from ``seed``, as ViewCrafter samples its VAE. Raises UserError for a damaged
     cache file.
@@ -81,7 +88,32 @@ def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0) 
         raise UserError(f"the latent cache {file} does not fit its clips; delete it and run again")
     if (name := not_finite(tensors.items())) is not None:
         raise UserError(f"the latent cache {file}: {name[:100]} holds NaN or an infinity; delete it and run again")
-    return LatentSet(tensors, clips.names)
+    return LatentSet(tensors, clips.names, all_views(clips) if views else None)
+
+
+def views_of(clip: Clip) -> Condition:
+    """What a reconstruction of the clip is to show, [1, ...]: ``images`` [V, 3, H, W] uint8 and ``path`` [V, 21], its
+    frames first and then its other views, as its first camera sees them in units of the path (`packed`, `normalised`);
+    and ``depth`` [V, H, W] in those units, where it is known.
+
+    Raises UserError for a clip without cameras, or whose path does not move.
+    """
+    if clip.cameras is None:
+        raise UserError(f"clip {clip.name} has no cameras, which its views need; prepare it again with this fvgen")
+    path, scale = normalised(clip.cameras)
+    images, others = [to_bytes(clip.truth)], clip.others
+    rows, depth = [packed(path).float()], None
+    if others is not None:
+        images.append(to_bytes(others.images))
+        rows.append(packed(seen_from(clip.cameras, others.cameras, scale)).float())
+        depth = None if others.depth is None else scale * others.depth[None]
+    return Condition(images=torch.cat(images)[None], path=torch.cat(rows)[None], depth=depth)
+
+
+def all_views(clips: ClipFolder) -> Condition:
+    """`views_of` all clips, [N, ...]."""
+    rows = [views_of(clips[index]) for index in range(len(clips))]
+    return Condition(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
 
 
 def condition_of(clip: Clip, pipeline: NovelViewPipeline, generator: torch.Generator) -> Condition:

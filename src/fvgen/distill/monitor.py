@@ -130,12 +130,15 @@ def peak_memory_gb(device: str) -> float:
 
 
 @torch.no_grad()
-def sample_clips(method: Method, latents: LatentSet, config: StageConfig) -> tuple[Tensor, float]:
+def sample_clips(method: Method, latents: LatentSet, config: StageConfig) -> tuple[Tensor, float | None]:
     """The method's latents [S, C, F, h, w] for the first clip from S seeds, and how much seeds matter: the standard
     deviation between them, over that of the clip's own latents. Near 0 all seeds give one clip: a collapsed student.
+    A method that samples frames has no seeds: its frames [1, F, 3, H, W], and None.
 
     With ZeRO-3 every process must call this. The weights are the student's present ones, not their average.
     """
+    if method.samples == "frames":
+        return method.sample(latents.batch([0], config.run.device), config.run.seed), None
     batch = latents.batch([0] * SEEDS, config.run.device)
     clips = method.sample(batch, config.run.seed)
     return clips, (clips.std(dim=0).square().mean().sqrt() / batch.latents[0].std()).item()

@@ -97,14 +97,16 @@ class Trainer:
         data = self.world.main_first(lambda: stage_data(config, self.base))
         teacher = self.base.teacher(getattr(config.method, "guidance", None))
         learner = partial(make_learner, config, self.world)
-        setup = Setup(config, self.base.family, teacher, learner, self.start_from, self.world)
+        setup = Setup(config, self.base.family, teacher, learner, self.start_from, self.world, self.base)
         self.method = METHODS[config.name].method.build(setup)
         shard_frozen(teacher, config, self.world)
         self.made = not there(self.out)  # by this process, and so to be removed where it begins with a refusal
         with no_leftovers(*([self.out] if self.world.is_main else [])):
             self.world.main_only(self.folder.claim)
             self.latents: LatentSet = (
-                data if isinstance(data, ShardSet) else self.world.main_first(lambda: load_latents(data, self.base))
+                data
+                if isinstance(data, ShardSet)
+                else self.world.main_first(lambda: load_latents(data, self.base, views="views" in self.method.needs))
             )
         for part in self.base.idle_parts():  # gigabytes; the main process exports them with the student
             part.to("cpu" if self.world.is_main else "meta")
@@ -196,7 +198,8 @@ class Trainer:
         every = self.config.log.sample_every
         clips = None
         if every and (iteration % every == 0 or iteration == self.config.run.iterations):
-            clips, watched[MONITOR + "seed_spread"] = sample_clips(self.method, self.latents, self.config)
+            clips, spread = sample_clips(self.method, self.latents, self.config)
+            watched |= {} if spread is None else {MONITOR + "seed_spread": spread}
 
         def write() -> None:
             best_by = self.config.log.keep_best_by
@@ -206,7 +209,8 @@ class Trainer:
             monitor.row(iteration, row, watched)
             if clips is not None:
                 truth = self.latents.batch([0], self.config.run.device).latents
-                monitor.clips(self._decode(clips), iteration, lambda: self._decode(truth))
+                shown = clips if self.method.samples == "frames" else self._decode(clips)
+                monitor.clips(shown, iteration, lambda: self._decode(truth))
 
         self.world.main_only(write)
 
@@ -297,17 +301,23 @@ def check_families(teacher: str, start_from: Path) -> None:
 
 def stage_data(config: StageConfig, base: TeacherPipeline) -> ClipFolder | ShardSet:
     """The clips to train on, see `open_clips`."""
-    return open_clips(config.data.data, config.data.clips, base, config.run.teacher)
+    views = getattr(config.method, "others", 0) if "views" in METHODS[config.name].method.needs else None
+    return open_clips(config.data.data, config.data.clips, base, config.run.teacher, views)
 
 
-def open_clips(data: str, count: int, base: NovelViewPipeline, teacher: str) -> ClipFolder | ShardSet:
+def open_clips(
+    data: str, count: int, base: NovelViewPipeline, teacher: str, views: int | None = None
+) -> ClipFolder | ShardSet:
     """Clips by the setting ``data``, ``count`` of the built-in ones; shards are encoded already. Raises UserError for a
-    folder that holds none, clips that ``base`` cannot take, and shards that other encoders made than ``teacher``'s."""
+    folder that holds none, clips that ``base`` cannot take, and shards that other encoders made than ``teacher``'s.
+
+    views: None, or clips come with their views, built-in ones with so many off the path."""
     if data in WORLDS:
         frames = builtin_frames(base)
-        clips: ClipFolder | ShardSet = builtin_clips("train", count, world=WORLDS[data], frames=frames)
+        made = partial(builtin_clips, "train", count, world=WORLDS[data], frames=frames)
+        clips: ClipFolder | ShardSet = made(others=views or 0)
     elif holds_shards(data):
-        clips = ShardSet(data, base.wants_cameras)
+        clips = ShardSet(data, base.wants_cameras, views is not None)
         without = base.encoder_fingerprint(cameras=False)
         made_without = clips.settings.encoder == without
         clips.check_encoder(without if made_without else base.encoder_fingerprint(), teacher)

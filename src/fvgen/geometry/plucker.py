@@ -54,14 +54,21 @@ def normalised(cameras: Cameras, least: float = 1e-3) -> tuple[Cameras, float]:
     """
     if not all(torch.isfinite(matrix).all() for matrix in (cameras.world_from_cam, cameras.intrinsics)):
         raise UserError("a camera of the path holds NaN or infinity; give finite poses and intrinsics")
-    poses = replace(cameras, world_from_cam=cameras.world_from_cam.double())  # far from the origin float32 is coarse
-    relative = poses.cam_from_world[:1] @ poses.world_from_cam
+    relative = seen_from(cameras, cameras).world_from_cam
     relative[0] = torch.eye(4, dtype=relative.dtype)
     if len(cameras) > 1 and (relative - relative[0]).abs().max() < STILL:
         raise UserError("the camera path has no motion (every pose is the first one's); give one that moves or turns")
     scale = 1 / max(relative[:, :3, 3].norm(dim=-1).max().item(), least)
     relative[:, :3, 3] *= scale
     return replace(cameras, world_from_cam=relative.to(cameras.world_from_cam)), scale
+
+
+def seen_from(cameras: Cameras, others: Cameras, scale: float = 1.0) -> Cameras:
+    """``others``, in float64, in the world whose origin is the first of ``cameras``, lengths times ``scale``."""
+    first = cameras[:1].to(dtype=torch.float64)  # far from the origin float32 is coarse
+    relative = first.cam_from_world @ others.world_from_cam.double()
+    relative[:, :3, 3] *= scale
+    return replace(others, world_from_cam=relative)
 
 
 def folded(x: Tensor, squeeze: int = 4) -> Tensor:

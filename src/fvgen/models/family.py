@@ -11,7 +11,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -33,19 +33,29 @@ class Size:
     width: int
 
 
+class LatentGrid(NamedTuple):
+    """Channels of latents, and how many frames and (along a side) pixels a latent stands for."""
+
+    channels: int
+    frames: int
+    pixels: int
+
+
 @dataclass(frozen=True)
 class Blueprint:
     """A teacher without weights, to plan with: its settings as ``model_index.json`` and the folders beside it say.
 
     ``network`` builds it on the default device; ``example`` gives latents [B, C, F, h, w] and a condition of zeros for
     clips of some size, or raises UserError for a size that does not fit; ``schedule`` its noise levels; ``guidance``
-    its own; ``with_cameras`` the blueprint of `NovelViewPipeline.with_cameras`, by its settings, where there is one.
+    its own; ``latent_grid`` of its VAE; ``with_cameras`` the blueprint of `NovelViewPipeline.with_cameras`, by its
+    settings, where there is one.
     """
 
     network: Callable[[], nn.Module]
     example: Callable[[Size], tuple[Any, Condition]]
     schedule: Callable[[], NoiseSchedule]
     guidance: float
+    latent_grid: LatentGrid | None = None
     with_cameras: Callable[[Mapping[str, Any]], Blueprint] | None = None
 
 

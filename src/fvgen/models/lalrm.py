@@ -8,7 +8,7 @@
 
 Blocks are GS-LRM's, as the paper says: before each part a norm, no bias anywhere, MLPs four times as wide, GELU, no
 positions (rays carry them). F = r (F' - 1) + 1 frames come out of F' latent frames by a kernel of r + 1 in time, and
-g x g Gaussians out of a token, one for ``spacing`` x ``spacing`` pixels. What the numbers mean: `fvgen.splats.raymap`.
+g x g Gaussians out of a token, one for ``pitch`` x ``pitch`` pixels. What the numbers mean: `fvgen.splats.raymap`.
 
 Letters: s pixels to a latent pixel, r frames to a latent frame, D channels of a token.
 """
@@ -53,7 +53,7 @@ class LaLRM(ModelMixin, ConfigMixin):
     """Args:
         latent_channels: C. time_squeeze, space_squeeze: r (1 or 4) and s of the VAE.
         patch: p. width: D, a multiple of head_dim. layers: L.
-        spacing: pixels from a Gaussian to the next, a divisor of p s; 1 is one for every pixel, 2 the paper's.
+        pitch: pixels from a Gaussian to the next, a divisor of p s; 1 is one for every pixel, 2 the paper's.
         near, far, typical: distances along a ray, in units of a `normalised` path; ``typical`` is where they start.
         cameras: look at the rays; else tokens know nothing of where the camera was (an ablation).
 
@@ -72,7 +72,7 @@ class LaLRM(ModelMixin, ConfigMixin):
         width: int = 1024,
         layers: int = 24,
         head_dim: int = 64,
-        spacing: int = 2,
+        pitch: int = 2,
         near: float = 0.2,
         far: float = 20.0,
         typical: float = 3.0,
@@ -82,8 +82,8 @@ class LaLRM(ModelMixin, ConfigMixin):
         side = patch * space_squeeze
         if width % head_dim:
             raise UserError(f"width={width} is no multiple of head_dim={head_dim}; give one")
-        if side % spacing:
-            raise UserError(f"spacing={spacing} does not divide a token's {side} pixels; give one that does")
+        if side % pitch:
+            raise UserError(f"pitch={pitch} does not divide a token's {side} pixels; give one that does")
         if not 0 < near < typical < far:
             raise UserError(f"near={near}, typical={typical}, far={far} are not 0 < near < typical < far; give such")
         self.latents = nn.Conv2d(latent_channels, width, patch, patch, bias=False)
@@ -94,7 +94,7 @@ class LaLRM(ModelMixin, ConfigMixin):
             self.fuse = nn.Linear(2 * width, width, bias=False)
         self.blocks = nn.ModuleList(Block(width, head_dim) for _ in range(layers))
         kernel, step, cut = (time_squeeze + 1, time_squeeze, time_squeeze // 2) if time_squeeze > 1 else (1, 1, 0)
-        grown = (side // spacing,) * 2
+        grown = (side // pitch,) * 2
         self.gaussians = nn.ConvTranspose3d(width, NUMBERS, (kernel, *grown), (step, *grown), (cut, 0, 0), bias=False)
         with torch.no_grad():
             self.gaussians.weight.mul_(QUIET)
@@ -102,7 +102,7 @@ class LaLRM(ModelMixin, ConfigMixin):
 
     def forward(self, latents: Tensor, path: Tensor) -> Tensor:
         """[B, 12, F, H', W'] of scaled ``latents`` [B, C, F', h, w] and ``path`` [B, F, 21], `packed` and `normalised`
-        cameras of the F frames. H' = s h / spacing."""
+        cameras of the F frames. H' = s h / pitch."""
         config, side = self.config, self.config.space_squeeze * self.config.patch
         clips, _, frames, h, w = latents.shape
         assert h % config.patch == 0 and w % config.patch == 0, (h, w)

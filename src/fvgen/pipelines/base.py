@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from fvgen.diffusion.schedule import NoiseSchedule
-    from fvgen.models.family import Family
+    from fvgen.models.family import Family, LatentGrid
 
 Sample = Callable[..., Tensor]
 
@@ -103,6 +103,11 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         raise AttributeError(f"{type(self).__name__} has no decoder")
 
     @property
+    def latent_grid(self) -> LatentGrid:
+        """What a latent stands for."""
+        raise AttributeError(f"{type(self).__name__} has no latents")
+
+    @property
     def frames(self) -> int:
         """How many frames a clip has that the network was trained with."""
         raise AttributeError(f"{type(self).__name__} has no number of frames")
@@ -122,10 +127,18 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         """Whether its renders are to have no holes, see `fvgen.geometry.closing`."""
         return False
 
+    def with_parts(self, **parts: nn.Module) -> Self:
+        """The same model with other components, by name."""
+        settings = {name: self.config[name] for name in arguments_of(type(self))[0] if name in self.config}
+        return type(self)(**{**settings, **self.components, **parts})
+
     def with_network(self, network: nn.Module) -> Self:
         """The same model with another network."""
-        settings = {name: self.config[name] for name in arguments_of(type(self))[0] if name in self.config}
-        return type(self)(**{**settings, **self.components, self.network_part: network})
+        return self.with_parts(**{self.network_part: network})
+
+    def with_lalrm(self, lalrm: nn.Module) -> Self:
+        """The same model, whose latents this `LaLRM` takes. Raises UserError where the family has no place for it."""
+        raise UserError(f"models of the family {self.family.name} hold no LaLRM; give one of CogVideoX")
 
     def with_cameras(self, **settings: Any) -> Self:
         """The same with a network that is also guided by cameras, for `fvgen.distill.methods.camera` to train. Raises

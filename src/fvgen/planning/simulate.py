@@ -26,6 +26,7 @@ from fvgen.distill.learners import Learner
 from fvgen.distill.methods import METHODS
 from fvgen.distill.methods.base import Part, Setup
 from fvgen.distill.settings import StageConfig
+from fvgen.geometry.plucker import PACKED
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Teacher
 from fvgen.models.family import Blueprint, Family, Size
@@ -165,14 +166,14 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
         guidance = blueprint.guidance if guidance is None else guidance
         # Its unconditional pass costs what the conditional one does: nothing need be replaced.
         teacher = Teacher(network, blueprint.schedule(), family.call, [{}], guidance)
-        method = METHODS[config.name].method.build(Setup(config, family, teacher, learner))
+        method = METHODS[config.name].method.build(Setup(config, family, teacher, learner, base=blueprint))
         networks = {name: each.module for name, each in method.learners.items()}
         with FakeTensorMode(allow_non_fake_inputs=True):
             followers = [*method.followers, *(x for x in method.states.values() if isinstance(x, nn.Module))]
             _with_fake_weights([teacher, *networks.values(), *followers], allocations)
-            batch = LatentBatch(
-                torch.zeros(latents.shape), Condition(**{key: torch.zeros(x.shape) for key, x in condition.items()})
-            )
+            shapes = {key: torch.zeros(x.shape) for key, x in condition.items()}
+            views = _views(size, config.method.others) if "views" in method.needs else None
+            batch = LatentBatch(torch.zeros(latents.shape), Condition(**shapes), views)
             # Two parts behave as any number of them: the second one's work is counted out again.
             parts = [Part(batch, LastStep(torch.Generator())) for _ in range(min(config.memory.accumulation, 2))]
 
@@ -190,6 +191,12 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
     counts["followers"] = _numel(followers, beside=[teacher.network, *networks.values()])
     counts["followers"] += _numel([x for x in followers if isinstance(_inner(x), Role)])
     return Profile(flops / len(parts), outline(allocations.timeline()), counts)
+
+
+def _views(size: Size, others: int) -> Condition:
+    count = size.frames + others
+    images = torch.zeros(size.batch, count, 3, size.height, size.width, dtype=torch.uint8)
+    return Condition(images=images, path=torch.zeros(size.batch, count, PACKED))
 
 
 def _numel(modules: Sequence[nn.Module], beside: Sequence[nn.Module] = ()) -> int:

@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fvgen.clips.clip import Clip
-from fvgen.clips.latents import LatentBatch, LatentSet
+from fvgen.clips.latents import LatentBatch, LatentSet, views_of
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import Cameras
 from fvgen.models.condition import Condition
@@ -46,13 +46,14 @@ class ShardSet(LatentSet):
 
     A drop-in for the latents of a clip folder. Clips are in the order of their names, however many parts made them.
     Each shard's checksum is verified before its first use in a process. ``camera_paths``: conditions hold the path of
-    their clip's cameras, whether or not the encoders that made the shards asked for it.
+    their clip's cameras, whether or not the encoders that made the shards asked for it. ``views``: batches hold the
+    clips' frames, too (`fvgen.clips.latents.views_of`).
 
-    Raises UserError for a folder without shards, unfinished or missing parts, parts of different settings; and on
-    reading, for a shard that is missing, truncated or altered.
+    Raises UserError for shards without pixels where views are wanted, for a folder without shards, unfinished or
+    missing parts, parts of different settings; and on reading, for a shard that is missing, truncated or altered.
     """
 
-    def __init__(self, path: str | Path, camera_paths: bool = False) -> None:
+    def __init__(self, path: str | Path, camera_paths: bool = False, views: bool = False) -> None:
         self.place: Place = open_place(path)
         self.parts = _read_parts(self.place)
         self.settings = self.parts[0].settings
@@ -69,7 +70,9 @@ class ShardSet(LatentSet):
         self._open: OrderedDict[int, safe_open] = OrderedDict()
         self._verified: set[int] = set()
         self._kind: dict[str, tuple[str, list[int]]] = {}  # of all shards' tensors, but for the number of clips
-        self._paths = camera_paths
+        self._paths, self._views = camera_paths, views
+        if views:
+            self._check_pixels("training on their views")
         super().__init__({}, [record.name for record in self.records])
         self.frames, self.height, self.width = self.settings.frames, self.settings.height, self.settings.width
 
@@ -91,12 +94,15 @@ class ShardSet(LatentSet):
 
     def clips(self) -> ShardClips:
         """The clips with their pixels. Raises UserError for shards that hold none."""
+        self._check_pixels("scoring")
+        return ShardClips(self)
+
+    def _check_pixels(self, wanted_by: str) -> None:
         if not self.settings.keep_frames:
             raise UserError(
-                f"the shards in {self.place} hold latents but no pixels, which scoring needs; prepare their scenes "
+                f"the shards in {self.place} hold latents but no pixels, which {wanted_by} needs; prepare their scenes "
                 "again with --keep-frames and another --out"
             )
-        return ShardClips(self)
 
     def clip(self, index: int) -> Clip:
         """One clip with its pixels and cameras, of shards that keep their frames."""
@@ -111,12 +117,17 @@ class ShardSet(LatentSet):
         return Clip(self.names[index], truth, render, known, cameras, shown)
 
     def batch(self, indices: Tensor | Sequence[int], device: str | torch.device = "cpu") -> LatentBatch:
-        """The clips at ``indices`` as one batch."""
+        """The clips at ``indices`` as one batch, with their frames as views where those are wanted."""
         clips = [self[int(index)] for index in indices]
         latents = torch.stack([clip.latents for clip in clips])
         named = {name: torch.stack([clip.condition[name] for clip in clips]) for name in clips[0].condition}
         condition = Condition(**named).to(device, non_blocking=True)
-        return LatentBatch(latents.to(device, non_blocking=True), condition)
+        views = None
+        if self._views:
+            rows = [views_of(self.clip(int(index))) for index in indices]
+            views = Condition(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+            views = views.to(device, non_blocking=True)
+        return LatentBatch(latents.to(device, non_blocking=True), condition, views)
 
     def check_encoder(self, fingerprint: str, model: str) -> None:
         """Raises UserError where the latents were made by other encoders than those of ``model``."""

@@ -24,6 +24,7 @@ from fvgen.geometry.gaussians import Gaussians, render_gaussians
 DEAD = 0.005  # opacity below which a Gaussian shows nothing
 EVERY = 100  # iterations between two moves of the dead
 Draw = Callable[[Gaussians, Cameras], Tensor]
+DrawAll = Callable[[Gaussians, Cameras], tuple[Tensor, Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -198,17 +199,27 @@ def lacks_gsplat() -> str | None:
 
 
 def drawer(device: str) -> Draw:
-    """gsplat's rasteriser where it can run, else ours: (Gaussians, one view) to [1, 3, H, W]."""
+    """(Gaussians, one view) to its image [1, 3, H, W], see `drawer_of_all`."""
+    draw = drawer_of_all(device)
+    return lambda gaussians, cameras: draw(gaussians, cameras)[0]
+
+
+def drawer_of_all(device: str) -> DrawAll:
+    """gsplat's rasteriser where it can run, else ours: (Gaussians, one view) to image [1, 3, H, W], alpha [1, 1, H, W]
+    and depth times alpha [1, 1, H, W]."""
     if not device.startswith("cuda") or lacks_gsplat():
-        return lambda gaussians, cameras: render_gaussians(gaussians, cameras)[0]
+        return render_gaussians
 
     import gsplat
 
-    def draw(gaussians: Gaussians, cameras: Cameras) -> Tensor:
+    def draw(gaussians: Gaussians, cameras: Cameras) -> tuple[Tensor, Tensor, Tensor]:
         g = gaussians
         views, lenses = cameras.cam_from_world.float(), cameras.intrinsics.float()
         size = (cameras.width, cameras.height)
-        image, _, _ = gsplat.rasterization(g.means, g.rotations, g.scales, g.opacities, g.colors, views, lenses, *size)
-        return image.permute(0, 3, 1, 2)
+        drawn, alpha, _ = gsplat.rasterization(
+            g.means, g.rotations, g.scales, g.opacities, g.colors, views, lenses, *size, render_mode="RGB+D"
+        )
+        image, alpha = drawn.permute(0, 3, 1, 2), alpha.permute(0, 3, 1, 2)
+        return image[:, :3], alpha, image[:, 3:]
 
     return draw

@@ -43,7 +43,7 @@ def distances(x: Tensor, near: float, far: float, typical: float) -> Tensor:
 
 def gaussians_along(numbers: Tensor, cameras: Cameras, settings: Mapping[str, Any]) -> Gaussians:
     """F H' W' Gaussians of ``numbers`` [12, F, H', W'], in the world of ``cameras`` (of the F frames); ``settings``:
-    near, far, typical and spacing of a `LaLRM`."""
+    near, far, typical and pitch of a `LaLRM`."""
     height, width = numbers.shape[2:]
     origins, directions = rays(cameras.to(numbers.device), height, width)
     rows = numbers.permute(1, 2, 3, 0)  # [F, H', W', 12]
@@ -51,7 +51,7 @@ def gaussians_along(numbers: Tensor, cameras: Cameras, settings: Mapping[str, An
     focal = cameras.intrinsics[:, 0, 0].to(numbers) * width / cameras.width
     size = away / focal[:, None, None, None] * rows[..., SCALE].clamp(LEAST_SCALE, MOST_SCALE).exp()
     unturned = torch.tensor([1.0, 0.0, 0.0, 0.0]).to(numbers)
-    faint = FAINTER if settings["spacing"] == 1 else FAINT
+    faint = FAINTER if settings["pitch"] == 1 else FAINT
     return Gaussians(
         (origins[:, None, None] + away * directions).flatten(0, 2),
         size.flatten(0, 2),

@@ -17,6 +17,7 @@ from fvgen.distill.methods.data_forcing import DataForcing, DataForcingSettings
 from fvgen.distill.methods.dmd import Dmd
 from fvgen.distill.methods.dmd2 import Dmd2, Dmd2Settings
 from fvgen.distill.methods.dmd_settings import DmdSettings
+from fvgen.distill.methods.lalrm import Lalrm, LalrmSettings
 from fvgen.distill.methods.leap import Leap, LeapSettings
 from fvgen.distill.methods.regression import Consistency, ConsistencySettings, OdePairs, OdePairsSettings
 from fvgen.distill.settings import MethodSettings
@@ -47,6 +48,8 @@ METHODS: dict[str, Row] = {
     "leap": Row(Leap, LeapSettings),
     # Wonderland's camera guidance, which makes a teacher. docs/wonderland.md says what is the paper's and what is ours.
     "camera": Row(Camera, CameraSettings),
+    # Wonderland's reconstruction: latents to 3D Gaussians.
+    "lalrm": Row(Lalrm, LalrmSettings),
     # Controls, which must fail.
     "control-random-gradient": Row(RandomGradient, DmdSettings, {"dmd_weight": 0.0}),
     "control-frozen-head": Row(FrozenHead, DmdSettings, {"dmd_weight": 0.0}),

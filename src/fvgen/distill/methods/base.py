@@ -47,7 +47,8 @@ class MakeLearner(Protocol):
 @dataclass(frozen=True)
 class Setup:
     """What a method is built from: ``teacher`` on its device, ``start_from`` the folder of an earlier stage or None,
-    and ``learner``, which gives a network its engine."""
+    and ``learner``, which gives a network its engine. ``base``: the teacher's pipeline, or when planning its
+    `fvgen.models.family.Blueprint`."""
 
     config: StageConfig
     family: Family
@@ -55,6 +56,7 @@ class Setup:
     learner: MakeLearner
     start_from: Path | None = None
     world: World = ALONE
+    base: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -67,10 +69,12 @@ class Method:
 
     exported: the learners whose weights `export` wants.
     followers: networks that neither learn nor have a state of their own: their weights follow a learner's.
-    needs: what a batch must hold beside latents and condition, as names that the data may offer ("pixels", "cameras").
+    needs: what a batch must hold beside latents and condition, as names that the data may offer ("cameras", "views").
+    samples: whether `sample` gives "latents" or "frames".
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
+    samples: ClassVar[str] = "latents"
     exported: tuple[str, ...] = ("student",)
     followers: tuple[nn.Module, ...] = ()
     learners: dict[str, Learner]
@@ -86,7 +90,8 @@ class Method:
         raise AttributeError(f"{type(self).__name__} has no iteration")
 
     def sample(self, batch: LatentBatch, seed: int) -> Tensor:
-        """Latents [B, C, F, h, w] for the batch's conditions as the student makes them now."""
+        """Latents [B, C, F, h, w], or frames [B, F, 3, H, W] in [0, 1] (see ``samples``), for the batch's conditions as
+        the student makes them now."""
         raise AttributeError(f"{type(self).__name__} has no samples")
 
     def export(self, folder: Path, weights: Mapping[str, Mapping[str, Tensor]], base: Any, config: StageConfig) -> None:

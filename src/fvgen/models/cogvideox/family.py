@@ -4,6 +4,7 @@ noisy ones."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -15,10 +16,10 @@ from fvgen.errors import UserError, short
 from fvgen.geometry.plucker import PACKED
 from fvgen.models.cogvideox.published import PUBLISHED
 from fvgen.models.cogvideox.transformer import taps_of, velocity_and_taps, width_of
-from fvgen.models.cogvideox.vae import latent_size, space_factor
+from fvgen.models.cogvideox.vae import SQUEEZE, latent_size, space_factor
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Prediction
-from fvgen.models.family import Blueprint, Family, Size
+from fvgen.models.family import Blueprint, Family, LatentGrid, Size
 
 GUIDANCE = 6.0
 LEAP = "VideoScenePipeline"
@@ -118,7 +119,13 @@ def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
         return blueprint({**files, "transformer": {**transformer, **described}})
 
     guidance = float(index.get("guidance", GUIDANCE))
-    return Blueprint(network, example, lambda: noise_schedule(files["scheduler"]), guidance, with_cameras)
+    schedule = partial(noise_schedule, files["scheduler"])
+    return Blueprint(network, example, schedule, guidance, latent_grid(vae), with_cameras)
+
+
+def latent_grid(vae: Mapping[str, Any]) -> LatentGrid:
+    """Of a VAE's settings."""
+    return LatentGrid(vae["latent_channels"], SQUEEZE, space_factor(vae))
 
 
 def pipeline(class_name: str) -> type[Any]:

@@ -21,10 +21,12 @@ from fvgen.diffusion.samplers import Generators, normal
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.errors import UserError, did_you_mean
 from fvgen.models.cogvideox.camera import CameraTransformer
-from fvgen.models.cogvideox.family import FAMILY, GUIDANCE, noise_schedule
+from fvgen.models.cogvideox.family import FAMILY, GUIDANCE, latent_grid, noise_schedule
 from fvgen.models.cogvideox.prompts import EncodedPrompts
 from fvgen.models.cogvideox.vae import decode, encode, latent_size, space_factor
 from fvgen.models.condition import Condition
+from fvgen.models.family import LatentGrid
+from fvgen.models.lalrm import LaLRM
 from fvgen.pipelines.base import NovelViewPipeline, unusual_settings
 from fvgen.pipelines.cameras import GivenCameras, camera_path
 from fvgen.pipelines.student import StudentPipeline
@@ -33,7 +35,7 @@ from fvgen.pipelines.teacher import TeacherPipeline
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-PARTS = ("vae", "transformer", "scheduler", "prompts", "policy")
+PARTS = ("vae", "transformer", "scheduler", "prompts", "policy", "lalrm")
 IMAGES: Mapping[str, tuple[int, ...]] = {"renders": (), "first": (0,), "ends": (0, -1)}
 """`image_condition` -> the frames that it shows, each encoded alone and in the place of its own latent frame, zeros
 elsewhere; of "renders" the whole clip."""
@@ -57,6 +59,7 @@ class _CogVideoXParts(NovelViewPipeline):
         transformer: predicts the velocity; a `CameraTransformer` looks at the cameras of the clip's frames.
         scheduler: its settings alone are used, for the noise levels.
         prompts: the encoded prompt and negative prompt.
+        lalrm: makes 3D Gaussians of this VAE's latents, where there is one.
         image_condition: what the transformer's image channels hold, one of `IMAGES`: "renders" the latents of the
             render, "first" those of its first frame and zeros (as CogVideoX's image-to-video models learned it), "ends"
             those of first and last with zeros between (as in CogvideX-Interpolation and VideoScene).
@@ -68,9 +71,10 @@ class _CogVideoXParts(NovelViewPipeline):
 
     family = FAMILY
     network_part = "transformer"
+    _optional_components: ClassVar = ["lalrm"]
     settings = ("image_condition", "rotary_base", "image_noise")
     model_cpu_offload_seq = "transformer->vae"
-    _exclude_from_cpu_offload: ClassVar = ["prompts"]
+    _exclude_from_cpu_offload: ClassVar = ["prompts", "lalrm"]
 
     def _keep(self, parts: Mapping[str, Any]) -> None:
         """``parts``: components and settings by name, as a class's own `__init__` was given them.
@@ -85,6 +89,9 @@ class _CogVideoXParts(NovelViewPipeline):
         self.wants_cameras = isinstance(self.transformer, CameraTransformer)
         self.transformer.rotary_base = _base(self.config.rotary_base)
         nn.Module.to(self.transformer, self.transformer.dtype)  # diffusers makes tables of positions in float64
+
+    def with_lalrm(self, lalrm: LaLRM) -> Self:
+        return self.with_parts(lalrm=lalrm)
 
     @property
     def closed_renders(self) -> bool:
@@ -215,6 +222,10 @@ class _CogVideoXParts(NovelViewPipeline):
         latent_size(self.transformer.config, self.vae.config, frames, height, width)
 
     @property
+    def latent_grid(self) -> LatentGrid:
+        return latent_grid(self.vae.config)
+
+    @property
     def size_multiple(self) -> int:
         """Frame height and width must be multiples of this."""
         return space_factor(self.vae.config) * self.transformer.config.patch_size
@@ -253,6 +264,7 @@ class CogVideoXTeacherPipeline(_CogVideoXParts, TeacherPipeline):
         transformer: CogVideoXTransformer3DModel | CameraTransformer,
         scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
         prompts: EncodedPrompts,
+        lalrm: LaLRM | None = None,
         image_condition: str = "renders",
         rotary_base: str = "",
         image_noise: bool = False,
@@ -278,6 +290,7 @@ class CogVideoXStudentPipeline(_CogVideoXParts, StudentPipeline):
         transformer: CogVideoXTransformer3DModel | CameraTransformer,
         scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
         prompts: EncodedPrompts,
+        lalrm: LaLRM | None = None,
         image_condition: str = "renders",
         rotary_base: str = "",
         image_noise: bool = False,

@@ -15,6 +15,7 @@ from diffusers import (
 from fvgen.models.cogvideox.camera import CameraTransformer
 from fvgen.models.cogvideox.pipelines import _CogVideoXParts
 from fvgen.models.cogvideox.prompts import EncodedPrompts
+from fvgen.models.lalrm import LaLRM
 from fvgen.models.policy import DDPNet
 from fvgen.pipelines.leap import LeapPipeline
 
@@ -38,7 +39,7 @@ class VideoScenePipeline(_CogVideoXParts, LeapPipeline):
 
     closed_renders = True
     settings = ("image_condition", "rotary_base")
-    _optional_components: ClassVar = ["policy"]
+    _optional_components: ClassVar = ["policy", "lalrm"]
     model_cpu_offload_seq = "policy->transformer->vae"
 
     def __init__(
@@ -48,6 +49,7 @@ class VideoScenePipeline(_CogVideoXParts, LeapPipeline):
         scheduler: CogVideoXDDIMScheduler | CogVideoXDPMScheduler,
         prompts: EncodedPrompts,
         policy: DDPNet | None = None,
+        lalrm: LaLRM | None = None,
         image_condition: str = "ends",
         rotary_base: str = "",
         image_noise: bool = False,

@@ -13,7 +13,7 @@ from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.errors import UserError
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Prediction
-from fvgen.models.family import Blueprint, Family, Size
+from fvgen.models.family import Blueprint, Family, LatentGrid, Size
 
 LORA_TARGETS = (
     *("to_q", "to_k", "to_v", "to_out", "to_k_image", "to_v_image", "proj_in", "proj_out", "net.0.proj", "net.2"),
@@ -77,7 +77,8 @@ def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
             index.get("base_scale", 0.7), index.get("zero_snr", True), index.get("prediction", "v")
         )
 
-    return Blueprint(network, example, schedule, float(index.get("guidance", 7.5)))
+    grid = LatentGrid(vae.get("latent_channels", 4), 1, factor)
+    return Blueprint(network, example, schedule, float(index.get("guidance", 7.5)), grid)
 
 
 def pipeline(class_name: str) -> type[Any]:

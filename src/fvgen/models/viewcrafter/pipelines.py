@@ -21,6 +21,7 @@ from fvgen.diffusion.samplers import Generators, normal
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.errors import UserError
 from fvgen.models.condition import Condition
+from fvgen.models.family import LatentGrid
 from fvgen.models.viewcrafter.conditioning import Conditioning
 from fvgen.models.viewcrafter.encoders import FixedPrompts, clip_pixels, encode_tokens, token_ids
 from fvgen.models.viewcrafter.family import FAMILY
@@ -257,6 +258,10 @@ class _ViewCrafterParts(NovelViewPipeline):
         factor = self.size_multiple
         if height % factor or width % factor:
             raise UserError(f"frames of {height}x{width} do not fit this model; use multiples of {factor}")
+
+    @property
+    def latent_grid(self) -> LatentGrid:
+        return LatentGrid(self.vae.config.latent_channels, 1, self._vae_factor)
 
     @property
     def size_multiple(self) -> int:

@@ -1,0 +1,191 @@
+"""`method: lalrm`: from a teacher's folder to a model that holds a LaLRM."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checks import refusal
+from small_cameras import cameras
+from small_cogvideox import FRAMES, HEIGHT, WIDTH, small_teacher, video
+
+from fvgen import distill
+from fvgen.clips.clip import Clip, Others
+from fvgen.clips.folder import ClipFolder, save_clips
+from fvgen.clips.latents import LatentBatch, views_of
+from fvgen.distill.draws import Draws
+from fvgen.distill.methods.lalrm import Lalrm, LalrmSettings
+from fvgen.geometry.gaussians import render_gaussians
+from fvgen.geometry.off_path import off_path
+from fvgen.geometry.plucker import unpacked
+from fvgen.models.lalrm import LaLRM
+from fvgen.pipelines.folders import load_pipeline, save_model
+from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.splats.raymap import gaussians_along
+
+COMMON = {"iterations": 2, "batch_size": 2, "checkpoint_every": 1, "sample_every": 2, "track": False}
+SMALL = {"width": 32, "layers": 1, "head_dim": 16, "perceptual_weight": 0.0}
+
+
+def clip(index: int, others: int = 3) -> Clip:
+    truth, walk = video(3)[index], cameras(index)
+    known = torch.tensor([True, *[False] * (FRAMES - 1)])
+    more = off_path(walk, others, torch.Generator().manual_seed(index))
+    depth = torch.full((FRAMES + others, HEIGHT, WIDTH), 2.0)
+    return Clip(f"clip-{index}", truth, truth, known, walk, others=Others(truth[:others], more, depth))
+
+
+@pytest.fixture(scope="module")
+def teacher_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "i2v"
+    save_model(small_teacher(image_condition="first"), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    save_clips(folder, [clip(i) for i in range(3)], {"kind": "test"})
+    return folder
+
+
+@pytest.fixture
+def stage(teacher_folder, clip_folder, tmp_path):
+    def make(name: str = "run", **changes) -> distill.StageConfig:
+        sources = {"out": str(tmp_path / name), "teacher": str(teacher_folder), "data": str(clip_folder)}
+        return distill.stage_config("lalrm", {**COMMON, **SMALL, **sources, **changes})
+
+    return make
+
+
+def test_other_views_come_back_from_a_folder(clip_folder):
+    folder, made = ClipFolder(clip_folder), clip(1)
+    read = folder[1].others
+    torch.testing.assert_close(read.images, made.others.images, rtol=0, atol=0.5 / 255 + 1e-6)
+    assert torch.equal(read.cameras.world_from_cam, made.others.cameras.world_from_cam)
+    assert torch.equal(read.depth, made.others.depth)
+    views = views_of(folder[1])
+    assert views["images"].shape == (1, FRAMES + 3, 3, HEIGHT, WIDTH) and views["path"].shape == (1, FRAMES + 3, 21)
+    first = views["path"][0, 0, :12].reshape(3, 4)
+    assert torch.equal(first, torch.eye(4)[:3])
+    far = views["path"][0, :FRAMES, :12].reshape(-1, 3, 4)[..., 3].norm(dim=-1).max()
+    assert abs(far - 1) < 1e-6
+    scale = 1 / (made.cameras.centers - made.cameras.centers[0]).norm(dim=-1).max()
+    torch.testing.assert_close(views["depth"], torch.full_like(views["depth"], 2 * scale))
+
+
+def test_a_stage_leaves_a_model_with_a_lalrm_and_goes_on_from_it(stage, tmp_path):
+    out = distill.run(stage())
+    assert out == tmp_path / "run" / "model"
+    made = load_pipeline(out, TeacherPipeline)
+    assert (made.lalrm.config.width, made.lalrm.config.time_squeeze, made.lalrm.config.space_squeeze) == (32, 4, 8)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["iteration"] for row in rows] == [1, 2]
+    assert all(row["loss_lalrm"] > 0 and row["loss_lalrm_depth"] > 0 for row in rows)
+    assert list((tmp_path / "run" / "samples").glob("*.png"))
+    second = distill.run(stage("second", teacher=str(out), iterations=1))
+    before, after = (x.lalrm.state_dict() for x in (made, load_pipeline(second, TeacherPipeline)))
+    assert before.keys() == after.keys()
+    moved = max((before[name] - after[name]).abs().max() for name in before)
+    assert 0 < moved < 1e-3  # one update of 4e-4, averaged
+    assert "layers=2, but the teacher's LaLRM has layers=1" in refusal(
+        lambda: distill.run(stage("third", teacher=str(out), layers=2))
+    )
+
+
+def test_a_killed_run_goes_on_bit_for_bit(stage, tmp_path):
+    whole = distill.run(stage("whole"))
+    distill.run(stage("cut", iterations=1))
+    parts = distill.run(stage("cut"))
+    one, other = (load_pipeline(folder, TeacherPipeline).lalrm.state_dict() for folder in (whole, parts))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_path_without_cameras_or_views_is_refused(stage, clip_folder, tmp_path):
+    plain = [Clip(f"c{i}", x, x, torch.ones(FRAMES, dtype=torch.bool)) for i, x in enumerate(video(2))]
+    save_clips(tmp_path / "plain", plain, {"kind": "test"})
+    assert "has no cameras, which its views need" in refusal(lambda: distill.run(stage(data=str(tmp_path / "plain"))))
+    alone = [Clip(f"c{i}", x, x, torch.ones(FRAMES, dtype=torch.bool), cameras(i)) for i, x in enumerate(video(2))]
+    save_clips(tmp_path / "alone", alone, {"kind": "test"})
+    assert "have no views beside the clips' own frames" in refusal(
+        lambda: distill.run(stage(data=str(tmp_path / "alone"), seen_views=0))
+    )
+    assert "leave nothing to learn from" in refusal(lambda: stage(seen_views=0, unseen_views=0))
+
+
+# --- The loss ---
+
+
+class Plain:
+    """A learner without an engine."""
+
+    def __init__(self, module) -> None:
+        self.module, self.average = module, None
+
+
+def method(**changes) -> Lalrm:
+    settings = LalrmSettings(**SMALL | changes)
+    torch.manual_seed(0)
+    network = LaLRM(latent_channels=4, space_squeeze=4, **settings.of_network())
+    return Lalrm(settings, Plain(network), render_gaussians, None)
+
+
+def batch(clips: int = 1) -> LatentBatch:
+    views = [views_of(clip(i)) for i in range(clips)]
+    joined = type(views[0])(**{name: torch.cat([v[name] for v in views]) for name in views[0]})
+    latents = torch.randn(clips, 4, 3, HEIGHT // 4, WIDTH // 4, generator=torch.Generator().manual_seed(1))
+    return LatentBatch(latents, joined, joined)
+
+
+def test_the_surrogate_has_the_losss_gradient():
+    """Against one graph through network, Gaussians and all views."""
+    ours, data = method(), batch(2)
+    (surrogate, metrics), network = ours.loss(data, Draws(torch.Generator().manual_seed(3))), ours.network
+    found = torch.autograd.grad(surrogate, list(network.parameters()))
+
+    numbers, frames = ours.numbers(data)
+    chosen = ours.chosen(data.views, frames, Draws(torch.Generator().manual_seed(3)))
+    losses = []
+    for index in range(2):
+        walk = unpacked(data.views["path"][index, :frames], HEIGHT, WIDTH)
+        made = gaussians_along(numbers[index], walk, network.config)
+        losses += [sum(ours.view_terms(made, data.views, index, view).values()) for view in chosen[:, index].tolist()]
+    whole = torch.stack(losses).mean()
+    torch.testing.assert_close(metrics["loss_lalrm"], whole.detach(), rtol=1e-5, atol=0)
+    for one, other in zip(found, torch.autograd.grad(whole, list(network.parameters())), strict=True):
+        # sums of some thousand terms in another order
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * other.abs().max().item())
+
+
+def test_memory_does_not_grow_with_the_number_of_views():
+    def kept(views: int) -> int:
+        ours, alive, most = method(seen_views=views, unseen_views=0), {"now": 0}, [0]
+
+        class Held:
+            def __init__(self, tensor) -> None:
+                self.tensor, self.size = tensor, tensor.numel() * tensor.element_size()
+                alive["now"] += self.size
+                most[0] = max(most[0], alive["now"])
+
+            def __del__(self) -> None:
+                alive["now"] -= self.size
+
+        with torch.autograd.graph.saved_tensors_hooks(Held, lambda held: held.tensor):
+            surrogate, _ = ours.loss(batch(), Draws(torch.Generator().manual_seed(0)))
+            surrogate.backward()
+        return most[0]
+
+    assert kept(12) < 1.1 * kept(3)
+
+
+def test_the_order_of_views_does_not_matter():
+    ours, data = method(), batch()
+    frames = ours.numbers(data)[1]
+    picked = ours.chosen(data.views, frames, Draws(torch.Generator().manual_seed(0)))
+    losses = []
+    for order in (picked, picked.flip(0)):
+        ours.chosen = lambda *given, order=order: order
+        losses.append(ours.loss(data, Draws(torch.Generator()))[1]["loss_lalrm"])
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
