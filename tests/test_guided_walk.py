@@ -13,7 +13,12 @@ from small_cameras import SETTINGS, moved
 from small_cogvideox import FRAMES, HEIGHT, WIDTH, small_teacher
 
 import fvgen
-from fvgen.pipelines.folders import save_model
+from fvgen.models.lalrm import LaLRM
+from fvgen.pipelines.folders import load_pipeline, save_model
+from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.splats.feedforward import kept
+from fvgen.splats.ply import read_splat
+from fvgen.splats.raymap import reconstructed
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +58,24 @@ def test_others_still_want_depth(photograph, tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     assert "tells no depth by itself" in refusal(lambda: fvgen.generate(photograph, tmp_path / "walk"))
     assert not (tmp_path / "walk").exists()
+
+
+def test_latents_become_a_scene_without_a_fit(model, photograph, tmp_path):
+    torch.manual_seed(0)
+    lalrm = LaLRM(width=32, layers=1, head_dim=16)
+    save_model(load_pipeline(model, TeacherPipeline).with_lalrm(lalrm), tmp_path / "wonderland")
+    said: list[str] = []
+    options = {"model": tmp_path / "wonderland", "trajectory": "dolly", "steps": 1, "frames": 2 * FRAMES - 1}
+    out = fvgen.generate(photograph, tmp_path / "walk", **options, scene=True, told=said.append)
+    facts = json.loads((out / "scene.json").read_text())
+    assert facts["from"] == "latents.safetensors" and f"{facts['gaussians']} Gaussians" in " ".join(said)
+    clips = kept(out, HEIGHT, WIDTH)
+    assert len(clips) == 3 and clips[0].latents.shape == (1, 16, 3, 4, 6)  # 17 frames by 9s that share 4
+    expected = [reconstructed(lalrm, clip.latents, clip.cameras) for clip in clips]
+    assert facts["gaussians"] == sum(len(part) for part in expected)
+    assert torch.equal(read_splat(out / "scene.ply").means[: len(expected[0])], expected[0].means)
+    assert (out / "scene.html").is_file() and (out / "video.mp4").is_file()
+    # The same walk asked for its scene later needs no second walk.
+    (out / "scene.json").unlink(), (out / "scene.ply").unlink(), (out / "scene.html").unlink()
+    fvgen.generate(photograph, tmp_path / "walk", **options, scene=True)
+    assert json.loads((out / "scene.json").read_text()) == facts

@@ -48,6 +48,7 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
     network_part: ClassVar[str]  # the component that is trained ...
     network: nn.Module  # ... and that itself
     settings: ClassVar[tuple[str, ...]] = ()  # what teacher and student have in common in ``model_index.json``
+    lalrm: nn.Module | None = None  # makes 3D Gaussians of the latents
     wants_cameras = False  # whether `condition` takes, and needs, the cameras of the frames
     _callback_tensor_inputs: ClassVar = ["latents", "x0"]
 

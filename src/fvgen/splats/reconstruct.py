@@ -26,6 +26,7 @@ from fvgen.system.doors import read_json
 from fvgen.system.files import judge_output, writable_folder, write_json
 
 WRITTEN = ("scene.ply", "scene.html", "scene.json")
+MADE_BY = "fvgen reconstruct"  # in scene.json: whose the files are
 HOLDOUT = "holdout"  # beside a data set: views to score on
 LARGEST = 512  # pixels of the longer side, unless told otherwise
 Told = Callable[[str], None]
@@ -81,7 +82,7 @@ def reconstruct(
             names, generated, quality, cameras.world_from_cam.tolist(), cameras.intrinsics.tolist(), strict=True
         )
     ]
-    facts: dict[str, Any] = {"made_by": "fvgen reconstruct", "dataset": str(dataset), "seed": seed}
+    facts: dict[str, Any] = {"made_by": MADE_BY, "dataset": str(dataset), "seed": seed}
     facts |= {"gaussians": len(made), "height": height, "width": width, "settings": asdict(settings)}
     facts |= {"holdout": unseen} if unseen else {}
     # First: it tells whose the others are, should the process end between them.
@@ -152,7 +153,7 @@ def _ours(file: Path) -> bool:
     if not file.is_file():
         return False
     found = read_json(file)
-    return isinstance(found, dict) and found.get("made_by") == "fvgen reconstruct"
+    return isinstance(found, dict) and found.get("made_by") == MADE_BY
 
 
 def _size(scene: Scene) -> tuple[int, int]:

@@ -75,12 +75,25 @@ def joined(done: Tensor | None, clip: Tensor, span: Span, seams: str) -> Tensor:
     return torch.cat([done[: span.start], faded, clip[shared:]])
 
 
-def run_clip(pipeline: NovelViewPipeline, render: Tensor, cameras: Cameras, steps: int | None, seed: int) -> Tensor:
-    """[n, 3, H, W] in [0, 1] on the CPU, by as many steps as asked for or the model's own."""
+class Made(NamedTuple):
+    """A clip: ``video`` [n, 3, H, W] in [0, 1] on the CPU, and its scaled ``latents`` [1, C, F', h, w] where the model
+    makes scenes of them."""
+
+    video: Tensor
+    latents: Tensor | None = None
+
+
+def run_clip(pipeline: NovelViewPipeline, render: Tensor, cameras: Cameras, steps: int | None, seed: int) -> Made:
+    """By as many steps as asked for or the model's own."""
     generator = torch.Generator().manual_seed(seed)
     guide = {"cameras": cameras} if pipeline.wants_cameras else {}
-    video = pipeline(render[None].to(pipeline.device), generator, steps, **guide)
-    return video[0, :, :3].float().cpu().clamp(0, 1).contiguous()
+    latents = None
+    if pipeline.lalrm is None:
+        video = pipeline(render[None].to(pipeline.device), generator, steps, **guide)
+    else:
+        latents = pipeline(render[None].to(pipeline.device), generator, steps, output_type="latent", **guide).frames
+        video = pipeline.decode_latents(latents)
+    return Made(video[0, :, :3].float().cpu().clamp(0, 1).contiguous(), latents)
 
 
 def new_points(rendered: Rendered, frame: int, image: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,7 +119,7 @@ def chain(
     seams: str = SEAM,
     overlap: int = OVERLAP,
     render_again: Callable[[tuple[Tensor, Tensor]], Rendered] | None = None,
-    kept: Callable[[int, Callable[[], Tensor]], Tensor] = lambda number, make: make(),
+    kept: Callable[[int, Callable[[], Made]], Made] = lambda number, make: make(),
 ) -> Tensor:
     """The video [F, 3, H, W] of a walk.
 
@@ -121,7 +134,7 @@ def chain(
         made = kept(number, lambda render=render, cameras=cameras, number=number: run_clip(
             pipeline, render, cameras, steps, seed_of(seed, number, seams)
         ))  # fmt: skip
-        done = joined(done, made, span, seams)
+        done = joined(done, made.video, span, seams)
         end = span.stop - 1
         if (
             seams == "cloud"

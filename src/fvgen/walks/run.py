@@ -23,10 +23,11 @@ from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.pipelines.hub import find_model
 from fvgen.scenes.images import fit_image
 from fvgen.shards.encoders import RenderNeeds, render_needs
+from fvgen.splats import feedforward
 from fvgen.system.doors import load_tensors, read_json
 from fvgen.system.files import locked, new_folder, remove, writable_folder, write_json, write_tensors
 from fvgen.system.places import sha256_of
-from fvgen.walks.chain import SEAM, SEAMS, chain, walk_spans
+from fvgen.walks.chain import SEAM, SEAMS, Made, chain, walk_spans
 from fvgen.walks.dataset import View, save_png, write_dataset, write_views
 from fvgen.walks.film import judge_film, write_film
 from fvgen.walks.given import Given, hold_out, judge, lacks_depth, open_given
@@ -125,7 +126,7 @@ def generate(
     settings = _settings(paths, out, choices, pipeline, needs)
     if _finished(out, settings):
         if scene and not (out / "scene.json").is_file():
-            fit_scene(out, device, told, on_fit)
+            make_scene(out, pipeline, needs, told, on_fit)
         told(f"{out} is complete")
         return out
     plan = plan_walk(paths, choices, needs, told, seconds, pipeline.wants_cameras)
@@ -135,22 +136,28 @@ def generate(
     with locked(out / WORK / "lock"):
         write_json(out / WORK / "settings.json", settings)
         with _timed(seconds, "generate"):
-            video = _video(pipeline, plan, choices, needs, out / WORK, on_progress)
+            video, latents = _video(pipeline, plan, choices, needs, out / WORK, on_progress)
         with _timed(seconds, "write"):
+            if latents:
+                feedforward.keep(out, latents)
             _write(out, plan, video, settings)
     remove(out / WORK)
     if scene:
         with _timed(seconds, "scene"):
-            fit_scene(out, device, told, on_fit)
+            make_scene(out, pipeline, needs, told, on_fit)
     told("seconds: " + ", ".join(f"{stage} {spent:.1f}" for stage, spent in seconds.items()))
     return out
 
 
-def fit_scene(dataset: Path, device: str, told: Told, on_fit: OnProgress) -> None:
-    """3D Gaussians of a finished walk: the one place where walks and splats meet."""
+def make_scene(out: Path, pipeline: NovelViewPipeline, needs: RenderNeeds, told: Told, on_fit: OnProgress) -> None:
+    """3D Gaussians of a finished walk: from its latents in one pass where the model has a LaLRM, else fitted to its
+    views. The one place where walks and splats meet."""
+    if pipeline.lalrm is not None:
+        feedforward.write_scene(out, pipeline.lalrm, needs.height, needs.width, told)
+        return
     from fvgen.splats import reconstruct
 
-    reconstruct(dataset, device=device, told=told, on_step=on_fit)
+    reconstruct(out, device=str(pipeline.device), told=told, on_step=on_fit)
 
 
 # --- Judging ---
@@ -296,25 +303,28 @@ def _evenly(order: list[int], count: int) -> list[int]:
 
 def _video(
     pipeline: NovelViewPipeline, plan: Plan, choices: Choices, needs: RenderNeeds, work: Path, on_progress: OnProgress
-) -> Tensor:
-    """[F, 3, H, W]; clips that an earlier call made are read."""
-    total = len(walk_spans(plan.rendered.known, needs.frames, choices.seams))
+) -> tuple[Tensor, list[feedforward.Latent]]:
+    """[F, 3, H, W], and the clips' latents where the model makes scenes of them; clips that an earlier call made are
+    read."""
+    spans, latents = walk_spans(plan.rendered.known, needs.frames, choices.seams), []
 
-    def kept(number: int, make: Callable[[], Tensor]) -> Tensor:
+    def kept(number: int, make: Callable[[], Made]) -> Made:
         file = work / f"clip-{number:03d}.safetensors"
         try:
-            clip = load_tensors(file)["video"]
-        except (UserError, KeyError):  # not there yet
+            clip = Made(**load_tensors(file))
+        except (UserError, TypeError):  # not there yet
             clip = make()
-            write_tensors(file, {"video": clip})
-        on_progress(number + 1, total)
+            write_tensors(file, {name: x for name, x in clip._asdict().items() if x is not None})
+        if clip.latents is not None:
+            latents.append(feedforward.Latent(clip.latents, plan.rendered.cameras[slice(*spans[number])]))
+        on_progress(number + 1, len(spans))
         return clip
 
     def again(extra: tuple[Tensor, Tensor]) -> Rendered:
         return render_walk(plan.cloud, plan.walk, needs.half_pixel_shift, extra, needs.closed)
 
     chosen = (needs.frames, choices.steps, choices.seed, choices.seams)
-    return chain(pipeline, plan.rendered, *chosen, render_again=again, kept=kept)
+    return chain(pipeline, plan.rendered, *chosen, render_again=again, kept=kept), latents
 
 
 def _write(out: Path, plan: Plan, video: Tensor, settings: dict[str, Any]) -> None:
