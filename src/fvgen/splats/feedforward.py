@@ -1,7 +1,7 @@
 """A walk's latents straight to 3D Gaussians: what a model with a LaLRM leaves beside its video, and makes of it.
 
-``latents.safetensors`` holds, clip by clip, ``latents`` [K, C, F', h, w] and the cameras ``world_from_cam`` [K, F, 4, 4]
-and ``intrinsics`` [K, F, 3, 3]. No video is decoded on the way from there to the scene.
+``latents.safetensors`` holds, clip by clip, ``latents`` [K, C, F', h, w], and the cameras, ``world_from_cam`` [K, F,
+4, 4] and ``intrinsics`` [K, F, 3, 3]. No video is decoded on the way from there to the scene.
 """
 
 from __future__ import annotations
