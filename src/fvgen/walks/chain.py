@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.pointcloud import unproject
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.walks.render import Rendered
@@ -74,10 +75,11 @@ def joined(done: Tensor | None, clip: Tensor, span: Span, seams: str) -> Tensor:
     return torch.cat([done[: span.start], faded, clip[shared:]])
 
 
-def run_clip(pipeline: NovelViewPipeline, render: Tensor, steps: int | None, seed: int) -> Tensor:
+def run_clip(pipeline: NovelViewPipeline, render: Tensor, cameras: Cameras, steps: int | None, seed: int) -> Tensor:
     """[n, 3, H, W] in [0, 1] on the CPU, by as many steps as asked for or the model's own."""
     generator = torch.Generator().manual_seed(seed)
-    video = pipeline(render[None].to(pipeline.device), generator, steps)
+    guide = {"cameras": cameras} if pipeline.wants_cameras else {}
+    video = pipeline(render[None].to(pipeline.device), generator, steps, **guide)
     return video[0, :, :3].float().cpu().clamp(0, 1).contiguous()
 
 
@@ -114,9 +116,9 @@ def chain(
     """
     done, extra = None, (torch.empty(0, 3), torch.empty(0, 3))
     for number, span in enumerate(walk_spans(rendered.known, clip, seams, overlap)):
-        render = clip_render(rendered, span, done)
-        made = kept(number, lambda render=render, number=number: run_clip(
-            pipeline, render, steps, seed_of(seed, number, seams)
+        render, cameras = clip_render(rendered, span, done), rendered.cameras[span.start : span.stop]
+        made = kept(number, lambda render=render, cameras=cameras, number=number: run_clip(
+            pipeline, render, cameras, steps, seed_of(seed, number, seams)
         ))  # fmt: skip
         done = joined(done, made, span, seams)
         end = span.stop - 1
