@@ -26,6 +26,8 @@ from fvgen.models.cogvideox.published import PUBLISHED
 from fvgen.models.condition import Condition
 from fvgen.pipelines.folders import load_pipeline, save_model
 from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.walks.chain import chain
+from fvgen.walks.render import Rendered
 
 TAPS = ("blocks.0", "blocks.1")
 READ = (
@@ -383,3 +385,15 @@ def test_encoded_clips_hold_their_paths_and_are_cached_apart_from_the_bases(teac
     )
     assert torch.equal(seen.tensors["latents"], plain.tensors["latents"])
     assert condition_of(folder[0], teacher, rng())["camera_path"].shape == (1, FRAMES, 21)
+
+
+def test_a_walk_gives_each_of_its_clips_the_cameras_of_its_frames(teacher):
+    """Two clips of a walk of 13 frames, against calls by hand."""
+    frames, path = torch.cat([video(), video(seed=1)[:, :4]], dim=1)[0], cameras(3, frames=13)
+    known = torch.zeros(13, dtype=torch.bool)
+    walk = Rendered(frames, known, torch.ones(13), torch.ones(13, HEIGHT, WIDTH), path)
+    made = chain(teacher, walk, FRAMES, seams="own_noise", seed=7)
+    first = teacher(frames[None, :FRAMES], rng(7), cameras=path[:FRAMES])[0]
+    again = torch.cat([first[4:5], frames[5:]])
+    second = teacher(again[None], rng(8), cameras=path[4:])[0]
+    torch.testing.assert_close(made, torch.cat([first, second[5:]]), atol=READ, rtol=0)

@@ -30,7 +30,7 @@ import torch
 from fvgen.pipelines import {kind}
 
 pipeline = {kind}.from_pretrained("PATH_OR_HUB_ID")
-video = pipeline(render, torch.Generator().manual_seed(0))  # renders [B, F, 3, H, W] in [0, 1] in, frames out
+video = pipeline(render, torch.Generator().manual_seed(0){guide})  # renders [B, F, 3, H, W] in [0, 1] in, frames out
 ```
 
 ## To be filled in before publishing
@@ -46,7 +46,7 @@ def card(pipeline: Any) -> str:
     """The text of a model card for a teacher or a student."""
     kind, config = type(pipeline).__name__, pipeline.config
     student = "guidance" not in config
-    network = pipeline.network
+    network, guided = pipeline.network, pipeline.wants_cameras
     if student:
         what = "A few-step student for novel views, distilled with fvgen."
         sampling = f"{config.steps} steps, one network evaluation each, no guidance"
@@ -62,6 +62,7 @@ def card(pipeline: Any) -> str:
         frames=pipeline.frames,
         multiple=pipeline.size_multiple,
         sampling=sampling,
+        guide=", cameras=path" if guided else "",
     )
 
 

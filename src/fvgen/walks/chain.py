@@ -129,8 +129,7 @@ def chain(
     """
     done, extra = None, (torch.empty(0, 3), torch.empty(0, 3))
     for number, span in enumerate(walk_spans(rendered.known, clip, seams, overlap)):
-        render = clip_render(rendered, span, done)
-        cameras = rendered.cameras[list(range(span.start, span.stop))]
+        render, cameras = clip_render(rendered, span, done), rendered.cameras[span.start : span.stop]
         made = kept(number, lambda render=render, cameras=cameras, number=number: run_clip(
             pipeline, render, cameras, steps, seed_of(seed, number, seams)
         ))  # fmt: skip
