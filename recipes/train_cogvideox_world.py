@@ -171,31 +171,41 @@ def train_vae(
     return vae, facts | {"batch": batch, "psnr": round(psnr, 2), "lpips": distance is not None}
 
 
+COPIES = ((False, False), (True, False), (False, True), (True, True))  # (mirrored, walked back)
+
+
 @torch.no_grad()
-def encoded(clips: dict[str, Tensor], pipeline: CogVideoXTeacherPipeline, device: str) -> tuple[Tensor, Condition]:
-    """Latents of the truth and what the teacher sees, on the device: every clip, mirrored too, and walked back where
-    both ends are known."""
+def encoded(
+    clips: dict[str, Tensor], pipeline: CogVideoXTeacherPipeline, device: str, copies: int
+) -> tuple[Tensor, Condition]:
+    """Latents of the truth and what the teacher sees, on the device: every clip, and the first ``copies`` - 1 of:
+    mirrored, walked back where both ends are known, both."""
     generator, rows, seen = torch.Generator().manual_seed(0), [], []
     both = clips["known"][:, -1]
-    for mirrored in (False, True):
-        for back in (False, True):
-            chosen = both.nonzero().flatten() if back else torch.arange(len(both))
-            for part in chosen.split(AT_ONCE):
-                pair = [clips[name][part].float() / 255 for name in ("truth", "render")]
-                pair = [video.flip(-1) if mirrored else video for video in pair]
-                truth, render = (video.flip(1) if back else video for video in pair)
-                rows.append(pipeline.encode_frames(truth, generator))
-                seen.append(pipeline.condition(render, generator)["image_latents"])
+    for mirrored, back in COPIES[:copies]:
+        chosen = both.nonzero().flatten() if back else torch.arange(len(both))
+        for part in chosen.split(AT_ONCE):
+            pair = [clips[name][part].float() / 255 for name in ("truth", "render")]
+            pair = [video.flip(-1) if mirrored else video for video in pair]
+            truth, render = (video.flip(1) if back else video for video in pair)
+            rows.append(pipeline.encode_frames(truth, generator))
+            seen.append(pipeline.condition(render, generator)["image_latents"])
     text = pipeline.prompts.positive.to(device)
     return torch.cat(rows), Condition(image_latents=torch.cat(seen), text_tokens=text)
 
 
 def train_teacher(
-    clips: dict[str, Tensor], pipeline: CogVideoXTeacherPipeline, until: float, device: str, seed: int, batch: int
+    clips: dict[str, Tensor],
+    pipeline: CogVideoXTeacherPipeline,
+    until: float,
+    device: str,
+    seed: int,
+    batch: int,
+    copies: int,
 ) -> dict:
     """The transformer, in place and until the clock stands there; returns what was done."""
     pipeline.to(device)
-    latents, condition = encoded(clips, pipeline, device)
+    latents, condition = encoded(clips, pipeline, device, copies)
     seconds = max(1.0, until - time.perf_counter())
     schedule = pipeline.schedule
     network = pipeline.transformer.train()
@@ -225,6 +235,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6, help="of 32 channels each")
     parser.add_argument("--batch", type=int, default=64, help="of the teacher")
+    parser.add_argument("--copies", type=int, default=4, choices=range(1, 5), help="of each clip, see `encoded`")
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the VAE's levels")
     parser.add_argument("--vae", type=Path, help="a teacher of this recipe's whose VAE is taken as it is")
@@ -244,7 +255,9 @@ def main() -> None:
         seconds = 60 * args.vae_minutes
         vae, log["vae"] = train_vae(clips, seconds, args.device, args.seed, args.vae_batch, args.widths)
     pipeline = build_teacher(vae.cpu(), args.seed, args.image_condition, args.layers, args.heads)
-    log["teacher"] = train_teacher(clips, pipeline, start + 60 * args.minutes, args.device, args.seed, args.batch)
+    save_model(pipeline, args.out / "teacher")  # of the VAE alone so far: a kill from here on costs only the teacher
+    until = start + 60 * args.minutes
+    log["teacher"] = train_teacher(clips, pipeline, until, args.device, args.seed, args.batch, args.copies)
     save_model(pipeline.to("cpu"), args.out / "teacher")
     (args.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     print(json.dumps(log))
