@@ -1,13 +1,11 @@
 """Train VAE and teacher of VideoScene's kind on built-in clips: CogVideoX's classes in small.
 
-    python recipes/train_videoscene_teacher.py --out DIR [--image-condition ends|renders|first] [--device cuda]
-        [--minutes 10]
+    python recipes/train_videoscene_teacher.py --out DIR [--image-condition ends|renders] [--device cuda] [--minutes 10]
 
-An interpolation model ("ends": it sees first and last frame, noised as CogvideX-Interpolation's are), one that sees the
-whole render ("renders", the stronger teacher), or an image-to-video model ("first": it sees the first frame, and is not
-told where the camera goes until recipes/camera.py has taught it). Clips of 9 frames of 48x64 from `builtin-closed` and
-`builtin`; the VAE squeezes space 4x and time 4x. A third of the minutes goes to the VAE, the rest to the transformer,
-by `train_proving_ground`'s loop. The objective is the squared error of the velocity at uniform timesteps, as their code
+An interpolation model ("ends": it sees first and last frame, noised as CogvideX-Interpolation's are) or one that sees
+the whole render ("renders", the stronger teacher). Clips of 9 frames of 48x64 from `builtin-closed` and `builtin`; the
+VAE squeezes space 4x and time 4x. A third of the minutes goes to the VAE, the rest to the transformer, by
+`train_proving_ground`'s loop. The objective is the squared error of the velocity at uniform timesteps, as their code
 has it. DIR gets `teacher` (a CogVideoXTeacherPipeline) and log.json. benchmarks/videoscene.py says how good it is
 against its prior, before any student is trained.
 """
@@ -176,7 +174,7 @@ def train_teacher(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--image-condition", choices=["ends", "renders", "first"], default="ends")
+    parser.add_argument("--image-condition", choices=["ends", "renders"], default="ends")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all, the making of clips included")
     parser.add_argument("--clips", type=int, default=4096)
