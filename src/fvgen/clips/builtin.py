@@ -38,15 +38,21 @@ def cache_folder() -> Path:
 
 
 def builtin_clips(
-    split: str, count: int, workers: int | None = None, world: World = USUAL, frames: int = FRAMES, others: int = 0
+    split: str,
+    count: int,
+    workers: int | None = None,
+    world: World = USUAL,
+    frames: int | None = None,
+    others: int = 0,
 ) -> ClipFolder:
-    """The first ``count`` clips of a split ("train" or "test"), from the cache or made now (0.2 s each on one core)."""
+    """The first ``count`` clips of a split ("train" or "test"), from the cache or made now (0.2 s each on one core);
+    of `FRAMES` frames or as many as are asked for, with ``others`` views off each path."""
     name = f"{world.name}-{split}" if world.name else split
-    length = "" if frames == FRAMES else f"-{frames}frames"
+    length = "" if frames in (None, FRAMES) else f"-{frames}frames"
     more = f"-{others}others" if others else ""
     path = cache_folder() / f"builtin-{GENERATION}-{name}-{count}{length}{more}"
     if not (path / "index.json").exists():
-        made = _make(split, count, workers or os.cpu_count() or 1, world, frames, others)
+        made = _make(split, count, workers or os.cpu_count() or 1, world, frames or FRAMES, others)
         clips = list(track(made, f"scenes ({name})", total=count))
         save_clips(path, clips, {"kind": "builtin", "generation": GENERATION, "split": name, "seed": DATA_SEED})
     return ClipFolder(path)
