@@ -1,7 +1,7 @@
 """Train VAE and teacher of CogVideoX's classes, in small, on built-in clips.
 
     python recipes/train_cogvideox_world.py --out DIR [--image-condition ends|renders|first] [--device cuda]
-        [--minutes 10] [--vae-minutes 3] [--vae DIR] [--kept DIR]
+        [--minutes 10] [--vae-minutes 3] [--vae DIR] [--data DIR]
 
 Teachers of three kinds: an interpolation model ("ends": it sees first and last frame, noised as CogvideX-
 Interpolation's are), one that sees the whole render ("renders", the strongest; both are VideoScene's), and one that
@@ -12,8 +12,8 @@ and, where the weights are at hand, LPIPS of a few frames, as CogVideoX's own wa
 squared error of the velocity at uniform timesteps. DIR gets `teacher` (a CogVideoXTeacherPipeline) and log.json.
 benchmarks/videoscene.py says how good it is against its prior, before any student is trained.
 
---vae: a teacher of this recipe's whose VAE is taken as it is. --kept: a folder for clips, so that a second teacher
-costs no second making of them.
+--vae: a teacher of this recipe's whose VAE is taken as it is. --data: a folder of clips in place of built-in ones that
+are made now; their latents are kept beside them, so that a second teacher of the same kind costs no second encoding.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -34,6 +35,8 @@ from torch.nn.functional import l1_loss
 from train_proving_ground import collected, trained
 
 from fvgen.clips.builtin import DATA_SEED, HEIGHT, WIDTH
+from fvgen.clips.folder import ClipFolder
+from fvgen.clips.latents import load_latents
 from fvgen.clips.rooms import synthetic_clip
 from fvgen.clips.worlds import WORLDS
 from fvgen.metrics.image import lpips_network
@@ -44,7 +47,6 @@ from fvgen.models.cogvideox.prompts import EncodedPrompts
 from fvgen.models.condition import Condition
 from fvgen.pipelines.folders import load_pipeline, save_model
 from fvgen.system.doors import load_tensors
-from fvgen.system.files import write_tensors
 
 FRAMES = 9  # 8k + 1
 MIX = ("builtin-coarse", "builtin-coarse", "builtin-coarse", "builtin-closed")
@@ -64,17 +66,12 @@ def make_clip(index: int) -> tuple:
     return *images, clip.known.numpy()
 
 
-def all_clips(count: int, workers: int, kept: Path | None) -> dict[str, Tensor]:
-    """truth and render [N, F, 3, H, W] uint8 and known [N, F], made or from ``kept``."""
-    file = None if kept is None else kept / f"clips-{count}.safetensors"
-    if file is not None and file.is_file():
-        return load_tensors(file)
+def all_clips(count: int, workers: int, data: Path | None) -> dict[str, Tensor]:
+    """truth and render [N, F, 3, H, W] uint8 and known [N, F], made or from a folder of clips."""
+    if data is not None:
+        return load_tensors(ClipFolder(data).path / "clips.safetensors")
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        clips = collected([pool.submit(make_clip, index) for index in range(count)])
-    if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(file, clips)
-    return clips
+        return collected([pool.submit(make_clip, index) for index in range(count)])
 
 
 def build_vae(seed: int, widths: Sequence[int] = WIDTHS) -> AutoencoderKLCogVideoX:
@@ -171,18 +168,13 @@ def train_vae(
     return vae, facts | {"batch": batch, "psnr": round(psnr, 2), "lpips": distance is not None}
 
 
-COPIES = ((False, False), (True, False), (False, True), (True, True))  # (mirrored, walked back)
-
-
 @torch.no_grad()
-def encoded(
-    clips: dict[str, Tensor], pipeline: CogVideoXTeacherPipeline, device: str, copies: int
-) -> tuple[Tensor, Condition]:
-    """Latents of the truth and what the teacher sees, on the device: every clip, and the first ``copies`` - 1 of:
-    mirrored, walked back where both ends are known, both."""
+def encoded(clips: dict[str, Tensor], pipeline: CogVideoXTeacherPipeline, device: str) -> tuple[Tensor, Condition]:
+    """Latents of the truth and what the teacher sees, on the device: every clip, mirrored too, and walked back where
+    both ends are known."""
     generator, rows, seen = torch.Generator().manual_seed(0), [], []
     both = clips["known"][:, -1]
-    for mirrored, back in COPIES[:copies]:
+    for mirrored, back in product((False, True), repeat=2):
         chosen = both.nonzero().flatten() if back else torch.arange(len(both))
         for part in chosen.split(AT_ONCE):
             pair = [clips[name][part].float() / 255 for name in ("truth", "render")]
@@ -195,17 +187,10 @@ def encoded(
 
 
 def train_teacher(
-    clips: dict[str, Tensor],
-    pipeline: CogVideoXTeacherPipeline,
-    until: float,
-    device: str,
-    seed: int,
-    batch: int,
-    copies: int,
+    data: tuple[Tensor, Condition], pipeline: CogVideoXTeacherPipeline, until: float, device: str, seed: int, batch: int
 ) -> dict:
     """The transformer, in place and until the clock stands there; returns what was done."""
-    pipeline.to(device)
-    latents, condition = encoded(clips, pipeline, device, copies)
+    latents, condition = data
     seconds = max(1.0, until - time.perf_counter())
     schedule = pipeline.schedule
     network = pipeline.transformer.train()
@@ -235,17 +220,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6, help="of 32 channels each")
     parser.add_argument("--batch", type=int, default=64, help="of the teacher")
-    parser.add_argument("--copies", type=int, default=4, choices=range(1, 5), help="of each clip, see `encoded`")
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the VAE's levels")
     parser.add_argument("--vae", type=Path, help="a teacher of this recipe's whose VAE is taken as it is")
-    parser.add_argument("--kept", type=Path, help="a folder for clips, to be used again")
+    parser.add_argument("--data", type=Path, help="a folder of clips, in place of built-in ones")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     start = time.perf_counter()
-    clips = all_clips(args.clips, args.workers, args.kept)
-    print(f"{args.clips} clips after {time.perf_counter() - start:.0f} s", flush=True)
+    clips = all_clips(args.clips, args.workers, args.data)
+    print(f"{len(clips['truth'])} clips after {time.perf_counter() - start:.0f} s", flush=True)
     torch.set_float32_matmul_precision("high")
     log: dict[str, dict] = {"clips": {"count": args.clips, "mix": MIX}, "arguments": {"seed": args.seed}}
     log["arguments"] |= {"image_condition": args.image_condition, "layers": args.layers, "heads": args.heads}
@@ -256,8 +240,15 @@ def main() -> None:
         vae, log["vae"] = train_vae(clips, seconds, args.device, args.seed, args.vae_batch, args.widths)
     pipeline = build_teacher(vae.cpu(), args.seed, args.image_condition, args.layers, args.heads)
     save_model(pipeline, args.out / "teacher")  # of the VAE alone so far: a kill from here on costs only the teacher
+    pipeline.to(args.device)
+    if args.data:
+        whole = load_latents(ClipFolder(args.data), pipeline)
+        data = whole.batch(torch.arange(len(whole)), args.device)
+        data = (data.latents, data.condition)
+    else:
+        data = encoded(clips, pipeline, args.device)
     until = start + 60 * args.minutes
-    log["teacher"] = train_teacher(clips, pipeline, until, args.device, args.seed, args.batch, args.copies)
+    log["teacher"] = train_teacher(data, pipeline, until, args.device, args.seed, args.batch)
     save_model(pipeline.to("cpu"), args.out / "teacher")
     (args.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     print(json.dumps(log))
