@@ -81,11 +81,11 @@ def test_zeros_are_the_stated_start():
     assert len(made) == 9 * 8 * 12
     away = (made.means.unflatten(0, (9, -1)) - walk.centers[:, None]).norm(dim=-1)
     torch.testing.assert_close(away, torch.full_like(away, 3.0), rtol=1e-5, atol=0)
-    # neighbours in the middle of an image are a scale apart
+    # neighbours in the middle of an image are two scales apart
     grid = made.means.unflatten(0, (9, 8, 12))
     apart = (grid[:, 4, 5] - grid[:, 4, 6]).norm(dim=-1)
     scale = made.scales.unflatten(0, (9, 8, 12))[:, 4, 5, 0]
-    torch.testing.assert_close(apart, scale, rtol=0.02, atol=0)  # the arc of a ray against its tangent
+    torch.testing.assert_close(apart, 2 * scale, rtol=0.02, atol=0)  # the arc of a ray against its tangent
     assert torch.allclose(made.opacities, torch.tensor(1 / (1 + math.e)))
     assert torch.allclose(made.colors, torch.tensor(0.5))
     assert torch.equal(made.rotations, torch.tensor([1.0, 0, 0, 0]).expand(len(made), 4))

@@ -5,7 +5,7 @@ that a Gaussian can be no wider than a few of its neighbours (docs/wonderland.md
 
     distance   near^(1-w) far^w,  w = sigmoid(x + b)      along the ray; b puts zeros at ``typical``; linear in w where
                                                           far / near <= 50
-    scale      distance / focal  exp(clamp(x, -3, 1.5))   focal in Gaussians, so 1 is the way to the next one
+    scale      distance / focal  exp(clamp(x, -3, 1.5)) / 2   focal in Gaussians: zeros are half the way to the next one
     opacity    sigmoid(x - 1), where there is one for every pixel sigmoid(x - 2)
     colour     sigmoid(x)
     rotation   normalise(x + (1, 0, 0, 0))                w x y z
@@ -27,7 +27,8 @@ from fvgen.geometry.plucker import normalised, packed, rays
 from fvgen.models.lalrm import LaLRM
 
 LINEAR = 50.0  # far / near up to which distances are spread evenly
-LEAST_SCALE, MOST_SCALE = -3.0, 1.5  # logarithms, in ways to the next Gaussian
+START = 0.5  # ways to the next Gaussian: twice that is four times the pairs to draw, and blurs more than it closes
+LEAST_SCALE, MOST_SCALE = -3.0, 1.5  # logarithms
 FAINT, FAINTER = 1.0, 2.0  # what opacities' numbers start below, on coarse and full grids
 COLOR, SCALE, ROTATION, OPACITY, DISTANCE = slice(0, 3), slice(3, 6), slice(6, 10), 10, 11
 
@@ -49,7 +50,7 @@ def gaussians_along(numbers: Tensor, cameras: Cameras, settings: Mapping[str, An
     rows = numbers.permute(1, 2, 3, 0)  # [F, H', W', 12]
     away = distances(rows[..., DISTANCE, None], settings["near"], settings["far"], settings["typical"])
     focal = cameras.intrinsics[:, 0, 0].to(numbers) * width / cameras.width
-    size = away / focal[:, None, None, None] * rows[..., SCALE].clamp(LEAST_SCALE, MOST_SCALE).exp()
+    size = START * away / focal[:, None, None, None] * rows[..., SCALE].clamp(LEAST_SCALE, MOST_SCALE).exp()
     unturned = torch.tensor([1.0, 0.0, 0.0, 0.0]).to(numbers)
     faint = FAINTER if settings["pitch"] == 1 else FAINT
     return Gaussians(
