@@ -38,7 +38,8 @@ LIVE = 500_000_000  # most elements that ZeRO-3 gathers at once, as in recipes/d
 FITS = 0.95  # of the memory: the allocator needs some room
 RUNTIME_GB = 1.5  # CUDA context, kernels and communication on a GPU
 CPU_RUNTIME_GB = 0.09  # what libraries keep from their first use on: benchmarks/memory.py --channels 32
-RECIPES = {"gan": "stage1_gan.py", "dmd": "stage2_dmd.py", "leap": "leap.py", "camera": "camera.py"}
+RECIPES = {"gan": "stage1_gan.py", "dmd": "stage2_dmd.py"}
+RECIPES |= {name: f"{name}.py" for name in ("leap", "camera", "lalrm")}
 A_MACHINE = 8  # GPUs at most; more are several machines, which a hostfile names
 SHARES = {"three models": (False, False), "LoRA fake score": (True, False), "LoRA both": (True, True)}
 

@@ -196,7 +196,8 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
 def _views(size: Size, others: int) -> Condition:
     count = size.frames + others
     images = torch.zeros(size.batch, count, 3, size.height, size.width, dtype=torch.uint8)
-    return Condition(images=images, path=torch.zeros(size.batch, count, PACKED))
+    shown = torch.ones(size.batch, count, size.height, size.width, dtype=torch.bool)
+    return Condition(images=images, path=torch.zeros(size.batch, count, PACKED), shown=shown)
 
 
 def _numel(modules: Sequence[nn.Module], beside: Sequence[nn.Module] = ()) -> int:
