@@ -22,9 +22,12 @@ from fvgen.geometry.gaussians import render_gaussians
 from fvgen.geometry.off_path import off_path
 from fvgen.geometry.plucker import unpacked
 from fvgen.models.cogvideox.vae import encode
+from fvgen.models.family import Size
 from fvgen.models.lalrm import LaLRM
-from fvgen.pipelines.folders import load_pipeline, save_model
+from fvgen.pipelines.folders import folder_blueprint, load_pipeline, save_model
 from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.planning.plan import Hardware, command, plan
+from fvgen.planning.simulate import simulate
 from fvgen.splats.raymap import gaussians_along
 
 COMMON = {"iterations": 2, "batch_size": 2, "checkpoint_every": 1, "sample_every": 2, "track": False}
@@ -117,6 +120,20 @@ def test_a_path_without_cameras_or_views_is_refused(stage, clip_folder, tmp_path
     assert "leave nothing to learn from" in refusal(lambda: stage(seen_views=0, unseen_views=0))
 
 
+def test_it_can_be_planned(stage, clip_folder, teacher_folder):
+    """The network alone learns, and the teacher's takes no room."""
+    config = stage()
+    family, blueprint = folder_blueprint(teacher_folder)
+    profile = simulate(config, family, blueprint, Size(2, FRAMES, HEIGHT, WIDTH))
+    network = LaLRM(**config.method.of_network())
+    assert profile.parameters["lalrm"] == sum(p.numel() for p in network.parameters())
+    assert profile.parameters["teacher"] == 0 and profile.flops > 0
+    found = plan(config, {("three models", False): profile}, Hardware(gpus=1))
+    assert found and all(each.total > 0 for each in found)
+    line = command(found[0].choice, Hardware(gpus=1), config, "x.yaml").split()
+    assert any(word.endswith("recipes/lalrm.py") for word in line)
+
+
 # --- The loss ---
 
 
@@ -183,6 +200,30 @@ def test_memory_does_not_grow_with_the_number_of_views():
     assert kept(12) < 1.1 * kept(3)
 
 
+def test_what_a_mask_hides_does_not_count():
+    ours, data = method(), batch()
+    hidden = one_view(data.views, 0, torch.tensor([4]))
+    hidden["shown"] = hidden["shown"].clone()
+    hidden["shown"][:, :, WIDTH // 2 :] = False
+    numbers, frames = ours.numbers(data)
+    made = gaussians_along(numbers[0], unpacked(data.views["path"][0, :frames], HEIGHT, WIDTH), ours.network.config)
+    other = {**hidden, "images": hidden["images"].clone()}
+    other["images"][..., WIDTH // 2 :] = 255 - other["images"][..., WIDTH // 2 :]
+    one, two = (ours.view_terms(made, view)["loss_lalrm_square"] for view in (hidden, other))
+    assert torch.equal(one, two)
+    everything = {**other, "shown": torch.ones_like(other["shown"])}
+    assert ours.view_terms(made, everything)["loss_lalrm_square"] > two
+
+
+def test_small_images_have_no_lpips():
+    ours, data = method(), batch()
+    ours.perceptual = torch.nn.Identity()
+    small = type(data.views)(**{**dict(data.views), "images": data.views["images"][..., :16, :24]})
+    assert "images of 16x24 are too small; set 0" in refusal(
+        lambda: ours.loss(LatentBatch(data.latents, data.condition, small), Draws(torch.Generator()))
+    )
+
+
 def test_the_order_of_views_does_not_matter():
     ours, data = method(), batch()
     frames = ours.numbers(data)[1]
@@ -196,7 +237,7 @@ def test_the_order_of_views_does_not_matter():
 
 @pytest.mark.slow
 def test_it_can_learn_one_scene():
-    """A minute of one thread. 32 dB is 1/40 of the colours' range: far beyond a blur, which has 20 here."""
+    """Fifty seconds of a free thread. 32 dB is 1/40 of the colours' range: far beyond a blur, which has 20 here."""
     room = synthetic_clip("train", 0, 0, 9, 24, 32, others=1)
     blocks = {f"{way.lower()}_block_types": (f"CogVideoX{way}Block3D",) * 3 for way in ("Down", "Up")}
     with torch.no_grad():  # of 4 x 4 pixels

@@ -23,8 +23,8 @@ LONGEST = 1.5
 JUMP = 1.5
 # Paths whose score is within this factor of the best are drawn with equal chance.
 AS_GOOD = 1.4
-# Radians from a clip's nearest frame: photographs further away show much that the clip does not.
-NEARBY = 0.5
+# Radians from a clip's nearest frame: photographs further away show more that the clip does not than what it does.
+NEARBY = JUMP / 2
 # Entries in the step costs of all paths that are tried: 48 MB, and twice that while they are summed.
 TABLE = 6_000_000
 

@@ -97,7 +97,7 @@ class Lalrm(Method):
     """One network, and what its Gaussians look like."""
 
     needs = frozenset({"views"})
-    samples = "frames"
+    runs_teacher, samples = False, "frames"
     exported = ("lalrm",)
 
     def __init__(self, settings: LalrmSettings, lalrm: Learner, draw: Draw, perceptual: nn.Module | None) -> None:
@@ -124,7 +124,7 @@ class Lalrm(Method):
         setup.teacher.network.to("meta" if planned else "cpu")  # it is not run
         exact = {name: p.detach().clone() for name, p in network.named_parameters()}
         if memory.precision == "bfloat16":
-            network.to(torch.bfloat16)
+            nn.Module.to(network, torch.bfloat16)  # diffusers' own warns of nothing
         if memory.checkpoint_activations:
             network.enable_gradient_checkpointing()
         network = network.to(device).train().requires_grad_(True)
