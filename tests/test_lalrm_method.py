@@ -120,6 +120,16 @@ def test_a_path_without_cameras_or_views_is_refused(stage, clip_folder, tmp_path
     assert "leave nothing to learn from" in refusal(lambda: stage(seen_views=0, unseen_views=0))
 
 
+def test_another_vaes_latents_are_refused(teacher_folder):
+    teacher, sizes = load_pipeline(teacher_folder, TeacherPipeline), {"width": 32, "layers": 1, "head_dim": 16}
+    assert teacher.with_lalrm(LaLRM(**sizes)).lalrm is not None
+    sentence = refusal(lambda: teacher.with_lalrm(LaLRM(**sizes, space_squeeze=4)))
+    assert (
+        "16 channels, 4 frames and 4 pixels to a latent, and this VAE makes those of 16 channels, 4 frames and 8"
+        in sentence
+    )
+
+
 def test_it_can_be_planned(stage, clip_folder, teacher_folder):
     """The network alone learns, and the teacher's takes no room."""
     config = stage()
