@@ -70,6 +70,20 @@ def test_it_fits_and_trains_by_the_command_that_it_tells(name, stage, monkeypatc
 VIDEOSCENE = sorted((CONFIGS / "videoscene").glob("*.yaml"))
 
 
+@pytest.mark.parametrize("name", ["tiny", "8x80gb"])
+def test_lalrms_files_are_whole(name):
+    file = CONFIGS / "wonderland" / f"lalrm-{name}.yaml"
+    config = read_stage_config("lalrm", file, ["out=unused"])
+    header = file.read_text().split("\n\n")[0]
+    files = re.findall(r"recipes/[\w/-]+\.(?:py|yaml|json)", header)
+    assert len(files) >= 3 and all((REPOSITORY / each).is_file() for each in files)
+    assert (config.method.patch, config.method.pitch) == (2, 2)
+    if name == "8x80gb":
+        method = config.method
+        assert (method.width, method.layers, config.run.iterations) == (1024, 24, 100_000)  # as stated
+        assert (config.data.batch_size, config.data.batch_size % (8 * config.memory.accumulation)) == (24, 0)
+
+
 @pytest.mark.parametrize("file", VIDEOSCENE, ids=lambda file: file.stem)
 def test_the_leaps_files_are_whole(file):
     config = read_stage_config("leap", file, ["out=unused"])

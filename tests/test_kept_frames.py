@@ -107,6 +107,30 @@ def test_masks_come_with_the_frames(make_shards, shard_scenes, shards, tmp_path)
     assert torch.equal(folder[0].shown, found.clips()[0].shown) and folder[len(folder) - 1].shown.all()
 
 
+def test_other_photographs_come_with_shards(make_shards, shard_scenes, tmp_path):
+    """They are the scene's, not the clip's, and to the bit."""
+    make_shards(tmp_path / "shards", keep_frames=True, others=1)
+    shards = ShardSet(tmp_path / "shards", views=True)
+    for clip, record in zip(shards.clips(), shards.records, strict=True):
+        scene = read_scene(shard_scenes / record.scene)
+        names = [path.name for path in scene.image_paths]
+        pictures = torch.stack([fit_image(scene.image(view), *SIZE) for view in range(len(names))])
+        (found,) = [view for view in range(len(names)) if torch.equal(pictures[view], clip.others.images[0])]
+        assert names[found] not in record.frames
+        assert torch.equal(clip.others.cameras.world_from_cam[0], scene.cameras.world_from_cam[found])
+        assert torch.equal(clip.others.cameras.intrinsics, scene.cameras[[found]].fitted(*SIZE).intrinsics)
+    assert torch.equal(
+        save_clips(tmp_path / "clips", list(shards.clips()), {})[0].others.images, shards.clip(0).others.images
+    )
+    batch = shards.batch([0, 3])
+    assert batch.views["images"].shape == (2, FRAMES + 1, 3, *SIZE) and batch.views["shown"].all()
+    assert "no effect without --keep-frames" in refusal(lambda: make_shards(tmp_path / "none", others=1))
+    # More than there are: every clip is dropped, and told.
+    assert "too few other photographs nearby" in refusal(
+        lambda: make_shards(tmp_path / "many", keep_frames=True, others=50)
+    )
+
+
 def test_shards_without_frames_say_how_to_get_some(shards, kept, make_shards):
     assert "prepare their scenes again with --keep-frames" in refusal(ShardSet(shards).clips)
     assert "other settings (keep_frames: False, not True)" in refusal(lambda: make_shards(shards, keep_frames=True))

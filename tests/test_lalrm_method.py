@@ -9,20 +9,25 @@ import pytest
 import torch
 from checks import refusal
 from small_cameras import cameras
-from small_cogvideox import FRAMES, HEIGHT, WIDTH, small_teacher, video
+from small_cogvideox import FRAMES, HEIGHT, WIDTH, small_teacher, small_vae, video
 
 from fvgen import distill
 from fvgen.clips.clip import Clip, Others
 from fvgen.clips.folder import ClipFolder, save_clips
 from fvgen.clips.latents import LatentBatch, views_of
+from fvgen.clips.rooms import synthetic_clip
 from fvgen.distill.draws import Draws
-from fvgen.distill.methods.lalrm import Lalrm, LalrmSettings
+from fvgen.distill.methods.lalrm import Lalrm, LalrmSettings, one_view
 from fvgen.geometry.gaussians import render_gaussians
 from fvgen.geometry.off_path import off_path
 from fvgen.geometry.plucker import unpacked
+from fvgen.models.cogvideox.vae import encode
+from fvgen.models.family import Size
 from fvgen.models.lalrm import LaLRM
-from fvgen.pipelines.folders import load_pipeline, save_model
+from fvgen.pipelines.folders import folder_blueprint, load_pipeline, save_model
 from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.planning.plan import Hardware, command, plan
+from fvgen.planning.simulate import simulate
 from fvgen.splats.raymap import gaussians_along
 
 COMMON = {"iterations": 2, "batch_size": 2, "checkpoint_every": 1, "sample_every": 2, "track": False}
@@ -115,6 +120,30 @@ def test_a_path_without_cameras_or_views_is_refused(stage, clip_folder, tmp_path
     assert "leave nothing to learn from" in refusal(lambda: stage(seen_views=0, unseen_views=0))
 
 
+def test_another_vaes_latents_are_refused(teacher_folder):
+    teacher, sizes = load_pipeline(teacher_folder, TeacherPipeline), {"width": 32, "layers": 1, "head_dim": 16}
+    assert teacher.with_lalrm(LaLRM(**sizes)).lalrm is not None
+    sentence = refusal(lambda: teacher.with_lalrm(LaLRM(**sizes, space_squeeze=4)))
+    assert (
+        "16 channels, 4 frames and 4 pixels to a latent, and this VAE makes those of 16 channels, 4 frames and 8"
+        in sentence
+    )
+
+
+def test_it_can_be_planned(stage, clip_folder, teacher_folder):
+    """The network alone learns, and the teacher's takes no room."""
+    config = stage()
+    family, blueprint = folder_blueprint(teacher_folder)
+    profile = simulate(config, family, blueprint, Size(2, FRAMES, HEIGHT, WIDTH))
+    network = LaLRM(**config.method.of_network())
+    assert profile.parameters["lalrm"] == sum(p.numel() for p in network.parameters())
+    assert profile.parameters["teacher"] == 0 and profile.flops > 0
+    found = plan(config, {("three models", False): profile}, Hardware(gpus=1))
+    assert found and all(each.total > 0 for each in found)
+    line = command(found[0].choice, Hardware(gpus=1), config, "x.yaml").split()
+    assert any(word.endswith("recipes/lalrm.py") for word in line)
+
+
 # --- The loss ---
 
 
@@ -125,10 +154,10 @@ class Plain:
         self.module, self.average = module, None
 
 
-def method(**changes) -> Lalrm:
+def method(latent_channels: int = 4, **changes) -> Lalrm:
     settings = LalrmSettings(**SMALL | changes)
     torch.manual_seed(0)
-    network = LaLRM(latent_channels=4, space_squeeze=4, **settings.of_network())
+    network = LaLRM(latent_channels=latent_channels, space_squeeze=4, **settings.of_network())
     return Lalrm(settings, Plain(network), render_gaussians, None)
 
 
@@ -151,7 +180,8 @@ def test_the_surrogate_has_the_losss_gradient():
     for index in range(2):
         walk = unpacked(data.views["path"][index, :frames], HEIGHT, WIDTH)
         made = gaussians_along(numbers[index], walk, network.config)
-        losses += [sum(ours.view_terms(made, data.views, index, view).values()) for view in chosen[:, index].tolist()]
+        shown = [one_view(data.views, index, view) for view in chosen[:, index].split(1)]
+        losses += [sum(ours.view_terms(made, view).values()) for view in shown]
     whole = torch.stack(losses).mean()
     torch.testing.assert_close(metrics["loss_lalrm"], whole.detach(), rtol=1e-5, atol=0)
     for one, other in zip(found, torch.autograd.grad(whole, list(network.parameters())), strict=True):
@@ -180,6 +210,30 @@ def test_memory_does_not_grow_with_the_number_of_views():
     assert kept(12) < 1.1 * kept(3)
 
 
+def test_what_a_mask_hides_does_not_count():
+    ours, data = method(), batch()
+    hidden = one_view(data.views, 0, torch.tensor([4]))
+    hidden["shown"] = hidden["shown"].clone()
+    hidden["shown"][:, :, WIDTH // 2 :] = False
+    numbers, frames = ours.numbers(data)
+    made = gaussians_along(numbers[0], unpacked(data.views["path"][0, :frames], HEIGHT, WIDTH), ours.network.config)
+    other = {**hidden, "images": hidden["images"].clone()}
+    other["images"][..., WIDTH // 2 :] = 255 - other["images"][..., WIDTH // 2 :]
+    one, two = (ours.view_terms(made, view)["loss_lalrm_square"] for view in (hidden, other))
+    assert torch.equal(one, two)
+    everything = {**other, "shown": torch.ones_like(other["shown"])}
+    assert ours.view_terms(made, everything)["loss_lalrm_square"] > two
+
+
+def test_small_images_have_no_lpips():
+    ours, data = method(), batch()
+    ours.perceptual = torch.nn.Identity()
+    small = type(data.views)(**{**dict(data.views), "images": data.views["images"][..., :16, :24]})
+    assert "images of 16x24 are too small; set 0" in refusal(
+        lambda: ours.loss(LatentBatch(data.latents, data.condition, small), Draws(torch.Generator()))
+    )
+
+
 def test_the_order_of_views_does_not_matter():
     ours, data = method(), batch()
     frames = ours.numbers(data)[1]
@@ -189,3 +243,32 @@ def test_the_order_of_views_does_not_matter():
         ours.chosen = lambda *given, order=order: order
         losses.append(ours.loss(data, Draws(torch.Generator()))[1]["loss_lalrm"])
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-5, atol=0)
+
+
+@pytest.mark.slow
+def test_it_can_learn_one_scene():
+    """Fifty seconds of a free thread. 32 dB is 1/40 of the colours' range: far beyond a blur, which has 20 here."""
+    room = synthetic_clip("train", 0, 0, 9, 24, 32, others=1)
+    blocks = {f"{way.lower()}_block_types": (f"CogVideoX{way}Block3D",) * 3 for way in ("Down", "Up")}
+    with torch.no_grad():  # of 4 x 4 pixels
+        latents, _ = encode(small_vae(block_out_channels=(4, 4, 4), **blocks), room.truth[None])
+    ours = method(latent_channels=16, width=64, layers=2, pitch=1, seen_views=2, unseen_views=0)
+    views = views_of(room)
+    data = LatentBatch((latents - latents.mean()) / latents.std(), views, views)
+    draws = Draws(torch.Generator().manual_seed(0))
+    parameters, updates = list(ours.network.parameters()), 250
+    optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0)
+    falling = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=updates, pct_start=0.05)
+
+    def psnr() -> torch.Tensor:
+        return -10 * (ours.sample(data, 0)[0] - room.truth).square().flatten(1).mean(1).log10()
+
+    assert psnr().max() < 15
+    for _ in range(updates):
+        surrogate, _ = ours.loss(data, draws)
+        optimizer.zero_grad()
+        surrogate.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        falling.step()
+    assert psnr().mean() > 32, psnr()

@@ -96,6 +96,9 @@ def prepare(
     ] = 2,
     seed: Annotated[int, typer.Option(min=0, max=2**32 - 1)] = 0,
     keep_frames: Annotated[bool, typer.Option("--keep-frames", help="Keep pixels too: to score models on.")] = False,
+    others: Annotated[
+        int, typer.Option(min=0, max=MOST_FRAMES, help="Photographs near a clip to keep with its frames, for LaLRM.")
+    ] = 0,
     closed: Annotated[bool | None, typer.Option(help="Renders without holes; as the model wants if not given.")] = None,
     part: Annotated[str, typer.Option(help="I/N: the I-th of N shares of the scenes, for job arrays.")] = "1/1",
     workers: Annotated[int | None, typer.Option(min=1, max=1024, help="Processes; one per core if not given.")] = None,
@@ -106,6 +109,7 @@ def prepare(
         "frames": frames, "max_stride": max_stride, "teacher": teacher, "points": points, "seed": seed,
         "clips_per_scene": clips_per_scene, "known_views": known_views, "workers": workers, "device": device,
         "clips_per_shard": clips_per_shard, "keep_frames": keep_frames, "closed": closed,
+        "others": others,
     }  # fmt: skip
     guarded(partial(calls.prepare, sources, out, size, part, options))
 

@@ -19,12 +19,13 @@ class Others:
     """Views [U] of a clip's scene that are no frames of it.
 
     images: [U, 3, H, W] in [0, 1], as large as the clip's. cameras: theirs. depth: [F + U, H, W], camera z in scene
-    units, of the clip's frames and then of these; None where nobody knows.
+    units, of the clip's frames and then of these; None where nobody knows. shown: [U, H, W], as the clip's.
     """
 
     images: Tensor
     cameras: Cameras
     depth: Tensor | None = None
+    shown: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,9 +94,10 @@ def render_clip(
     return Clip(name, truth, torch.where(mask[:, None, None, None], truth, render), mask, cameras), visibility > 0
 
 
-def shown_of(clip: Clip) -> Tensor:
-    """[F, H, W] bool: where a clip's truth is one, written out."""
-    return torch.ones_like(clip.truth[:, 0], dtype=torch.bool) if clip.shown is None else clip.shown
+def shown_of(clip: Clip | Others) -> Tensor:
+    """[F, H, W] bool: where a clip's truth is one, or images are, written out."""
+    images = clip.truth if isinstance(clip, Clip) else clip.images
+    return torch.ones_like(images[:, 0], dtype=torch.bool) if clip.shown is None else clip.shown
 
 
 def to_bytes(image: Tensor) -> Tensor:

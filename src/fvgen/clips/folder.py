@@ -39,6 +39,7 @@ class ClipFolder:
             keys = set(self._file.keys())
             self._masked, self._posed = "shown" in keys, not keys.isdisjoint(CAMERAS)
             self._others, self._deep = f"{OTHERS}images" in keys, DEPTH in keys
+            self._masked_others = f"{OTHERS}shown" in keys
             found = {key: self._file.get_slice(key) for key in ("truth", "render", "known")}
         except (SafetensorError, UserError) as error:
             reason = getattr(error, "reason", first_line(error))
@@ -80,6 +81,10 @@ class ClipFolder:
             deep = [truth[0], truth[1] + shape[1], *truth[3:]]
             if (depth.get_dtype(), list(depth.get_shape())) != ("F16", deep):
                 return False
+        if self._masked_others:
+            shown = self._file.get_slice(f"{OTHERS}shown")
+            if (shown.get_dtype(), list(shown.get_shape())) != ("BOOL", [*shape[:2], *truth[3:]]):
+                return False
         return self._fits_cameras(shape[:2], OTHERS)
 
     def __len__(self) -> int:
@@ -99,7 +104,8 @@ class ClipFolder:
         images = self._file.get_slice(f"{OTHERS}images")[index].float() / 255
         matrices = (self._file.get_slice(f"{OTHERS}{name}")[index] for name in CAMERAS)
         depth = self._file.get_slice(DEPTH)[index].float() if self._deep else None
-        return Others(images, Cameras(*matrices, self.height, self.width), depth)
+        shown = self._file.get_slice(f"{OTHERS}shown")[index] if self._masked_others else None
+        return Others(images, Cameras(*matrices, self.height, self.width), depth, shown)
 
 
 def save_clips(path: str | Path, clips: Sequence[Clip], source: dict) -> ClipFolder:
@@ -143,6 +149,8 @@ def _stacked_others(all_others: Sequence[Others]) -> dict[str, torch.Tensor]:
     cameras = {name: torch.stack([getattr(o.cameras, name).float() for o in all_others]) for name in CAMERAS}
     tensors = {f"{OTHERS}{name}": matrices for name, matrices in cameras.items()}
     tensors[f"{OTHERS}images"] = torch.stack([to_bytes(others.images) for others in all_others])
+    if any(others.shown is not None for others in all_others):
+        tensors[f"{OTHERS}shown"] = torch.stack([shown_of(others) for others in all_others])
     if all(others.depth is not None for others in all_others):
         tensors[DEPTH] = torch.stack([others.depth.half() for others in all_others])
     return tensors

@@ -16,9 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fvgen.clips.clip import Clip, render_clip
+from fvgen.clips.clip import Clip, Others, render_clip
 from fvgen.clips.filters import measure, verdict
-from fvgen.clips.views import Window, clip_windows
+from fvgen.clips.views import Window, clip_windows, other_views, pose_distance, typical_depth
 from fvgen.depth.maps import point_maps
 from fvgen.errors import CannotWrite, UserError
 from fvgen.geometry.cameras import Cameras
@@ -27,7 +27,9 @@ from fvgen.posing.sources import Source, open_source
 from fvgen.scenes.images import fit_image
 from fvgen.scenes.scene import Scene
 
-FEW_WINDOWS = "no further smooth path"  # why a clip is missing, beside the reasons of `fvgen.clips.filters`
+# Why a clip is missing, beside the reasons of `fvgen.clips.filters`.
+FEW_WINDOWS = "no further smooth path"
+FEW_OTHERS = "too few other photographs nearby"
 
 Timed = Callable[[str], AbstractContextManager]  # told the step that is about to begin
 
@@ -39,6 +41,7 @@ class ClipSettings:
     frames, height, width: of a clip. max_stride: see `clip_windows`. known_views: frames that the cloud is made from,
     evenly spaced. points: see `point_maps`. clips_per_scene: how many are tried. radius: see `point_radius`.
     half_pixel_shift: see `unproject`. limits: see `fvgen.clips.filters`. closed: see `fvgen.geometry.closing`.
+    others: photographs beside the clip's own, see `other_views`; a clip that has fewer is lost.
     """
 
     frames: int
@@ -53,6 +56,7 @@ class ClipSettings:
     half_pixel_shift: bool
     limits: dict[str, float]
     closed: bool = False
+    others: int = 0
 
 
 class SceneClip(NamedTuple):
@@ -99,6 +103,7 @@ def scene_clips(
             generator = torch.Generator().manual_seed(_seed(settings.seed, source.name, "views"))
             arguments = (opened.scene, settings.clips_per_scene, settings.frames, settings.max_stride, generator)
             windows = clip_windows(*arguments)
+            distance = pose_distance(opened.scene.cameras, typical_depth(opened.scene)) if settings.others else None
     except CannotWrite:
         raise
     except UserError as error:
@@ -113,8 +118,22 @@ def scene_clips(
         if number >= len(windows):
             yield Lost(name, FEW_WINDOWS, broken=False)
             continue
+        more: list[int] = []
+        if distance is not None:
+            generator = torch.Generator().manual_seed(_seed(settings.seed, source.name, number, "others"))
+            more = other_views(distance, windows[number].views, settings.others, generator)
+        if len(more) < settings.others:
+            yield Lost(name, FEW_OTHERS, broken=False)
+            continue
         try:
             made = _clip(opened.scene, name, windows[number], known, maps, settings, timed)
+            if more:
+                with timed("load"):
+                    others = Others(
+                        *photographs(opened.scene, more, settings.height, settings.width),
+                        shown=opened.scene.shown(more, settings.height, settings.width),
+                    )
+                made = made._replace(clip=replace(made.clip, others=others))
         except UserError as error:
             yield Lost(name, str(error), broken=True)
             continue

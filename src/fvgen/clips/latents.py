@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fvgen.clips.clip import Clip, to_bytes
+from fvgen.clips.clip import Clip, shown_of, to_bytes
 from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
 from fvgen.geometry.plucker import normalised, packed, seen_from
@@ -94,20 +94,22 @@ def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0, 
 def views_of(clip: Clip) -> Condition:
     """What a reconstruction of the clip is to show, [1, ...]: ``images`` [V, 3, H, W] uint8 and ``path`` [V, 21], its
     frames first and then its other views, as its first camera sees them in units of the path (`packed`, `normalised`);
-    and ``depth`` [V, H, W] in those units, where it is known.
+    ``shown`` [V, H, W] bool, see `Clip`; and ``depth`` [V, H, W] in those units, where it is known.
 
     Raises UserError for a clip without cameras, or whose path does not move.
     """
     if clip.cameras is None:
         raise UserError(f"clip {clip.name} has no cameras, which its views need; prepare it again with this fvgen")
     path, scale = normalised(clip.cameras)
-    images, others = [to_bytes(clip.truth)], clip.others
+    images, shown, others = [to_bytes(clip.truth)], [shown_of(clip)], clip.others
     rows, depth = [packed(path).float()], None
     if others is not None:
         images.append(to_bytes(others.images))
+        shown.append(shown_of(others))
         rows.append(packed(seen_from(clip.cameras, others.cameras, scale)).float())
         depth = None if others.depth is None else scale * others.depth[None]
-    return Condition(images=torch.cat(images)[None], path=torch.cat(rows)[None], depth=depth)
+    joined = {"images": torch.cat(images), "path": torch.cat(rows), "shown": torch.cat(shown)}
+    return Condition(**{name: x[None] for name, x in joined.items()}, depth=depth)
 
 
 def all_views(clips: ClipFolder) -> Condition:

@@ -23,6 +23,8 @@ LONGEST = 1.5
 JUMP = 1.5
 # Paths whose score is within this factor of the best are drawn with equal chance.
 AS_GOOD = 1.4
+# Radians from a clip's nearest frame: photographs further away show more that the clip does not than what it does.
+NEARBY = JUMP / 2
 # Entries in the step costs of all paths that are tried: 48 MB, and twice that while they are summed.
 TABLE = 6_000_000
 
@@ -81,6 +83,15 @@ def _smooth(distance: Tensor, order: Tensor, frames: int, stride: int) -> Tensor
 
 def _draw(limit: int, generator: torch.Generator) -> int:
     return int(torch.randint(limit, (), generator=generator))
+
+
+def other_views(distance: Tensor, views: list[int], count: int, generator: torch.Generator) -> list[int]:
+    """``count`` views that are not in a clip of ``views`` but within NEARBY of one of its frames, drawn at random;
+    fewer where there are no more. ``distance``: `pose_distance` of the scene."""
+    near = distance[:, views].amin(dim=1) < NEARBY
+    near[views] = False
+    candidates = near.nonzero().flatten()
+    return candidates[torch.randperm(len(candidates), generator=generator)[:count]].tolist()
 
 
 # --- Paths by pose ---

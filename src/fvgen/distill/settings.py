@@ -121,7 +121,7 @@ class Log(Owner):
 class MethodSettings(Owner):
     """The base of a method's own settings. A setting that others make idle is refused where it is given.
 
-    all_learners: names of all networks that may learn.
+    all_learners: names of all networks that may learn; the first has an average, which is the result.
     optimizer: what differs from `Optimizer`'s defaults where nobody says otherwise.
     whole: networks must be whole in every process, which ZeRO-3 does not leave them.
     result: the folder below ``out`` with the pipeline that the stage leaves.

@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fvgen.errors import UserError
 from fvgen.geometry.plucker import folded, plucker, unpacked
+from fvgen.models.family import LatentGrid
 
 NUMBERS = 12  # of a Gaussian: colour 3, scale 3, rotation 4, opacity, distance
 QUIET = 0.3  # the last layer starts this much smaller than layers do: Gaussians begin near what zeros mean
@@ -99,6 +100,11 @@ class LaLRM(ModelMixin, ConfigMixin):
         with torch.no_grad():
             self.gaussians.weight.mul_(QUIET)
         self.gradient_checkpointing = False
+
+    @property
+    def latent_grid(self) -> LatentGrid:
+        """What a latent stands for that it takes."""
+        return LatentGrid(self.config.latent_channels, self.config.time_squeeze, self.config.space_squeeze)
 
     def forward(self, latents: Tensor, path: Tensor) -> Tensor:
         """[B, 12, F, H', W'] of scaled ``latents`` [B, C, F', h, w] and ``path`` [B, F, 21], `packed` and `normalised`

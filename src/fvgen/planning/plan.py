@@ -38,7 +38,8 @@ LIVE = 500_000_000  # most elements that ZeRO-3 gathers at once, as in recipes/d
 FITS = 0.95  # of the memory: the allocator needs some room
 RUNTIME_GB = 1.5  # CUDA context, kernels and communication on a GPU
 CPU_RUNTIME_GB = 0.09  # what libraries keep from their first use on: benchmarks/memory.py --channels 32
-RECIPES = {"gan": "stage1_gan.py", "dmd": "stage2_dmd.py", "leap": "leap.py", "camera": "camera.py"}
+RECIPES = {"gan": "stage1_gan.py", "dmd": "stage2_dmd.py"}
+RECIPES |= {name: f"{name}.py" for name in ("leap", "camera", "lalrm")}
 A_MACHINE = 8  # GPUs at most; more are several machines, which a hostfile names
 SHARES = {"three models": (False, False), "LoRA fake score": (True, False), "LoRA both": (True, True)}
 
@@ -99,7 +100,7 @@ class Estimate:
     choice: Choice
     weights: float
     gradients: float
-    optimizer: float  # moments, master weights and the student's average
+    optimizer: float  # moments, master weights and the result's average
     activations: float
     buffers: float
     seconds: float
@@ -123,12 +124,13 @@ def estimate(config: StageConfig, profile: Profile, choice: Choice, hardware: Ha
     # The plain engine optimises float32 weights themselves; everything else has float32 masters beside them.
     masters = {name: MASTER if zero or width[name] == 2 else 0 for name in learning}
     states = sum(count * (masters[name] + 2 * MOMENT) for name, count in learning.items())
-    optimizer = (0 if choice.offload_optimizer else states / n) + learning["student"] * MASTER / n  # the average
+    result = config.method.all_learners[0]
+    optimizer = (0 if choice.offload_optimizer else states / n) + learning[result] * MASTER / n  # the average
 
     activations, gradients = profile.peak(1 / n if zero >= 2 else 1.0)
     # During a step there are no activations but the float32 gradients of the own partition beside those of the weights.
     largest = max(learning.values())
-    step = largest * (4 / n + narrow / (n if zero >= 2 else 1)) if masters["student"] else 0.0
+    step = largest * (4 / n + narrow / (n if zero >= 2 else 1)) if masters[result] else 0.0
     buffers = hardware.runtime_gb * GB + max(0.0, step - activations - gradients)
     if zero:
         buffers += 2 * min(BUCKET, largest) * narrow

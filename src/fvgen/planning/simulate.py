@@ -187,7 +187,8 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
     counts = {name: sum(p.numel() for p in each.parameters() if p.requires_grad) for name, each in networks.items()}
     adapters = [network for network in (*networks.values(), *followers) if isinstance(_inner(network), Role)]
     learning = nn.ParameterList(p for each in networks.values() for p in each.parameters() if p.requires_grad)
-    counts["teacher"] = _numel([teacher.network], beside=[*adapters, learning])
+    frozen = [teacher.network] if method.runs_teacher else []
+    counts["teacher"] = _numel(frozen, beside=[*adapters, learning])
     counts["followers"] = _numel(followers, beside=[teacher.network, *networks.values()])
     counts["followers"] += _numel([x for x in followers if isinstance(_inner(x), Role)])
     return Profile(flops / len(parts), outline(allocations.timeline()), counts)
@@ -196,7 +197,8 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
 def _views(size: Size, others: int) -> Condition:
     count = size.frames + others
     images = torch.zeros(size.batch, count, 3, size.height, size.width, dtype=torch.uint8)
-    return Condition(images=images, path=torch.zeros(size.batch, count, PACKED))
+    shown = torch.ones(size.batch, count, size.height, size.width, dtype=torch.bool)
+    return Condition(images=images, path=torch.zeros(size.batch, count, PACKED), shown=shown)
 
 
 def _numel(modules: Sequence[nn.Module], beside: Sequence[nn.Module] = ()) -> int:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fvgen.clips.clip import Others, shown_of, to_bytes
 from fvgen.errors import UserError, first_line, first_problem
 from fvgen.system.doors import NUMBERS, not_finite, open_tensors, there
 from fvgen.system.files import write_tensors
@@ -35,7 +36,9 @@ PER_CLIP = (
 )
 PIXELS = ("truth", "render")  # in shards that keep their frames
 SHOWN = "shown"  # in those of them where a photograph has a mask
-RESERVED = (*PER_CLIP, *PIXELS, SHOWN)
+OTHERS = ("other_images", "other_world_from_cam", "other_intrinsics")  # of other photographs
+OTHERS_SHOWN = "other_shown"
+RESERVED = (*PER_CLIP, *PIXELS, SHOWN, *OTHERS, OTHERS_SHOWN)
 
 
 def condition_names(keys: Iterable[str]) -> list[str]:
@@ -89,7 +92,7 @@ class ShardRecord(Record):
 class Settings(Record):
     """All that decides what the clips are. ``scenes``: SHA-256 over the names of all scenes; ``encoder``: fingerprint
     of the teacher's encoders; ``limits``: of `fvgen.clips.filters`; ``keep_frames``: `Pixels` too; ``closed``: renders
-    are (`fvgen.geometry.closing`)."""
+    are (`fvgen.geometry.closing`); ``others``: other photographs of the scene in them, too."""
 
     scenes: str
     frames: int = Field(ge=1, le=1 << 16)
@@ -108,12 +111,13 @@ class Settings(Record):
     limits: dict[str, float]
     keep_frames: bool = False
     closed: bool = False
+    others: int = Field(0, ge=0, le=1 << 16)
 
     @model_serializer(mode="wrap")
     def _as_before(self, write: Callable[[Settings], dict]) -> dict:
         """Shards without frames, or with open renders, say of themselves, and hash, what they did before there were
         others."""
-        return {key: x for key, x in write(self).items() if x or key not in ("keep_frames", "closed")}
+        return {key: x for key, x in write(self).items() if x or key not in ("keep_frames", "closed", "others")}
 
     def digest(self) -> str:
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
@@ -151,12 +155,22 @@ class ShardClip(NamedTuple):
 
 
 class Pixels(NamedTuple):
-    """A clip's frames, uint8 [F, 3, H, W]: the photographs, and the render with the known ones in it; and `Clip.shown`,
-    written out."""
+    """A clip's frames, uint8 [F, 3, H, W]: the photographs, and the render with the known ones in it; `Clip.shown`,
+    written out; and other views, where the clip has any."""
 
     truth: Tensor
     render: Tensor
     shown: Tensor
+    others: Others | None = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them by the names that they have in a shard."""
+        own = dict(zip((*PIXELS, SHOWN), self, strict=False))
+        if (others := self.others) is not None:
+            cameras = others.cameras
+            parts = to_bytes(others.images), cameras.world_from_cam, cameras.intrinsics, shown_of(others)
+            own |= dict(zip((*OTHERS, OTHERS_SHOWN), parts, strict=True))
+        return own
 
 
 # --- Shards ---
@@ -182,9 +196,11 @@ def write_shard(
         assert set(condition_names(names)) == set(names), f"a condition must not be called {', '.join(RESERVED)}"
         tensors |= {name: _stacked([clip.condition[name] for _, clip in clips]) for name in names}
         if pixels:
-            tensors |= dict(zip((*PIXELS, SHOWN), map(torch.stack, zip(*pixels, strict=True)), strict=True))
-            if tensors[SHOWN].all():
-                del tensors[SHOWN]
+            rows = [each.tensors() for each in pixels]
+            tensors |= {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+            for name in (SHOWN, OTHERS_SHOWN):
+                if name in tensors and tensors[name].all():
+                    del tensors[name]
     content = Content(
         settings=settings.digest(),
         digest=_digest(tensors),
@@ -234,6 +250,10 @@ def content_problem(file: safe_open, settings: Settings, clips: Sequence[ClipRec
     }
     if settings.keep_frames:
         expected |= dict.fromkeys(PIXELS, ("U8", (count, frames, None, settings.height, settings.width)))
+    if others := settings.others:
+        sizes = (3, settings.height, settings.width), (4, 4), (3, 3)
+        kinds = zip(OTHERS, ("U8", "F32", "F32"), sizes, strict=True)
+        expected |= {name: (kind, (count, others, *each)) for name, kind, each in kinds}
     found = {key: file.get_slice(key) for key in file.keys()} if count else {}  # noqa: SIM118
     found = {key: (tensor.get_dtype(), tuple(tensor.get_shape())) for key, tensor in found.items()}
     for key, (kind, shape) in expected.items() if count else ():
@@ -243,8 +263,9 @@ def content_problem(file: safe_open, settings: Settings, clips: Sequence[ClipRec
         fits = len(sizes) == len(shape) and all(b in (None, a) and a > 0 for a, b in zip(sizes, shape, strict=True))
         if said != kind or not fits:
             return f"has {key} of {said} {list(sizes)}, not {kind} {['?' if n is None else n for n in shape]}"
-    if SHOWN in found and found[SHOWN] != ("BOOL", (count, frames, settings.height, settings.width)):
-        return f"has {SHOWN} of {found[SHOWN][0]} {list(found[SHOWN][1])}, not one a pixel"
+    for name, views in ((SHOWN, frames), (OTHERS_SHOWN, settings.others)):
+        if name in found and found[name] != ("BOOL", (count, views, settings.height, settings.width)):
+            return f"has {name} of {found[name][0]} {list(found[name][1])}, not one a pixel"
     if found and found["cloud_points"][1] != found["cloud_colors"][1]:
         return "has other points than colours"
     for name in condition_names(found):

@@ -83,7 +83,7 @@ def make_shard(job: Job, pipeline: NovelViewPipeline, tick: Callable[[], None]) 
                 made.append((record_of(result), clip))
                 if job.settings.keep_frames:
                     frames = map(to_bytes, (result.clip.truth, result.clip.render))
-                    pixels.append(Pixels(*frames, shown_of(result.clip)))
+                    pixels.append(Pixels(*frames, shown_of(result.clip), result.clip.others))
             del result  # its floats need not outlive it
             tick()
     with tally.timed("write"):

@@ -43,7 +43,16 @@ from fvgen.shards.order import clean_context
 from fvgen.system.doors import read_text
 from fvgen.system.files import TEMPORARY, busy, judge_output, recover, writable_folder, write_json
 
-AS_GIVEN = ("max_stride", "points", "clips_per_scene", "clips_per_shard", "known_views", "seed", "keep_frames")
+AS_GIVEN = (
+    "max_stride",
+    "points",
+    "clips_per_scene",
+    "clips_per_shard",
+    "known_views",
+    "seed",
+    "keep_frames",
+    "others",
+)
 
 MOST = 1_000_000  # clips of a scene or a shard
 Tick = Callable[[int], None]  # is called with the number of clips that are done, one way or another
@@ -63,6 +72,8 @@ class PrepareConfig:
     closed: renders without holes, see `fvgen.geometry.closing`; None is what the model wants (one that leaps does).
     limits: changes to `filters.LIMITS`.
     keep_frames: keep the pixels too, so that models can be scored on the clips: 16 MB a clip of 16 frames at 320x512.
+    others: with them, so many photographs of the scene that are not in the clip but near it; clips that have fewer are
+        dropped.
     """
 
     frames: int | None = None
@@ -78,6 +89,7 @@ class PrepareConfig:
     closed: bool | None = None
     limits: dict[str, float] = field(default_factory=dict)
     keep_frames: bool = False
+    others: int = 0
 
     def settings(self, scenes: Sequence[Source], pipeline: NovelViewPipeline) -> Settings:
         """With what is left open filled in. Raises UserError for what cannot work."""
@@ -89,6 +101,8 @@ class PrepareConfig:
                 raise UserError(f"{name.replace('_', '-')} {getattr(self, name)} is too small; give at least 1")
             if getattr(self, name) > MOST:
                 raise UserError(f"{name.replace('_', '-')} {short(getattr(self, name))} is more than {MOST}; give less")
+        if self.others and not self.keep_frames:
+            raise UserError(f"others {self.others} has no effect without --keep-frames; add it")
         for name in self.limits:
             if name not in LIMITS:
                 raise UserError(f"unknown limit {name!r}{did_you_mean(name, LIMITS)}")

@@ -14,13 +14,15 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from fvgen.clips.clip import Clip
+from fvgen.clips.clip import Clip, Others
 from fvgen.clips.latents import LatentBatch, LatentSet, views_of
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import Cameras
 from fvgen.models.condition import Condition
 from fvgen.pipelines.cameras import CAMERA_PATH, clip_path
 from fvgen.shards.format import (
+    OTHERS,
+    OTHERS_SHOWN,
     PER_CLIP,
     PIXELS,
     SHOWN,
@@ -35,7 +37,7 @@ from fvgen.shards.format import (
     read_header,
     read_part,
 )
-from fvgen.system.doors import open_tensors
+from fvgen.system.doors import not_finite, open_tensors
 from fvgen.system.places import Place, open_place, sha256_of
 
 OPEN_FILES = 32
@@ -111,10 +113,19 @@ class ShardSet(LatentSet):
             truth, render = (shard.get_slice(key)[row].float() / 255 for key in PIXELS)
             shown = shard.get_slice(SHOWN)[row] if SHOWN in shard.keys() else None  # noqa: SIM118
             known, poses, intrinsics = (shard.get_slice(k)[row] for k in ("known", "world_from_cam", "intrinsics"))
-        except (SafetensorError, OSError) as error:
+            others = self._others(shard, row) if self.settings.others else None
+        except (SafetensorError, OSError, ValueError) as error:
             raise self._lying(index, error) from error
         cameras = Cameras(poses, intrinsics, self.height, self.width)
-        return Clip(self.names[index], truth, render, known, cameras, shown)
+        return Clip(self.names[index], truth, render, known, cameras, shown, others)
+
+    def _others(self, shard: safe_open, row: int) -> Others:
+        """Raises ValueError for cameras that are none."""
+        images, poses, intrinsics = (shard.get_slice(key)[row] for key in OTHERS)
+        if (name := not_finite(zip(OTHERS, (images, poses, intrinsics), strict=True))) is not None:
+            raise ValueError(f"{name} holds NaN or an infinity")
+        shown = shard.get_slice(OTHERS_SHOWN)[row] if OTHERS_SHOWN in shard.keys() else None  # noqa: SIM118
+        return Others(images.float() / 255, Cameras(poses, intrinsics, self.height, self.width), shown=shown)
 
     def batch(self, indices: Tensor | Sequence[int], device: str | torch.device = "cpu") -> LatentBatch:
         """The clips at ``indices`` as one batch, with their frames as views where those are wanted."""
@@ -182,7 +193,8 @@ class ShardSet(LatentSet):
         if problem := content_problem(file, self.settings, shard.clips):
             raise self._damaged(shard.file, f"{problem}, although its checksum is right")
         kind = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-        kind = {key: (x.get_dtype(), x.get_shape()[1:]) for key, x in kind.items() if key != SHOWN}  # not all have it
+        sometimes = (SHOWN, OTHERS_SHOWN)
+        kind = {key: (x.get_dtype(), x.get_shape()[1:]) for key, x in kind.items() if key not in sometimes}
         self._kind = self._kind or kind
         if kind and kind != self._kind:
             other = sorted(key for key in {*kind, *self._kind} if kind.get(key) != self._kind.get(key))[0]

@@ -34,7 +34,7 @@ from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.gaussians import Gaussians
 from fvgen.geometry.plucker import unpacked
-from fvgen.metrics.image import lpips_network
+from fvgen.metrics.image import NETWORK_MINIMUM, lpips_network
 from fvgen.metrics.weights import Unavailable
 from fvgen.models.condition import Condition
 from fvgen.objectives.views import log_depth, square
@@ -66,7 +66,7 @@ class LalrmSettings(MethodSettings):
     typical: float = Field(3.0, gt=0, le=1e9, description="distance at the start")
     cameras: bool = Field(True, description="the network looks at the rays; false is an ablation")
     seen_views: int = Field(2, ge=0, le=64, description="of a clip's own frames, in every update")
-    unseen_views: int = Field(2, ge=0, le=64, description="of the scene's other views, where the data have any")
+    unseen_views: int = Field(2, ge=0, le=64, description="of the scene's other views; 0 is an ablation")
     others: int = Field(8, ge=0, le=64, description="views off the path that built-in clips are made with")
     perceptual_weight: float = Field(0.5, ge=0, le=1e3, description="of LPIPS, in the loss")
     depth_weight: float = Field(0.05, ge=0, le=1e3, description="of the logarithm's error, where depth is known")
@@ -97,7 +97,7 @@ class Lalrm(Method):
     """One network, and what its Gaussians look like."""
 
     needs = frozenset({"views"})
-    samples = "frames"
+    runs_teacher, samples = False, "frames"
     exported = ("lalrm",)
 
     def __init__(self, settings: LalrmSettings, lalrm: Learner, draw: Draw, perceptual: nn.Module | None) -> None:
@@ -124,7 +124,7 @@ class Lalrm(Method):
         setup.teacher.network.to("meta" if planned else "cpu")  # it is not run
         exact = {name: p.detach().clone() for name, p in network.named_parameters()}
         if memory.precision == "bfloat16":
-            network.to(torch.bfloat16)
+            nn.Module.to(network, torch.bfloat16)  # diffusers' own warns of nothing
         if memory.checkpoint_activations:
             network.enable_gradient_checkpointing()
         network = network.to(device).train().requires_grad_(True)
@@ -162,6 +162,10 @@ class Lalrm(Method):
         """A scalar whose gradient is the loss's, and the loss with its parts."""
         views = batch.views
         size, clips = views["images"].shape[-2:], len(batch.latents)
+        if self.perceptual is not None and min(size) < NETWORK_MINIMUM:
+            raise UserError(
+                f"perceptual_weight needs LPIPS, for which images of {size[0]}x{size[1]} are too small; set 0"
+            )
         numbers, frames = self.numbers(batch)
         chosen = self.chosen(views, frames, draws)
         total, surrogate, parts = 0.0, 0.0, {"loss_lalrm_square": 0.0}
@@ -169,8 +173,8 @@ class Lalrm(Method):
             made = gaussians_along(numbers[clip], unpacked(views["path"][clip, :frames], *size), self.network.config)
             fields = [getattr(made, name) for name in made.__dataclass_fields__]
             leaves = [field.detach().requires_grad_() for field in fields]
-            for view in chosen[:, clip].tolist():
-                terms = self.view_terms(Gaussians(*leaves), views, clip, view)
+            for view in chosen[:, clip].split(1):
+                terms = self.view_terms(Gaussians(*leaves), one_view(views, clip, view))
                 loss = sum(terms.values()) / (clips * len(chosen))
                 loss.backward()
                 total = total + loss.detach()
@@ -189,23 +193,26 @@ class Lalrm(Method):
     def chosen(self, views: Condition, frames: int, draws: Draws) -> Tensor:
         """[n, B] numbers of views: of the clip's own frames, then of the others."""
         count, like = views["images"].shape[1], views["path"]
-        seen = [draws.integers(0, frames, like) for _ in range(self.settings.seen_views)]
-        others = self.settings.unseen_views if count > frames else 0
-        if not seen and not others:
-            raise UserError("the data have no views beside the clips' own frames; set seen_views to 1 or more")
-        return torch.stack([*seen, *(draws.integers(frames, count, like) for _ in range(others))])
+        settings = self.settings
+        if settings.unseen_views and count == frames:
+            raise UserError(
+                f"unseen_views={settings.unseen_views}, but the data have no views beside the clips' own frames; "
+                "set 0, or prepare the scenes with --keep-frames --others N"
+            )
+        seen = [draws.integers(0, frames, like) for _ in range(settings.seen_views)]
+        return torch.stack([*seen, *(draws.integers(frames, count, like) for _ in range(settings.unseen_views))])
 
-    def view_terms(self, made: Gaussians, views: Condition, clip: int, view: int) -> dict[str, Tensor]:
-        """The terms of one view's loss, weighed, each a scalar."""
-        truth = views["images"][clip, view, None].float() / 255
-        camera = unpacked(views["path"][clip, view, None], *truth.shape[-2:])
-        image, alpha, depth = self.draw(made, camera)
+    def view_terms(self, made: Gaussians, view: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The terms of `one_view`'s loss, weighed, each a scalar."""
+        truth = view["images"].float() / 255
+        image, alpha, depth = self.draw(made, unpacked(view["path"], *truth.shape[-2:]))
+        image = torch.where(view["shown"][:, None], image, truth)  # what a mask hides is no part of the scene
         terms = {"loss_lalrm_square": square(image, truth).mean()}
         if self.perceptual is not None:
             distance = self.perceptual(image.clamp(0, 1), truth, normalize=True)
             terms["loss_lalrm_lpips"] = self.settings.perceptual_weight * distance.mean()
-        if self.settings.depth_weight and "depth" in views:
-            error = log_depth(depth, alpha, views["depth"][clip, view, None])
+        if self.settings.depth_weight and "depth" in view:
+            error = log_depth(depth, alpha, view["depth"])
             terms["loss_lalrm_depth"] = self.settings.depth_weight * error.mean()
         return terms
 
@@ -220,6 +227,11 @@ class Lalrm(Method):
             made = gaussians_along(own, cameras, self.network.config)
             shown.append(torch.cat([self.draw(made, cameras[[view]])[0] for view in range(frames)]))
         return torch.stack(shown).clamp(0, 1)
+
+
+def one_view(views: Condition, clip: int, view: Tensor) -> dict[str, Tensor]:
+    """[1, ...] of what a clip has of the view numbered ``view`` [1]."""
+    return {name: x[clip].index_select(0, view) for name, x in views.items()}
 
 
 def _uncounted(made: Gaussians, camera: Cameras) -> tuple[Tensor, Tensor, Tensor]:

@@ -79,7 +79,7 @@ class _CogVideoXParts(NovelViewPipeline):
     def _keep(self, parts: Mapping[str, Any]) -> None:
         """``parts``: components and settings by name, as a class's own `__init__` was given them.
 
-        Raises UserError for settings that are none.
+        Raises UserError for settings that are none, and for a LaLRM of another VAE's latents.
         """
         self.register_modules(**{name: part for name, part in parts.items() if name in PARTS})
         self.register_to_config(**{name: value for name, value in parts.items() if name not in PARTS})
@@ -89,6 +89,12 @@ class _CogVideoXParts(NovelViewPipeline):
         self.wants_cameras = isinstance(self.transformer, CameraTransformer)
         self.transformer.rotary_base = _base(self.config.rotary_base)
         nn.Module.to(self.transformer, self.transformer.dtype)  # diffusers makes tables of positions in float64
+        if self.lalrm is not None and (taken := self.lalrm.latent_grid) != self.latent_grid:
+            made = "{} channels, {} frames and {} pixels to a latent".format
+            raise UserError(
+                f"the LaLRM takes latents of {made(*taken)}, and this VAE makes those of {made(*self.latent_grid)}; "
+                "give the one that it was trained beside"
+            )
 
     def with_lalrm(self, lalrm: LaLRM) -> Self:
         return self.with_parts(lalrm=lalrm)
