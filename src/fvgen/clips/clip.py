@@ -15,6 +15,19 @@ from fvgen.geometry.pointcloud import render_points
 
 
 @dataclass(frozen=True, eq=False)
+class Others:
+    """Views [U] of a clip's scene that are no frames of it.
+
+    images: [U, 3, H, W] in [0, 1], as large as the clip's. cameras: theirs. depth: [F + U, H, W], camera z in scene
+    units, of the clip's frames and then of these; None where nobody knows.
+    """
+
+    images: Tensor
+    cameras: Cameras
+    depth: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
 class Clip:
     """One training or evaluation pair.
 
@@ -24,6 +37,7 @@ class Clip:
     cameras: of the F frames at H x W, in scene units; None where nobody kept them.
     shown: [F, H, W] bool, where the truth is one: false where the photographs' masks hide what is no part of the scene.
         None: everywhere.
+    others: more views of the scene, for what is to look right from off the path, too.
 
     Raises UserError for parts that do not fit each other.
     """
@@ -34,6 +48,7 @@ class Clip:
     known: Tensor
     cameras: Cameras | None = None
     shown: Tensor | None = None
+    others: Others | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.truth.shape)

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from fvgen.clips.clip import Clip, render_clip
+from fvgen.clips.clip import Clip, Others, render_clip
 from fvgen.clips.textures import PATTERNS, Texture, color_at
 from fvgen.clips.worlds import WORLDS, World
 from fvgen.geometry.cameras import Cameras, look_at, pinhole, pixel_rays
+from fvgen.geometry.off_path import off_path
 from fvgen.geometry.pointcloud import unproject
 
 GENERATION = 3  # raise it when a change here alters any clip: cached ones are then made anew
@@ -25,6 +26,7 @@ FAR = 1e4
 USUAL = WORLDS["builtin"]
 SHARP = ("bricks", "checker", "dots", "stripes", "tiles")  # patterns with hard edges that repeat
 CLEARANCE = 0.1  # metres that a camera keeps from every object
+TRIES = 8  # places for every view off a path, before nearer ones are tried
 SUPERSAMPLES = ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
 
 
@@ -66,9 +68,10 @@ def scene_generator(split: str, seed: int, index: int) -> torch.Generator:
 
 
 def synthetic_clip(
-    split: str, seed: int, index: int, frames: int, height: int, width: int, world: World = USUAL
+    split: str, seed: int, index: int, frames: int, height: int, width: int, world: World = USUAL, others: int = 0
 ) -> Clip:
-    """Clip ``index`` of a built-in data set: one scene, one path, a thinned and slightly wrong cloud of known frames.
+    """Clip ``index`` of a built-in data set: one scene, one path, a thinned and slightly wrong cloud of known frames;
+    ``others``: so many views off the path as well, with everybody's depth.
 
     What is drawn from is the ``world``'s. Objects in the camera's way are taken out of the scene. No two worlds share a
     scene.
@@ -83,7 +86,33 @@ def synthetic_clip(
     depth_noise = _uniform(generator, *world.depth_noise)
     first_alone = world.first_alone > 0 and _uniform(generator, 0.0, 1.0) < world.first_alone
     known = [0] if first_alone else [0, frames - 1]
-    return depth_clip(scene.name, images, depth, cameras, world.radius, keep, depth_noise, generator, known)
+    clip = depth_clip(
+        scene.name, images, depth, cameras, world.radius, keep, depth_noise, generator, known, world.close
+    )
+    return replace(clip, others=other_views(scene, cameras, others, depth)) if others else clip
+
+
+def other_views(scene: SyntheticScene, cameras: Cameras, count: int, depth: Tensor) -> Others:
+    """``count`` views off the path that are inside the room and keep the clearance; ``depth`` [F, H, W] is the path's.
+
+    They follow from the scene's name: a clip with others is the same clip. Where the room leaves too few places they
+    are nearer to the path, or on it.
+    """
+    generator = scene_generator(f"others of {scene.name}", 0, 0)
+    for shift in (0.25, 0.1, 0.0):
+        tried = off_path(cameras, TRIES * count, generator, shift, beyond=0.8 * shift)
+        free = [view for view, center in enumerate(tried.centers) if is_free(scene, center)]
+        if len(free) >= count:
+            break
+    kept = tried[(free if len(free) >= count else list(range(count)))[:count]]
+    images, theirs = render_scene(scene, kept)
+    return Others(images, kept, torch.cat([depth, theirs]))
+
+
+def is_free(scene: SyntheticScene, center: Tensor) -> bool:
+    """Whether a camera may be there: inside the room and away from walls and objects by the clearance."""
+    inside = (center > scene.room.low + CLEARANCE).all() and (center < scene.room.high - CLEARANCE).all()
+    return bool(inside) and not any(_near(solid, center[None]) for solid in scene.solids)
 
 
 def depth_clip(
@@ -96,6 +125,7 @@ def depth_clip(
     depth_noise: float,
     generator: torch.Generator,
     known: Sequence[int] | None = None,
+    close: bool = False,
 ) -> Clip:
     """A clip whose cloud comes from the depth [F, H, W] of its ``known`` frames, the first and the last one if not
     given (FVGen, section 5.1).
@@ -108,7 +138,7 @@ def depth_clip(
     error = torch.nn.functional.interpolate(coarse, size=depth.shape[1:], mode="bicubic", align_corners=True)[:, 0]
     points, colors = unproject(depth[known] * (1 + depth_noise * error), truth[known], cameras[known])
     chosen = torch.rand(points.shape[0], generator=generator) < keep
-    return render_clip(name, truth, cameras, points[chosen], colors[chosen], known, radius)[0]
+    return render_clip(name, truth, cameras, points[chosen], colors[chosen], known, radius, close)[0]
 
 
 def make_scene(generator: torch.Generator, name: str, world: World = USUAL) -> SyntheticScene:

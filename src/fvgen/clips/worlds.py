@@ -18,6 +18,7 @@ class World:
     first_alone: float  # share of the clips whose cloud is made from the first frame alone, instead of from both ends
     sharp: bool  # repetitive patterns of strong contrast and hard edges, instead of all kinds
     radius: float  # of the points in normalised device units: 0.06 is 1.44 pixels at 48 rows
+    close: bool = False  # leave no holes, see `fvgen.geometry.closing`
 
 
 WORLDS = {
@@ -28,6 +29,8 @@ WORLDS = {
     "builtin-sparse": World("sparse", (0.03, 0.15), (0.0, 0.015), (0.5, 1.6), 0.5, True, 0.06),
     # Full coverage by a wrong cloud: what a feed-forward reconstruction gives, for methods that start from a 3D prior.
     "builtin-closed": World("closed", (1.0, 1.0), (0.05, 0.05), (0.35, 1.1), 0.0, True, 0.12),
+    # The same from few points, whose gaps are closed with the nearest colour: a coarse prior, wrong in detail too.
+    "builtin-coarse": World("coarse", (0.03, 0.1), (0.02, 0.05), (0.35, 1.1), 0.0, False, 0.12, True),
 }
 
 
