@@ -38,8 +38,9 @@ class Level(NamedTuple):
 
 
 COARSE = (Level(4.0, 2, 10), Level(2.0, 2, 10))
-FINE = (Level(1.0, 1, 8), Level(0.6, 1, 5))
-ROUNDS = 3  # renders of the found pose, each followed by `FINE`
+FINE = (Level(1.5, 1, 6), Level(1.0, 1, 6))
+ALIGNED, STEPS = 1, 5  # renders that are followed by `FINE`, and by a single step
+LIGHT = 1e-3  # damping of single steps
 ALIKE = 4  # starts by likeness, beside the four by place
 KEPT = 2  # of the starts, after `COARSE`
 OUTLIER = 0.1  # c, in units of [0, 1]
@@ -74,9 +75,9 @@ def match_poses(frames: Tensor, asked: Cameras, render: Render) -> Matched:
     poses = poses.gather(1, best[..., None, None].expand(-1, -1, 4, 4))
 
     frame = torch.arange(len(frames)).repeat_interleave(kept)
-    poses, residual = refined(frames[frame], poses.flatten(0, 1), asked[frame], render, 1)
+    poses, residual = refined(frames[frame], poses.flatten(0, 1), asked[frame], render)
     chosen = residual.unflatten(0, (-1, kept)).argmin(dim=1) + kept * torch.arange(len(frames))
-    poses, residual = refined(frames, poses[chosen], asked, render, ROUNDS - 1)
+    poses, residual = poses[chosen], residual[chosen]
     lost = ~(residual <= MOST_RESIDUAL)
     poses[lost] = torch.nan
     return Matched(poses, residual, int(lost.sum()))
@@ -116,17 +117,43 @@ def start_views(frames: Tensor, views: Tensor) -> Tensor:
     return torch.cat([torch.stack(near, dim=1), likeness.topk(min(ALIKE, len(views)), dim=1).indices], dim=1)
 
 
-def refined(frames: Tensor, poses: Tensor, lens: Cameras, render: Render, rounds: int) -> tuple[Tensor, Tensor]:
-    """Poses [N, 4, 4] of frames, aligned ``rounds`` times to what the scene shows there, and their residuals [N]."""
-    cameras = replace(lens, world_from_cam=poses.to(lens.world_from_cam))
-    views, depth = render(cameras)
-    for _ in range(rounds):
-        motion, _ = align(frames, views, depth, cameras, cameras.intrinsics, FINE)
-        poses = moved(poses, motion)
+def refined(frames: Tensor, poses: Tensor, lens: Cameras, render: Render) -> tuple[Tensor, Tensor]:
+    """Poses [N, 4, 4] of frames, aligned to what the scene shows there, and their residuals [N].
+
+    After the first render whole alignments, then single steps of Gauss and Newton from no motion, where nothing is
+    interpolated: a frame carried by parts of a pixel is blurred by it, and sticks to where it is not. Of all poses the
+    one that looks most like the frame is kept.
+    """
+    best, least = poses, torch.full((len(poses),), torch.inf, dtype=torch.float64)
+    still = torch.eye(4, dtype=torch.float64).repeat(len(frames), 1, 1)
+    for turn in range(ALIGNED + STEPS + 1):
         cameras = replace(lens, world_from_cam=poses.to(lens.world_from_cam))
         views, depth = render(cameras)
-    seen = (blurred(images, SEEN_BLUR) for images in (frames, views))
-    return poses, 1 - correlation(*seen)
+        residual = 1 - correlation(blurred(frames, SEEN_BLUR), blurred(views, SEEN_BLUR))
+        better = residual < least
+        best, least = torch.where(better[:, None, None], poses, best), torch.where(better, residual, least)
+        if turn < ALIGNED:
+            motion, _ = align(frames, views, depth, cameras, cameras.intrinsics, FINE)
+        else:
+            light, colors = blurred(frames, SEEN_BLUR), blurred(views, SEEN_BLUR).flatten(2)
+            maps = torch.cat([light, *slopes(light)], dim=1)
+            _, curve, push = system(maps, colors, camera_points(cameras, depth).flatten(1, 2), lens.intrinsics, still)
+            motion = stepped(still, curve, push, torch.full((len(frames),), LIGHT, dtype=torch.float64))
+        poses = moved(poses, motion)
+    return best, least
+
+
+def camera_points(cameras: Cameras, depth: Tensor) -> Tensor:
+    """[N, H, W, 3] of depths [N, H, W], in each camera's own axes."""
+    own = replace(cameras, world_from_cam=torch.eye(4).to(cameras.world_from_cam).expand(len(cameras), 4, 4))
+    return depth[..., None] * pixel_rays(own)
+
+
+def stepped(motion: Tensor, curve: Tensor, push: Tensor, damping: Tensor) -> Tensor:
+    """Motions after one damped step of the normal equations."""
+    diagonal = curve.diagonal(dim1=1, dim2=2)
+    held = curve + torch.diag_embed(damping[:, None] * diagonal + 1e-9 * diagonal.amax(1, keepdim=True) + 1e-12)
+    return torch.linalg.matrix_exp(twist(-torch.linalg.solve(held, push))) @ motion
 
 
 def align(
@@ -134,8 +161,7 @@ def align(
 ) -> tuple[Tensor, Tensor]:
     """Motions [N, 4, 4] float64 that take points of each view's camera into its frame's, from none, and their mean rho
     [N]. ``lenses`` [N, 3, 3] are the frames'."""
-    own = replace(cameras, world_from_cam=torch.eye(4).to(cameras.world_from_cam).expand(len(cameras), 4, 4))
-    points = depth[..., None] * pixel_rays(own)  # [N, H, W, 3], in the view's camera
+    points = camera_points(cameras, depth)
     motion = torch.eye(4, dtype=torch.float64).repeat(len(frames), 1, 1)
     cost = depth.new_zeros(len(frames))
     for level in levels:
@@ -155,9 +181,7 @@ def gauss_newton(
     cost, curve, push = system(maps, colors, points, lenses, motion)
     damping = torch.full((len(frames),), 1e-2, dtype=torch.float64)
     for _ in range(steps):
-        diagonal = curve.diagonal(dim1=1, dim2=2)
-        held = curve + torch.diag_embed(damping[:, None] * diagonal + 1e-9 * diagonal.amax(1, keepdim=True) + 1e-12)
-        tried = torch.linalg.matrix_exp(twist(-torch.linalg.solve(held, push))) @ motion
+        tried = stepped(motion, curve, push, damping)
         found = system(maps, colors, points, lenses, tried)
         better = found[0] < cost
         motion = torch.where(better[:, None, None], tried, motion)
