@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator
-from fvgen.geometry.cameras import Cameras, pixel_rays, pinhole
+from fvgen.geometry.cameras import Cameras, pinhole, pixel_rays, project
 from fvgen.geometry.off_path import off_path
 from fvgen.metrics import pose_matching
 from fvgen.metrics.cameras import rotation_angle
@@ -26,7 +26,7 @@ from fvgen.metrics.pose_matching import (
     twist,
 )
 
-FRAMES, HEIGHT, WIDTH = 4, 48, 64
+FRAMES, HEIGHT, WIDTH = 3, 48, 64
 
 
 def room(index: int, frames: int = FRAMES):
@@ -97,7 +97,7 @@ def test_what_shows_nothing_of_the_scene_is_a_failure(known):
     render, cameras, frames = known
     noise = torch.rand(frames[:1].shape, generator=torch.Generator().manual_seed(0))
     other = room(11)
-    shown = other[0](other[1][:2])[0]
+    shown = other[0](other[1][:1])[0]
     wrong = torch.cat([torch.full_like(noise, 0.5), noise, shown])
     matched = match_poses(wrong, cameras, render)
     assert matched.failures == FRAMES and matched.world_from_cam.isnan().all()
@@ -153,11 +153,14 @@ def test_one_alignment_finds_a_known_motion():
         cameras.intrinsics[1:],
         pose_matching.COARSE + pose_matching.FINE,
     )
-    found = moved(cameras.world_from_cam[:1], motion)
-    truth = cameras.world_from_cam[1:].double()
-    # The view's rim, which the frame does not show, was mirrored by the blur: hence no exact answer.
-    assert rotation_angle(found[:, :3, :3], truth[:, :3, :3]).item() < 2e-3
-    assert (found[:, :3, 3] - truth[:, :3, 3]).norm() < 5e-3
+    found = replace(cameras[[1]], world_from_cam=moved(cameras.world_from_cam[:1], motion).float())
+    points = pose_matching.camera_points(cameras[[0]], depth[:1]).flatten(0, 2)
+    # A plane hardly tells a turn from a shift, so where its points go is what counts. The rims of both images, which
+    # show different things, were mirrored by the blur: hence no exact answer.
+    pixels, wanted = (project(points, camera)[0] for camera in (found, cameras[[1]]))
+    was = project(points, cameras[[0]])[0]
+    assert (was - wanted).norm(dim=-1).mean() > 2
+    assert (pixels - wanted).norm(dim=-1).mean() < 0.2
     assert cost < 0.1
     far = align(images[1:], images[:1] * 0, depth[:1], cameras[[0]], cameras.intrinsics[1:], pose_matching.FINE)[1]
     assert far > 0.5
@@ -169,7 +172,7 @@ def test_the_systems_slope_is_that_of_its_cost():
     cameras = before_the_wall([0.0] * 6, [0.02, -0.01, 0.03, 0.005, -0.004, 0.006])
     images, depth = wall(cameras)
     inner = (slice(8, -8), slice(8, -8))  # what stays inside
-    colors = images[:1, :, *inner].flatten(2)
+    colors = images[:1, :, inner[0], inner[1]].flatten(2)
     points = pose_matching.camera_points(cameras[[0]], depth[:1])[:, inner[0], inner[1]].flatten(1, 2)
     maps = torch.cat([images[1:], *pose_matching.slopes(images[1:])], dim=1)
     still = torch.eye(4, dtype=torch.float64)[None]
@@ -185,11 +188,11 @@ def test_the_systems_slope_is_that_of_its_cost():
 
 
 def test_starts_hold_own_first_neighbours_and_the_likest(known):
-    _, cameras, frames = known
-    starts = start_views(frames[[2, 2, 2, 2]], frames)
-    assert starts[:, 0].tolist() == [0, 1, 2, 3] and not starts[:, 1].any()
-    assert starts[:, 2].tolist() == [0, 0, 1, 2] and starts[:, 3].tolist() == [1, 2, 3, 3]
-    assert starts[:, 4].tolist() == [2] * 4
+    frames = known[2]
+    starts = start_views(frames[[2, 2, 2]], frames)
+    assert starts[:, 0].tolist() == [0, 1, 2] and not starts[:, 1].any()
+    assert starts[:, 2].tolist() == [0, 0, 1] and starts[:, 3].tolist() == [1, 2, 2]
+    assert starts[:, 4].tolist() == [2] * 3
 
 
 def test_correlation_is_one_of_a_brighter_copy_and_nothing_of_a_flat_one():
