@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from scipy.stats import t as student_t
 
-HIGHER = frozenset({"psnr", "ssim", "saved"})
+HIGHER = frozenset({"psnr", "ssim", "saved", "camera_gain"})
 """Of these metrics more is better, of all others less."""
 
 

@@ -1,0 +1,294 @@
+"""Wonderland's claims in small: cameras that are obeyed, and scenes straight from latents.
+
+    python benchmarks/wonderland.py --teacher DIR --part camera|lalrm|end-to-end [--rows NAME ...] [--seeds 0 1 2]
+        [--iterations 600] [--train 256] [--clips 16] [--device cuda] [--work DIR] [--name NAME]
+
+The teacher is an image-to-video model of CogVideoX's kind that knows no camera
+(`python recipes/train_cogvideox_world.py --image-condition first`). Scored are test clips of the built-in world.
+
+--part camera: the base, and all of the paper's ablation, each trained for as many iterations. R_err and T_err of the
+generated frames' cameras, found by matching them to the known scene (`fvgen.metrics.pose_matching`); T_err under both
+of the paper's rules and (T_err_scene) in the scene's own scale, over the path's extent. Names in "_all" count frames
+that could not be matched as frames that stayed at the first camera. camera_gain: dB of PSNR that the right path gives
+over another clip's. --part lalrm: Gaussians from latents of true frames, at views off the path, against what needs no
+training. --part end-to-end: from the first frame and the path alone.
+
+Every row and seed leaves WORK/PART/ROW/SEED.json; the same command goes on where it stopped. Differences are paired by
+seed. Writes benchmarks/results/NAME-PART.json and .md; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import wonderland_models as models
+import wonderland_rows as rows
+from pages import page
+from tables import bracket, cell, commit, write_results
+from verdicts import verdict
+from wonderland_paper import CLAIMS, METRICS, PAPER, ROWS
+
+from fvgen.clips.builtin import DATA_SEED
+from fvgen.clips.clip import Clip
+from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator, synthetic_clip
+from fvgen.clips.worlds import WORLDS
+from fvgen.metrics.intervals import paired
+from fvgen.metrics.pose_matching import Render
+from fvgen.pipelines.folders import check_device, load_pipeline
+from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.system.command import Parser, guarded, positive
+from fvgen.system.files import write_json
+
+Size = tuple[int, int, int]
+"""Frames, height and width."""
+
+
+# --- Clips whose scenes are known ---
+
+
+def test_clips(args: Any, size: Size, split: str = "test", count: int = 0) -> list[Clip]:
+    """With views off the path; only the first frame is given."""
+    chosen = range(args.first, args.first + args.clips) if split == "test" else range(count)
+    made = [synthetic_clip(split, DATA_SEED, i, *size, WORLDS[args.data], args.others) for i in chosen]
+    known = torch.zeros(size[0], dtype=torch.bool)
+    known[0] = True
+    return [replace(clip, known=known) for clip in made]
+
+
+def true_render(args: Any, size: Size, index: int) -> Render:
+    """The scene of a test clip, ray-cast, without the objects that its path has no room for."""
+    world = WORLDS[args.data]
+    split = f"{world.name}-test" if world.name else "test"
+    generator = scene_generator(split, DATA_SEED, index)
+    scene = make_scene(generator, split, world)
+    return partial(render_scene, clear_the_way(scene, make_path(generator, scene, *size, world)))
+
+
+# --- Rows ---
+
+
+def camera_row(name: str, args: Any, seed: int) -> dict[str, Any]:
+    """Train, make videos along the right paths and along others', and score them."""
+    words = ROWS["camera"][name]
+    folder = (
+        args.teacher if words is None else models.train_camera(words, args, out_of(args, "camera", name, seed), seed)
+    )
+    size = size_of(args)
+    clips = test_clips(args, size)
+    renders = [true_render(args, size, args.first + place) for place in range(args.clips)]
+    asked = models.guided_videos(folder, clips, args, seed)
+    # A model that sees no camera makes the same of every path.
+    other = asked if words is None else models.guided_videos(folder, models.shuffled(clips), args, seed)
+    return rows.score_guided(asked, other, clips, renders)
+
+
+def lalrm_row(name: str, args: Any, seed: int) -> dict[str, Any]:
+    """Views off the paths of clips whose frames are true."""
+    clips = test_clips(args, size_of(args))
+    if (row := untrained(name, args, seed)) is not None:
+        return rows.by_clip(row, clips)
+    pipeline = load_pipeline(trained_lalrm(name, args, seed), TeacherPipeline).to(args.device)
+
+    def row(clip: Clip) -> torch.Tensor:
+        made = models.gaussians_of(pipeline, models.true_latents(pipeline, clip, seed), clip)
+        return rows.shown(made, clip.others.cameras)
+
+    return rows.by_clip(row, clips)
+
+
+def end_to_end_row(name: str, args: Any, seed: int) -> dict[str, Any]:
+    """Views off the path from the first frame and the path."""
+    clips = test_clips(args, size_of(args))
+    if name == "warped by true depth":
+        return rows.by_clip(untrained(name, args, seed), clips)
+    guide = models.train_camera(ROWS["camera"]["dual"], args, out_of(args, "camera", "dual", seed), seed)
+    pipeline = load_pipeline(guide, TeacherPipeline).to(args.device)
+    if name == "nearest generated frame":
+
+        def row(clip: Clip) -> torch.Tensor:
+            video = pipeline.decode_latents(models.guided_latents(pipeline, clip, args, seed))[0].cpu()
+            return rows.nearest(video, clip.cameras, clip.others.cameras)
+    else:
+        source = name.removeprefix("camera model, ")
+        lalrm = load_pipeline(trained_lalrm(source, args, seed), TeacherPipeline).to(args.device)
+
+        def row(clip: Clip) -> torch.Tensor:
+            made = models.gaussians_of(lalrm, models.guided_latents(pipeline, clip, args, seed), clip)
+            return rows.shown(made, clip.others.cameras)
+
+    return rows.by_clip(row, clips)
+
+
+def untrained(name: str, args: Any, seed: int) -> Any:
+    """A row that needs no training, or None."""
+
+    def fitted(clip: Clip, known: bool = False) -> torch.Tensor:
+        depth = clip.others.depth[: len(clip.truth)] if known else None
+        made, _ = rows.fitted(clip.truth, clip.cameras, args.fit_seconds, depth, seed)
+        return rows.shown(made, clip.others.cameras)
+
+    return {
+        "warped by true depth": lambda c: rows.warped(c.truth[0], c.others.depth[0], c.cameras[[0]], c.others.cameras),
+        "nearest frame": lambda c: rows.nearest(c.truth, c.cameras, c.others.cameras),
+        "cross-fade": lambda c: rows.cross_fade(c.truth, c.cameras, c.others.cameras),
+        "fit to the frames": fitted,
+        "fit from true depth": partial(fitted, known=True),
+    }.get(name)
+
+
+def trained_lalrm(name: str, args: Any, seed: int) -> Path:
+    """The folder of a row of --part lalrm, trained now if need be; stage 2 needs the guided model of --part camera."""
+    out = out_of(args, "lalrm", name, seed)
+    if name != "LaLRM, stage 2":
+        return models.train_lalrm(ROWS["lalrm"][name], args, out, seed)
+    start = trained_lalrm("LaLRM", args, seed)
+    guide = models.train_camera(ROWS["camera"]["dual"], args, out_of(args, "camera", "dual", seed), seed)
+    sources = test_clips(args, size_of(args), "train", args.generated)
+    generated = models.generated_clips(guide, sources, args, seed, out.parent / f"generated-{seed}")
+    return models.train_lalrm_further(start, ROWS["lalrm"]["LaLRM"], generated, args, out, seed)
+
+
+def size_of(args: Any) -> Size:
+    pipeline = load_pipeline(args.teacher, TeacherPipeline)
+    return pipeline.frames, *pipeline.frame_size
+
+
+def out_of(args: Any, part: str, name: str, seed: int) -> Path:
+    return args.work / part / name.replace(" ", "-").replace("/", "-") / f"run-{seed}"
+
+
+MAKERS = {"camera": camera_row, "lalrm": lalrm_row, "end-to-end": end_to_end_row}
+
+
+def results_of(args: Any, name: str, seed: int) -> Path:
+    return out_of(args, args.part, name, seed).parent / f"{seed}.json"
+
+
+def run_missing(args: Any) -> None:
+    """All chosen rows that have no results yet."""
+    for seed in args.seeds:
+        for name in args.rows:
+            file = results_of(args, name, seed)
+            if not file.is_file():
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_json(file, MAKERS[args.part](name, args, seed))
+                print(time.strftime("%H:%M:%S"), args.part, name, f"seed {seed}", flush=True)
+
+
+# --- The page ---
+
+
+def collected(args: Any) -> dict[str, list[dict[str, Any]]]:
+    """Rows that have all their seeds, a dictionary a seed."""
+    found = {}
+    for name in ROWS[args.part]:
+        files = [results_of(args, name, seed) for seed in args.seeds]
+        if all(file.is_file() for file in files):
+            found[name] = [json.loads(file.read_text()) for file in files]
+    return found
+
+
+def summary(part: str, by_row: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Means over seeds, and the claims."""
+    means: dict[str, dict[str, Any]] = {}
+    for name, seeds in by_row.items():
+        columns = {metric: [seed.get(metric) for seed in seeds] for metric in METRICS[part]}
+        means[name] = {metric: None if None in x else statistics.mean(x) for metric, x in columns.items()}
+    claims = []
+    for better, worse, metric in CLAIMS[part]:
+        if better in by_row and worse in by_row:
+            difference = paired(*([seed.get(metric) for seed in by_row[name]] for name in (better, worse)))
+            found = verdict(difference, metric) if difference else "not measured"
+        else:
+            difference, found = None, "not run"
+        claims.append({"claim": f"{better} beats {worse}", "metric": metric, "found": found, "by": difference})
+    return {"rows": means, "claims": claims}
+
+
+def markdown(part: str, found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    table = [
+        {"": name} | {metric: cell(row[metric], digits) for metric, digits in METRICS[part].items()}
+        for name, row in found["rows"].items()
+    ]
+    claims = [
+        {
+            "claim": c["claim"],
+            "metric": c["metric"],
+            "found here": c["found"],
+            "difference": bracket(c["by"], 4).strip(" ()"),
+        }
+        for c in found["claims"]
+    ]
+    parts = {"rows": table, "what the paper says": claims} | PAPER[part]
+    remarks = ["Means over seeds. A claim's difference is paired by seed, with its 95 % interval."]
+    return page(f"Wonderland in small: {part}", "wonderland.py", remarks, {"settings": settings, "parts": parts})
+
+
+def parser() -> Parser:
+    words = Parser(__doc__)
+    words.add_argument("--teacher", type=Path, required=True, help="folder of an image-to-video teacher")
+    words.add_argument("--part", choices=list(ROWS), required=True)
+    words.add_argument("--rows", nargs="+", metavar="ROW", help="all of the part's if not given")
+    words.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    words.add_argument("--data", default="builtin-closed", choices=list(WORLDS))
+    words.add_argument("--train", type=positive, default=256, help="clips to learn from")
+    words.add_argument("--clips", type=positive, default=16, help="clips to score")
+    words.add_argument("--first", type=int, default=16, help="the first of them: earlier ones chose settings")
+    words.add_argument("--others", type=positive, default=8, help="views off each clip's path")
+    words.add_argument("--steps", type=positive, default=20, help="of the teacher's sampler")
+    words.add_argument("--batch", type=positive, default=4)
+    words.add_argument("--iterations", type=positive, default=600, help="of camera guidance")
+    words.add_argument("--rate", type=float, default=1e-3, help="of camera guidance")
+    words.add_argument("--lora-rank", type=positive, default=8)
+    words.add_argument("--encoder-width", type=positive, default=64)
+    words.add_argument("--lalrm-iterations", type=positive, default=3000)
+    words.add_argument("--stage2-iterations", type=positive, default=300)
+    words.add_argument("--generated", type=positive, default=50, help="clips of stage 2")
+    words.add_argument("--lalrm-rate", type=float, default=1e-3)
+    words.add_argument("--width", type=positive, default=128, help="of LaLRM")
+    words.add_argument("--layers", type=positive, default=6, help="of LaLRM")
+    words.add_argument("--perceptual", type=float, default=0.5, help="weight of LPIPS in LaLRM's loss")
+    words.add_argument("--fit-seconds", type=float, default=1.0, help="a scene, of the fits")
+    words.add_argument("--device", default="cpu")
+    words.add_argument("--work", type=Path, default=Path("runs/wonderland"))
+    words.add_argument("--name", default="wonderland-tiny")
+    words.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    return words
+
+
+def main() -> None:
+    words = parser()
+    args = words.parse_args()
+    args.rows = args.rows or list(ROWS[args.part])
+    if unknown := [name for name in args.rows if name not in ROWS[args.part]]:
+        words.error(f"--rows {unknown[0]!r} is none of --part {args.part}; choose among {', '.join(ROWS[args.part])}")
+    check_device(args.device)
+    run_missing(args)
+    by_row = collected(args)
+    found = summary(args.part, by_row)
+    settings = {
+        "commit": commit(),
+        "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {args.device}",
+        "teacher": args.teacher.name,
+        "data": f"{args.data}, test clips {args.first} to {args.first + args.clips - 1}, {args.train} to learn from",
+        "training": f"{args.iterations} iterations of camera guidance, {args.lalrm_iterations} of LaLRM",
+        "batch": args.batch,
+        "seeds": args.seeds,
+    }
+    result = {**settings, **found, "paper": PAPER[args.part], "by_seed": by_row}
+    write_results(args.out, f"{args.name}-{args.part}", result, markdown(args.part, found, settings))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    guarded(main)
