@@ -40,6 +40,7 @@ from wonderland_paper import CLAIMS, METRICS, PAPER, ROWS
 
 from fvgen.clips.builtin import DATA_SEED
 from fvgen.clips.clip import Clip
+from fvgen.clips.folder import ClipFolder
 from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator, synthetic_clip
 from fvgen.clips.worlds import WORLDS
 from fvgen.metrics.intervals import paired
@@ -241,7 +242,8 @@ def parser() -> Parser:
     words.add_argument("--rows", nargs="+", metavar="ROW", help="all of the part's if not given")
     words.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     words.add_argument("--data", default="builtin-closed", choices=list(WORLDS))
-    words.add_argument("--train", type=positive, default=256, help="clips to learn from")
+    words.add_argument("--train", type=positive, default=256, help="built-in clips to learn from")
+    words.add_argument("--folder", type=Path, help="of clips with cameras and other views, to learn from instead")
     words.add_argument("--clips", type=positive, default=16, help="clips to score")
     words.add_argument("--first", type=int, default=16, help="the first of them: earlier ones chose settings")
     words.add_argument("--others", type=positive, default=8, help="views off each clip's path")
@@ -257,6 +259,7 @@ def parser() -> Parser:
     words.add_argument("--lalrm-rate", type=float, default=1e-3)
     words.add_argument("--width", type=positive, default=128, help="of LaLRM")
     words.add_argument("--layers", type=positive, default=6, help="of LaLRM")
+    words.add_argument("--lalrm-batch", type=positive, default=1)
     words.add_argument("--perceptual", type=float, default=0.5, help="weight of LPIPS in LaLRM's loss")
     words.add_argument("--fit-seconds", type=float, default=1.0, help="a scene, of the fits")
     words.add_argument("--device", default="cpu")
@@ -276,13 +279,14 @@ def main() -> None:
     run_missing(args)
     by_row = collected(args)
     found = summary(args.part, by_row)
+    learnt = len(ClipFolder(args.folder)) if args.folder else args.train
     settings = {
         "commit": commit(),
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {args.device}",
         "teacher": args.teacher.name,
-        "data": f"{args.data}, test clips {args.first} to {args.first + args.clips - 1}, {args.train} to learn from",
-        "training": f"{args.iterations} iterations of camera guidance, {args.lalrm_iterations} of LaLRM",
-        "batch": args.batch,
+        "data": f"{args.data}, test clips {args.first} to {args.first + args.clips - 1}, {learnt} to learn from",
+        "camera guidance": f"{args.iterations} iterations of {args.batch} clips",
+        "LaLRM": f"{args.lalrm_iterations} iterations of {args.lalrm_batch} clips",
         "seeds": args.seeds,
     }
     result = {**settings, **found, "paper": PAPER[args.part], "by_seed": by_row}

@@ -20,6 +20,7 @@ from fvgen.pipelines.folders import load_pipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.reports.evaluate import evaluate, teacher_contestant
 
+CLIP_NORM = 10.0  # of LaLRM's gradients, as Long-LRM's
 SHARE = "control_share"  # of the base's blocks that are copied; in a row's settings, not in the method's
 
 
@@ -36,14 +37,15 @@ def camera_settings(words: Mapping[str, Any], args: Any, layers: int) -> dict[st
 def lalrm_settings(words: Mapping[str, Any], args: Any) -> dict[str, Any]:
     """Settings of `method: lalrm` from a row's."""
     sizes = {"width": args.width, "layers": args.layers, "head_dim": 32}
-    return {**sizes, "perceptual_weight": args.perceptual, "lalrm_lr": args.lalrm_rate, "others": args.others, **words}
+    rates = {"lalrm_lr": args.lalrm_rate, "batch_size": args.lalrm_batch, "clip_norm": CLIP_NORM}
+    return {**sizes, **rates, "perceptual_weight": args.perceptual, "others": args.others, **words}
 
 
 def common(args: Any, out: Path, seed: int) -> dict[str, Any]:
     """What every training is told."""
     return {
-        "out": str(out), "teacher": str(args.teacher), "data": args.data, "clips": args.train, "seed": seed,
-        "device": args.device, "batch_size": args.batch, "sample_every": 0, "track": False,
+        "out": str(out), "teacher": str(args.teacher), "data": str(args.folder or args.data), "clips": args.train,
+        "seed": seed, "device": args.device, "batch_size": args.batch, "sample_every": 0, "track": False,
     }  # fmt: skip
 
 
