@@ -30,6 +30,7 @@ from fvgen.walks.chain import SEAM, SEAMS, chain, walk_spans
 from fvgen.walks.dataset import View, save_png, write_dataset, write_views
 from fvgen.walks.film import judge_film, write_film
 from fvgen.walks.given import Given, hold_out, judge, open_given
+from fvgen.walks.judged import judge_clips
 from fvgen.walks.page import write_page
 from fvgen.walks.paths import Walk, camera_path, default_trajectory, judge_trajectory, said
 from fvgen.walks.render import Cloud, Rendered, judge_coverage, make_cloud, render_walk
@@ -130,6 +131,7 @@ def generate(
     plan = plan_walk(paths, choices, needs, told, seconds)
     if plan.warning:
         told(f"warning: {plan.warning}")
+    judge_clips(pipeline, walk_spans(plan.rendered.known, needs.frames, choices.seams), needs.height, needs.width)
     writable_folder(out / WORK)
     with locked(out / WORK / "lock"):
         write_json(out / WORK / "settings.json", settings)
