@@ -100,15 +100,15 @@ def judge_coverage(rendered: Rendered) -> str | None:
     """A warning where frames see little, or None. Raises UserError where some see nothing."""
     nothing = (rendered.coverage == 0).nonzero().flatten().tolist()
     if nothing:
-        raise UserError(f"the path leaves the points: frames {_ranges(nothing)} see nothing; choose another path")
+        raise UserError(f"the path leaves the points: frames {ranges(nothing)} see nothing; choose another path")
     little = (rendered.coverage < LITTLE).nonzero().flatten().tolist()
     if not little:
         return None
     least = rendered.coverage.min().item()
-    return f"frames {_ranges(little)} see less than {LITTLE:.0%} of their image filled (least {least:.0%}): inventions"
+    return f"frames {ranges(little)} see less than {LITTLE:.0%} of their image filled (least {least:.0%}): inventions"
 
 
-def _ranges(numbers: list[int]) -> str:
+def ranges(numbers: list[int]) -> str:
     """[1, 2, 3, 7] as "1-3, 7"."""
     parts: list[list[int]] = []
     for number in numbers:

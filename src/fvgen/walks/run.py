@@ -31,6 +31,7 @@ from fvgen.walks.chain import SEAM, SEAMS, Made, chain, walk_spans
 from fvgen.walks.dataset import View, save_png, write_dataset, write_views
 from fvgen.walks.film import judge_film, write_film
 from fvgen.walks.given import Given, hold_out, judge, lacks_depth, open_given
+from fvgen.walks.judged import judge_clips, judge_guided
 from fvgen.walks.page import write_page
 from fvgen.walks.paths import Walk, camera_path, default_trajectory, judge_trajectory, said
 from fvgen.walks.render import Cloud, Rendered, judge_coverage, make_cloud, render_walk
@@ -132,6 +133,10 @@ def generate(
     plan = plan_walk(paths, choices, needs, told, seconds, pipeline.wants_cameras)
     if plan.warning:
         told(f"warning: {plan.warning}")
+    spans = walk_spans(plan.rendered.known, needs.frames, choices.seams)
+    judge_clips(pipeline, spans, needs.height, needs.width)
+    if pipeline.wants_cameras:
+        judge_guided(plan.walk.cameras, plan.cloud, spans)
     writable_folder(out / WORK)
     with locked(out / WORK / "lock"):
         write_json(out / WORK / "settings.json", settings)
