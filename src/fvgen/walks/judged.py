@@ -32,11 +32,12 @@ def judge_guided(path: Cameras, cloud: Cloud, spans: Sequence[Span]) -> None:
     UserError for one whose units are not the photographs', that stands still for a whole clip, or that goes through
     what a single photograph shows.
 
-    Looking away from it is no mistake: that is what such models are for.
+    Looking away from it is no mistake: that is what such models are for. Where depth is a wall that stands for none
+    (`fvgen.depth.flat`) only a path without motion is one.
     """
-    centers, depth = path.centers.double(), cloud.typical
+    centers, depth, known = path.centers.double(), cloud.typical, cloud.backend != "flat"
     extent = (centers - cloud.cameras.centers[0].double()).norm(dim=1).max().item()
-    if not extent <= MOST_LONG * depth:
+    if known and not extent <= MOST_LONG * depth:
         raise UserError(
             f"the path goes {extent:.3g} from the first photograph, which shows what is {depth:.3g} away: its lengths "
             "are not in the scene's units; scale it"
