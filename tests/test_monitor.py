@@ -95,6 +95,8 @@ def test_a_student_that_ignores_its_noise_has_no_spread(stage):
     assert clips.shape[0] == SEEDS and spread > 0.01
 
     class Constant:
+        samples = "latents"
+
         def sample(self, batch, seed):
             return torch.ones_like(batch.latents)
 

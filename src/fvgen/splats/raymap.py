@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,7 +24,9 @@ from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.conventions import rotation_to_quaternion
 from fvgen.geometry.gaussians import LEAST_ALPHA, Gaussians
 from fvgen.geometry.plucker import normalised, packed, rays
-from fvgen.models.lalrm import LaLRM
+
+if TYPE_CHECKING:  # diffusers takes seconds to import
+    from fvgen.models.lalrm import LaLRM
 
 LINEAR = 50.0  # far / near up to which distances are spread evenly
 START = 0.5  # ways to the next Gaussian: twice that is four times the pairs to draw, and blurs more than it closes

@@ -38,8 +38,6 @@ from fvgen.metrics.image import NETWORK_MINIMUM, lpips_network
 from fvgen.metrics.weights import Unavailable
 from fvgen.models.condition import Condition
 from fvgen.objectives.views import log_depth, square
-from fvgen.splats.fitting import drawer_of_all
-from fvgen.splats.raymap import gaussians_along
 
 if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
     from fvgen.clips.latents import LatentBatch
@@ -106,7 +104,8 @@ class Lalrm(Method):
 
     @classmethod
     def build(cls, setup: Setup) -> Lalrm:
-        from fvgen.models.lalrm import LaLRM  # diffusers takes seconds to import
+        from fvgen.models.lalrm import LaLRM
+        from fvgen.splats.fitting import drawer_of_all
 
         settings, memory, device = setup.config.method, setup.config.memory, setup.device
         planned = device.type == "meta"
@@ -170,7 +169,7 @@ class Lalrm(Method):
         chosen = self.chosen(views, frames, draws)
         total, surrogate, parts = 0.0, 0.0, {"loss_lalrm_square": 0.0}
         for clip in range(clips):
-            made = gaussians_along(numbers[clip], unpacked(views["path"][clip, :frames], *size), self.network.config)
+            made = self.made(numbers[clip], unpacked(views["path"][clip, :frames], *size))
             fields = [getattr(made, name) for name in made.__dataclass_fields__]
             leaves = [field.detach().requires_grad_() for field in fields]
             for view in chosen[:, clip].split(1):
@@ -189,6 +188,12 @@ class Lalrm(Method):
         frames = (batch.latents.shape[2] - 1) * settings["time_squeeze"] + 1
         dtype = next(self.network.parameters()).dtype
         return self.network(batch.latents.to(dtype), batch.views["path"][:, :frames]).float(), frames
+
+    def made(self, numbers: Tensor, cameras: Cameras) -> Gaussians:
+        """Of a clip's ``numbers`` [12, F, H', W']."""
+        from fvgen.splats.raymap import gaussians_along
+
+        return gaussians_along(numbers, cameras, self.network.config)
 
     def chosen(self, views: Condition, frames: int, draws: Draws) -> Tensor:
         """[n, B] numbers of views: of the clip's own frames, then of the others."""
@@ -224,7 +229,7 @@ class Lalrm(Method):
         shown = []
         for own, path in zip(numbers, paths, strict=True):
             cameras = unpacked(path, *size)
-            made = gaussians_along(own, cameras, self.network.config)
+            made = self.made(own, cameras)
             shown.append(torch.cat([self.draw(made, cameras[[view]])[0] for view in range(frames)]))
         return torch.stack(shown).clamp(0, 1)
 
