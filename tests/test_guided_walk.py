@@ -13,9 +13,12 @@ from small_cameras import SETTINGS, moved
 from small_cogvideox import FRAMES, HEIGHT, WIDTH, small_teacher
 
 import fvgen
+from fvgen import distill
+from fvgen.clips.filters import LIMITS
 from fvgen.models.lalrm import LaLRM
 from fvgen.pipelines.folders import load_pipeline, save_model
 from fvgen.pipelines.teacher import TeacherPipeline
+from fvgen.shards.prepare import prepare
 from fvgen.splats.feedforward import kept
 from fvgen.splats.ply import read_splat
 from fvgen.splats.raymap import reconstructed
@@ -79,3 +82,20 @@ def test_latents_become_a_scene_without_a_fit(model, photograph, tmp_path):
     (out / "scene.json").unlink(), (out / "scene.ply").unlink(), (out / "scene.html").unlink()
     fvgen.generate(photograph, tmp_path / "walk", **options, scene=True)
     assert json.loads((out / "scene.json").read_text()) == facts
+
+
+@pytest.mark.slow
+def test_walks_are_data_for_a_second_stage(model, photograph, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"width": 32, "layers": 1, "head_dim": 16}
+    save_model(load_pipeline(model, TeacherPipeline).with_lalrm(LaLRM(**sizes)), tmp_path / "first")
+    walk = {"model": tmp_path / "first", "trajectory": "dolly", "steps": 1, "frames": 2 * FRAMES - 1}
+    fvgen.generate(photograph, tmp_path / "walks" / "a", **walk)
+    made = {"teacher": str(tmp_path / "first"), "clips_per_scene": 1, "limits": dict.fromkeys(LIMITS, 0.0)}
+    choices = {"keep_frames": True, "points": "flat", "workers": 1, **made}
+    assert prepare([tmp_path / "walks"], tmp_path / "shards", FRAMES, (HEIGHT, WIDTH), **choices).clips == 1
+    settings = {"out": str(tmp_path / "second"), "teacher": str(tmp_path / "first"), "data": str(tmp_path / "shards")}
+    settings |= {"iterations": 1, "batch_size": 1, "unseen_views": 0, "perceptual_weight": 0.0, "track": False, **sizes}
+    second = distill.run(distill.stage_config("lalrm", settings))
+    before, after = (load_pipeline(folder, TeacherPipeline).lalrm for folder in (tmp_path / "first", second))
+    assert any(not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True))
