@@ -245,13 +245,23 @@ def result_of(table: Table, settings: Settings, work: Path, facts: Mapping[str, 
     return {**facts, "baseline": best.get(4), "rows": found, "claims": claims, "curve": curve, "by_seed": rows}
 
 
-def claim_row(claim: Claim, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    difference = None
+def claim_row(claim: Claim, rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """What came of a claim, ``rows`` being results by row, one a seed, whose differences are paired."""
+    difference, said = None, "not run"
     if claim.better in rows and claim.worse in rows:
-        one, other = ([row[claim.metric] for row in rows[name]] for name in (claim.better, claim.worse))
+        one, other = ([row.get(claim.metric) for row in rows[name]] for name in (claim.better, claim.worse))
         difference = paired(one, other)
-    said = verdict(difference, claim.metric) if difference else "not run"
+        said = verdict(difference, claim.metric) if difference else "not measured"
     return {"claim": f"{claim.better} beats {claim.worse}", "metric": claim.metric, "found": said, "by": difference}
+
+
+def claim_table(claims: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """`claim_row`s as a page shows them (`pages.page`)."""
+    return [
+        {"claim": c["claim"], "metric": c["metric"], "found here": c["found"]}
+        | {"difference": bracket(c["by"], 4).strip(" ()")}
+        for c in claims
+    ]
 
 
 def markdown(table: Table, result: Mapping[str, Any]) -> str:

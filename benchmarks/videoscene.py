@@ -33,9 +33,8 @@ from typing import Any
 
 import torch
 from pages import page
-from tables import bracket, cell, commit, write_results
+from tables import Claim, cell, claim_row, claim_table, commit, write_results
 from torch import Tensor
-from verdicts import verdict
 
 from fvgen import distill
 from fvgen.clips.builtin import DATA_SEED, HEIGHT, WIDTH
@@ -47,7 +46,6 @@ from fvgen.diffusion.consistency import leap_grid
 from fvgen.diffusion.samplers import ddim
 from fvgen.distill.policy import refit
 from fvgen.metrics.consistency import match_distance
-from fvgen.metrics.intervals import paired
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import frozen
 from fvgen.pipelines.folders import check_device, load_pipeline
@@ -228,15 +226,9 @@ def summary(by_seed: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any
             values = [seed[name].get(metric) for seed in by_seed]
             row[metric] = None if None in values else statistics.mean(values)
         rows[name] = row
-    claims = []
-    for better, worse in CLAIMS:
-        if better not in rows or worse not in rows:
-            continue
-        for metric in ("lpips", "kid_squeeze"):
-            difference = paired(*([seed[name].get(metric) for seed in by_seed] for name in (better, worse)))
-            found = verdict(difference, metric) if difference else "not measured"
-            claims.append({"claim": f"{better} beats {worse}", "metric": metric, "found": found, "by": difference})
-    return {"rows": rows, "claims": claims}
+    each = {name: [seed[name] for seed in by_seed] for name in rows}
+    judged = [Claim(*pair, metric) for pair in CLAIMS if each.keys() >= {*pair} for metric in ("lpips", "kid_squeeze")]
+    return {"rows": rows, "claims": [claim_row(claim, each) for claim in judged]}
 
 
 def markdown(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -247,15 +239,7 @@ def markdown(found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
         | {"s a clip": cell(row["seconds_per_clip"], 3)}
         for name, row in found["rows"].items()
     ]
-    claims = [
-        {
-            "claim": c["claim"],
-            "metric": c["metric"],
-            "found here": c["found"],
-            "difference": bracket(c["by"], 4).strip(" ()"),
-        }
-        for c in found["claims"]
-    ]
+    claims = claim_table(found["claims"])
     remarks = ["Means over seeds. A claim's difference is paired by seed, with its 95 % interval."]
     parts = {"rows": table, "what the paper says": claims, "its own numbers, at full size on RealEstate10K": PAPER}
     parts = {name: rows for name, rows in parts.items() if rows}  # no claims where no student was trained

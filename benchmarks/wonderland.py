@@ -34,8 +34,7 @@ import torch
 import wonderland_models as models
 import wonderland_rows as rows
 from pages import page
-from tables import bracket, cell, commit, write_results
-from verdicts import verdict
+from tables import Claim, cell, claim_row, claim_table, commit, write_results
 from wonderland_paper import CLAIMS, METRICS, PAPER, ROWS
 
 from fvgen.clips.builtin import DATA_SEED
@@ -43,7 +42,6 @@ from fvgen.clips.clip import Clip
 from fvgen.clips.folder import ClipFolder
 from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator, synthetic_clip
 from fvgen.clips.worlds import WORLDS
-from fvgen.metrics.intervals import paired
 from fvgen.metrics.pose_matching import Render
 from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.pipelines.teacher import TeacherPipeline
@@ -205,15 +203,7 @@ def summary(part: str, by_row: Mapping[str, Sequence[Mapping[str, Any]]]) -> dic
     for name, seeds in by_row.items():
         columns = {metric: [seed.get(metric) for seed in seeds] for metric in METRICS[part]}
         means[name] = {metric: None if None in x else statistics.mean(x) for metric, x in columns.items()}
-    claims = []
-    for better, worse, metric in CLAIMS[part]:
-        if better in by_row and worse in by_row:
-            difference = paired(*([seed.get(metric) for seed in by_row[name]] for name in (better, worse)))
-            found = verdict(difference, metric) if difference else "not measured"
-        else:
-            difference, found = None, "not run"
-        claims.append({"claim": f"{better} beats {worse}", "metric": metric, "found": found, "by": difference})
-    return {"rows": means, "claims": claims}
+    return {"rows": means, "claims": [claim_row(Claim(*claim), by_row) for claim in CLAIMS[part]]}
 
 
 def markdown(part: str, found: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
@@ -221,16 +211,7 @@ def markdown(part: str, found: Mapping[str, Any], settings: Mapping[str, Any]) -
         {"": name} | {metric: cell(row[metric], digits) for metric, digits in METRICS[part].items()}
         for name, row in found["rows"].items()
     ]
-    claims = [
-        {
-            "claim": c["claim"],
-            "metric": c["metric"],
-            "found here": c["found"],
-            "difference": bracket(c["by"], 4).strip(" ()"),
-        }
-        for c in found["claims"]
-    ]
-    parts = {"rows": table, "what the paper says": claims} | PAPER[part]
+    parts = {"rows": table, "what the paper says": claim_table(found["claims"])} | PAPER[part]
     remarks = ["Means over seeds. A claim's difference is paired by seed, with its 95 % interval."]
     return page(f"Wonderland in small: {part}", "wonderland.py", remarks, {"settings": settings, "parts": parts})
 

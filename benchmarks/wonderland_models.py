@@ -16,9 +16,11 @@ from torch import Tensor
 from fvgen import distill
 from fvgen.clips.clip import Clip
 from fvgen.clips.folder import save_clips
+from fvgen.clips.latents import condition_of
 from fvgen.pipelines.folders import load_pipeline
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.reports.evaluate import evaluate, teacher_contestant
+from fvgen.splats.raymap import reconstructed
 
 CLIP_NORM = 10.0  # of LaLRM's gradients, as Long-LRM's
 SHARE = "control_share"  # of the base's blocks that are copied; in a row's settings, not in the method's
@@ -96,8 +98,6 @@ def generated_clips(folder: Path, clips: Sequence[Clip], args: Any, seed: int, o
 @torch.no_grad()
 def guided_latents(pipeline: TeacherPipeline, clip: Clip, args: Any, seed: int) -> Tensor:
     """[1, C, F', h, w], scaled: what the model makes of a clip's first frame and path."""
-    from fvgen.clips.latents import condition_of
-
     generator = torch.Generator().manual_seed(seed)
     condition = condition_of(clip, pipeline, generator)
     return teacher_contestant(pipeline, args.steps).sample(condition, generator)
@@ -111,6 +111,4 @@ def true_latents(pipeline: TeacherPipeline, clip: Clip, seed: int) -> Tensor:
 
 def gaussians_of(pipeline: TeacherPipeline, latents: Tensor, clip: Clip) -> Any:
     """By the pipeline's LaLRM, in the clip's own world."""
-    from fvgen.splats.raymap import reconstructed
-
     return reconstructed(pipeline.lalrm, latents, clip.cameras)

@@ -11,18 +11,12 @@ out/student (a pipeline folder) and out/head (the discriminator). The same comma
 from __future__ import annotations
 
 from fvgen import distill
-from fvgen.system.command import Parser, deepspeed_setting, guarded
+from fvgen.system.command import guarded, stage_words
 
 
 def main() -> None:
-    parser = Parser(__doc__)
-    parser.add_argument("--config", required=True, help="YAML file of settings")
-    parser.add_argument("--deepspeed", default="", help="JSON file of DeepSpeed settings; none trains in one process")
-    parser.add_argument("--local_rank", type=int, default=0, help="the deepspeed launcher's own; RANK counts")
-    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that differ from the file")
-    args = parser.parse_intermixed_args()
-
-    config = distill.read_stage_config("gan", args.config, deepspeed_setting(args.deepspeed) + args.settings)
+    file, settings = stage_words(__doc__)
+    config = distill.read_stage_config("gan", file, settings)
     distill.check_paths(config)  # before the imports that take seconds
     with distill.stopped_by_sigterm():
         trainer = distill.Trainer(config)  # judges teacher, data and folders before any work

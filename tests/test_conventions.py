@@ -17,6 +17,7 @@ from fvgen.geometry.conventions import (
     from_opengl,
     from_pytorch3d,
     from_realestate10k,
+    quaternion_product,
     quaternion_to_rotation,
     rotation_to_quaternion,
     to_colmap,
@@ -87,6 +88,14 @@ def test_quaternions_are_scipys(seed):
     torch.testing.assert_close(same, torch.ones(MANY, dtype=torch.float64), rtol=0, atol=1e-12)
     assert (ours[:, 0] >= 0).all()
     torch.testing.assert_close(quaternion_to_rotation(theirs), rotation, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS)
+def test_the_product_of_quaternions_is_that_of_rotations(seed):
+    a, b = (random_cameras(s, MANY).world_from_cam[:, :3, :3] for s in (seed, seed + 1))
+    product = quaternion_product(rotation_to_quaternion(a), rotation_to_quaternion(b))
+    torch.testing.assert_close(quaternion_to_rotation(product), a @ b, rtol=0, atol=1e-10)
 
 
 def test_colmap_projects_the_same():

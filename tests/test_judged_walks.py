@@ -87,6 +87,8 @@ def test_a_path_shorter_than_the_vaes_rule_writes_nothing(tmp_path):
     found = refusal(lambda: fvgen.generate(scene, tmp_path / "out", **options))
     assert "clips of 5 frames do not fit this model, whose VAE takes 8k+1; give 9 frames" in found
     assert not (tmp_path / "out").exists()
+    walked = refusal(lambda: fvgen.walk(scene, tmp_path / "path.json", tmp_path / "model", steps=1))
+    assert "clips of 5 frames do not fit this model" in walked
     assert "do not fit this model" in refusal(
         lambda: fvgen.generate(scene, tmp_path / "out", **options | {"frames": 5})
     )

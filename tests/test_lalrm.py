@@ -10,10 +10,10 @@ import torch
 from checks import refusal
 from small_cameras import cameras
 
-from fvgen.geometry.gaussians import render_gaussians, rotation_matrices
+from fvgen.geometry.gaussians import render_gaussians
 from fvgen.geometry.plucker import normalised, packed
 from fvgen.models.lalrm import LaLRM
-from fvgen.splats.raymap import distances, gaussians_along, multiplied, reconstructed
+from fvgen.splats.raymap import distances, gaussians_along, reconstructed
 
 SMALL = {"latent_channels": 4, "space_squeeze": 4, "width": 32, "layers": 2, "head_dim": 16}
 
@@ -95,12 +95,6 @@ def test_zeros_are_the_stated_start():
 def test_distances_have_their_ends(far):
     x = torch.tensor([-40.0, 0.0, 40.0])
     torch.testing.assert_close(distances(x, 0.2, far, 3.0), torch.tensor([0.2, 3.0, far]), rtol=1e-5, atol=1e-6)
-
-
-def test_the_product_of_quaternions_is_that_of_rotations():
-    a, b = torch.nn.functional.normalize(torch.randn(2, 5, 4, dtype=torch.float64), dim=-1)
-    expected = rotation_matrices(a) @ rotation_matrices(b)
-    torch.testing.assert_close(rotation_matrices(multiplied(a, b)), expected, rtol=0, atol=1e-12)
 
 
 def test_the_worlds_place_and_unit_do_not_matter():

@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from fvgen.distill.methods import METHODS
 from fvgen.geometry.cameras import Cameras
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
@@ -49,7 +48,6 @@ def test_shares_of_the_bases_blocks():
     assert "camera_lora_rank" not in models.camera_settings(wonderland.ROWS["camera"]["control"], arguments(), 6)
 
 
-@pytest.mark.skipif("camera" not in METHODS, reason="method camera is not here yet")
 def test_every_camera_row_is_a_training(tmp_path):
     args = arguments()
     for words in filter(None, wonderland.ROWS["camera"].values()):
@@ -57,7 +55,6 @@ def test_every_camera_row_is_a_training(tmp_path):
         models.distill.stage_config("camera", settings | {"iterations": 1, "student_lr": 1e-3})
 
 
-@pytest.mark.skipif("lalrm" not in METHODS, reason="method lalrm is not here yet")
 def test_every_lalrm_row_is_a_training(tmp_path):
     args = arguments()
     for words in wonderland.ROWS["lalrm"].values():

@@ -1,7 +1,6 @@
 """A folder of clips with their pixels: ``clips.safetensors`` (all clips, stacked, 8-bit; ``shown`` where any has masks,
 ``world_from_cam`` and ``intrinsics`` where all have cameras, ``other_images`` and what belongs to them where all have
-other views) and ``index.json`` (names, sizes, provenance). Its latents
-are cached beside it: see `fvgen.clips.latents`.
+other views) and ``index.json`` (names, sizes, provenance). Its latents are cached beside it: see `fvgen.clips.latents`.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from fvgen.clips.clip import Clip, shown_of, to_bytes
 from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
 from fvgen.geometry.plucker import normalised, packed, seen_from
-from fvgen.models.condition import Condition
+from fvgen.models.condition import Condition, joined
 from fvgen.system.doors import Unreadable, load_tensors, not_finite
 from fvgen.system.files import write_tensors
 
@@ -114,8 +114,7 @@ def views_of(clip: Clip) -> Condition:
 
 def all_views(clips: ClipFolder) -> Condition:
     """`views_of` all clips, [N, ...]."""
-    rows = [views_of(clips[index]) for index in range(len(clips))]
-    return Condition(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
+    return joined([views_of(clips[index]) for index in range(len(clips))])
 
 
 def condition_of(clip: Clip, pipeline: NovelViewPipeline, generator: torch.Generator) -> Condition:

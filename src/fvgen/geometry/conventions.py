@@ -95,6 +95,13 @@ def rotation_to_quaternion(rotation: Tensor) -> Tensor:
     return torch.nn.functional.normalize(row, dim=-1)
 
 
+def quaternion_product(a: Tensor, b: Tensor) -> Tensor:
+    """[..., 4] Hamilton's product of quaternions (w, x, y, z): the turn b, then a."""
+    (aw, av), (bw, bv) = ((q[..., :1], q[..., 1:]) for q in torch.broadcast_tensors(a, b))
+    real = aw * bw - (av * bv).sum(dim=-1, keepdim=True)
+    return torch.cat([real, aw * bv + bw * av + torch.linalg.cross(av, bv)], dim=-1)
+
+
 # --- PyTorch3D ---
 
 

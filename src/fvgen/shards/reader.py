@@ -18,7 +18,7 @@ from fvgen.clips.clip import Clip, Others
 from fvgen.clips.latents import LatentBatch, LatentSet, views_of
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import Cameras
-from fvgen.models.condition import Condition
+from fvgen.models.condition import Condition, joined
 from fvgen.pipelines.cameras import CAMERA_PATH, clip_path
 from fvgen.shards.format import (
     OTHERS,
@@ -135,9 +135,7 @@ class ShardSet(LatentSet):
         condition = Condition(**named).to(device, non_blocking=True)
         views = None
         if self._views:
-            rows = [views_of(self.clip(int(index))) for index in indices]
-            views = Condition(**{name: torch.cat([row[name] for row in rows]) for name in rows[0]})
-            views = views.to(device, non_blocking=True)
+            views = joined([views_of(self.clip(int(index))) for index in indices]).to(device, non_blocking=True)
         return LatentBatch(latents.to(device, non_blocking=True), condition, views)
 
     def check_encoder(self, fingerprint: str, model: str) -> None:

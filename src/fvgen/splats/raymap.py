@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fvgen.geometry.cameras import Cameras
-from fvgen.geometry.conventions import rotation_to_quaternion
+from fvgen.geometry.conventions import quaternion_product, rotation_to_quaternion
 from fvgen.geometry.gaussians import LEAST_ALPHA, Gaussians
 from fvgen.geometry.plucker import normalised, packed, rays
 
@@ -74,12 +74,5 @@ def reconstructed(lalrm: LaLRM, latents: Tensor, cameras: Cameras) -> Gaussians:
     seen = seen[seen.opacities >= LEAST_ALPHA]
     pose = cameras.world_from_cam[0].double()
     means = (seen.means.double() / scale) @ pose[:3, :3].T + pose[:3, 3]
-    turned = multiplied(rotation_to_quaternion(pose[None, :3, :3]).expand(len(seen), 4), seen.rotations.double())
+    turned = quaternion_product(rotation_to_quaternion(pose[:3, :3]), seen.rotations.double())
     return Gaussians(means.float(), seen.scales / scale, turned.float(), seen.opacities, seen.colors)
-
-
-def multiplied(a: Tensor, b: Tensor) -> Tensor:
-    """[N, 4] Hamilton product of quaternions w x y z: turned by b, then by a."""
-    (aw, av), (bw, bv) = ((q[:, :1], q[:, 1:]) for q in (a, b))
-    real = aw * bw - (av * bv).sum(dim=1, keepdim=True)
-    return torch.cat([real, aw * bv + bw * av + torch.linalg.cross(av, bv)], dim=1)

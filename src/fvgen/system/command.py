@@ -105,6 +105,18 @@ def deepspeed_setting(file: str) -> list[str]:
     return [f"deepspeed={file}"] if file else []
 
 
+def stage_words(description: str | None) -> tuple[str, list[str]]:
+    """A stage's recipe on its command line: the file of --config, and the settings that differ from it, --deepspeed
+    among them."""
+    parser = Parser(description)
+    parser.add_argument("--config", required=True, help="YAML file of settings")
+    parser.add_argument("--deepspeed", default="", help="JSON file of DeepSpeed settings; none trains in one process")
+    parser.add_argument("--local_rank", type=int, default=0, help="the deepspeed launcher's own; RANK counts")
+    parser.add_argument("settings", nargs="*", metavar="key=value", help="settings that differ from the file")
+    args = parser.parse_intermixed_args()
+    return args.config, deepspeed_setting(args.deepspeed) + args.settings
+
+
 def positive(text: str) -> int:
     """An integer of at least 1, as a type for `argparse`."""
     if not re.fullmatch(r"0*[1-9]\d{0,8}", text, re.ASCII):

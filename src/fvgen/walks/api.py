@@ -14,7 +14,17 @@ from fvgen.walks.chain import SEAM, chain
 from fvgen.walks.given import Given, open_given
 from fvgen.walks.paths import Walk, camera_path, default_trajectory
 from fvgen.walks.render import Rendered, make_cloud, render_walk
-from fvgen.walks.run import VIEWS, Choices, _evenly, judge_choices, load_walker, plan_walk, walk_needs, with_scale
+from fvgen.walks.run import (
+    VIEWS,
+    Choices,
+    _evenly,
+    judge_choices,
+    judge_walk,
+    load_walker,
+    plan_walk,
+    walk_needs,
+    with_scale,
+)
 
 SIZE = (320, 512)
 
@@ -78,4 +88,5 @@ def walk(
     needs = walk_needs(pipeline, choices)
     choices = with_scale(choices, pipeline, paths)
     plan = plan_walk(paths, choices, needs, lambda line: None, {}, pipeline.wants_cameras)
+    judge_walk(pipeline, plan, needs, SEAM)
     return chain(pipeline, plan.rendered, needs.frames, steps, seed)

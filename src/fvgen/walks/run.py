@@ -133,10 +133,7 @@ def generate(
     plan = plan_walk(paths, choices, needs, told, seconds, pipeline.wants_cameras)
     if plan.warning:
         told(f"warning: {plan.warning}")
-    spans = walk_spans(plan.rendered.known, needs.frames, choices.seams)
-    judge_clips(pipeline, spans, needs.height, needs.width)
-    if pipeline.wants_cameras:
-        judge_guided(plan.walk.cameras, plan.cloud, spans)
+    judge_walk(pipeline, plan, needs, choices.seams)
     writable_folder(out / WORK)
     with locked(out / WORK / "lock"):
         write_json(out / WORK / "settings.json", settings)
@@ -262,6 +259,14 @@ def _finished(out: Path, settings: dict[str, Any]) -> bool:
     if any(out.iterdir()):
         raise UserError(f"--out {out} holds something other than a run of fvgen generate; choose another folder")
     return False
+
+
+def judge_walk(pipeline: NovelViewPipeline, plan: Plan, needs: RenderNeeds, seams: str) -> None:
+    """Raises UserError for a path that the model cannot follow."""
+    spans = walk_spans(plan.rendered.known, needs.frames, seams)
+    judge_clips(pipeline, spans, needs.height, needs.width)
+    if pipeline.wants_cameras:
+        judge_guided(plan.walk.cameras, plan.cloud, spans)
 
 
 # --- Stages ---

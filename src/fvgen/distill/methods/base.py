@@ -69,7 +69,7 @@ class Method:
 
     exported: the learners whose weights `export` wants.
     followers: networks that neither learn nor have a state of their own: their weights follow a learner's.
-    needs: what a batch must hold beside latents and condition, as names that the data may offer ("cameras", "views").
+    needs: what a batch must hold beside latents and condition, as names that the data may offer: "views".
     runs_teacher: whether the teacher's network is run; else it takes no room on the device.
     samples: whether `sample` gives "latents" or "frames".
     """

@@ -114,8 +114,6 @@ class CameraSettings(MethodSettings):
 class Camera(Method):
     """One network, the base's with what is new."""
 
-    needs = frozenset({"cameras"})
-
     def __init__(self, settings: CameraSettings, teacher: Teacher, student: Learner) -> None:
         self.settings, self.teacher = settings, teacher
         self.learners, self.states = {"student": student}, {}
