@@ -101,7 +101,7 @@ def score_views(images: Sequence[Tensor], clips: Sequence[Clip], seconds: Sequen
     return scores | {"seconds_per_scene": sum(seconds) / len(seconds)}
 
 
-def score_path(video: Tensor, clip: Clip, render: Render) -> dict[str, float]:
+def score_path(video: Tensor, clip: Clip, render: Render) -> dict[str, float | None]:
     """How far the cameras of a video [F, 3, H, W] are from those asked for, `matched_errors`."""
     return matched_errors(match_poses(video, clip.cameras, render), clip.cameras)
 
@@ -110,14 +110,26 @@ def score_guided(
     asked: Sequence[Tensor], shuffled: Sequence[Tensor], clips: Sequence[Clip], renders: Sequence[Render]
 ) -> dict[str, Any]:
     """Videos of the asked paths: image metrics of all frames but the first, which is given; cameras by pose matching,
-    means over clips; and ``camera_gain``, the dB that the right path gives over another clip's (``shuffled``)."""
+    means over the frames that were found ("_all": over all); and ``camera_gain``, the dB that the right path gives over
+    another clip's (``shuffled``)."""
     truth = [clip.truth[1:] for clip in clips]
     scores = score_images(torch.cat([video[1:] for video in asked]), torch.cat(truth))
     paths = [score_path(*each) for each in zip(asked, clips, renders, strict=True)]
-    scores |= {name: sum(path[name] for path in paths) / len(paths) for name in paths[0]}
-    scores["failures"] = sum(path["failures"] for path in paths)
+    lost = [path["failures"] for path in paths]
+    frames = [len(t) for t in truth]
+    found = [count - none for count, none in zip(frames, lost, strict=True)]
+    for name in paths[0]:
+        whole = name.endswith("_all") or name == "residual"
+        scores[name] = weighted([path[name] for path in paths], frames if whole else found)
+    scores["failures"] = sum(lost)
     right, wrong = (torch.cat([psnr(v[1:], t) for v, t in zip(x, truth, strict=True)]) for x in (asked, shuffled))
-    return scores | {"camera_gain": (right - wrong).mean().item(), "frames": sum(len(t) for t in truth)}
+    return scores | {"camera_gain": (right - wrong).mean().item(), "frames": sum(frames)}
+
+
+def weighted(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
+    """The mean; None where all weights are 0. What weighs nothing may be None."""
+    pairs = [(value, weight) for value, weight in zip(values, weights, strict=True) if weight]
+    return sum(value * weight for value, weight in pairs) / sum(weights) if pairs else None
 
 
 def by_clip(row: Callable[[Clip], Tensor], clips: Sequence[Clip]) -> dict[str, Any]:

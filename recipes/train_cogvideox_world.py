@@ -12,8 +12,9 @@ and, where the weights are at hand, LPIPS of a few frames, as CogVideoX's own wa
 squared error of the velocity at uniform timesteps. DIR gets `teacher` (a CogVideoXTeacherPipeline) and log.json.
 benchmarks/videoscene.py says how good it is against its prior, before any student is trained.
 
---vae: a teacher of this recipe's whose VAE is taken as it is. --data: a folder of clips in place of built-in ones that
-are made now; their latents are kept beside them, so that a second teacher of the same kind costs no second encoding.
+--vae: a teacher of this recipe's whose VAE is taken as it is, or trained on where --vae-minutes is given. --data: a
+folder of clips in place of built-in ones that are made now; their latents are kept beside them, so that a second
+teacher of the same kind costs no second encoding.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ from fvgen.system.doors import load_tensors
 FRAMES = 9  # 8k + 1
 MIX = ("builtin-coarse", "builtin-coarse", "builtin-coarse", "builtin-closed")
 TOKENS, TEXT = 2, 32  # of the prompt, which says nothing here
-VAE_RATE, TEACHER_RATE = 1e-3, 1e-3
+VAE_RATE, TEACHER_RATE = 3e-3, 1e-3
 KL_WEIGHT = 1e-6
 LPIPS_WEIGHT, LPIPS_FRAMES = 0.2, 3  # of every clip
 WIDTHS = (32, 64, 96)
@@ -135,17 +136,19 @@ def perceptual(device: str) -> nn.Module | None:
 
 
 def train_vae(
-    clips: dict[str, Tensor], seconds: float, device: str, seed: int, batch: int, widths: Sequence[int]
-) -> tuple:
-    """On whole clips, photographs and renders two to one; returns the VAE and what was done."""
-    vae = build_vae(seed, widths).to(device)
+    vae: AutoencoderKLCogVideoX, clips: dict[str, Tensor], seconds: float, device: str, seed: int, batch: int, crop: int
+) -> dict:
+    """In place, on square crops of clips, photographs and renders two to one; returns what was done."""
+    vae.to(device).train().requires_grad_(True)
     distance = perceptual(device)
     truth, render = (clips[name].to(device) for name in ("truth", "render"))
     everything = torch.cat([truth, truth, render])
+    room = [max(0, size - crop) + 1 for size in everything.shape[-2:]]
 
     def loss_of(generator: torch.Generator) -> Tensor:
         chosen = torch.randint(len(everything), (batch,), generator=generator, device=device)
-        video = everything[chosen].transpose(1, 2).float() / 127.5 - 1
+        y, x = (int(torch.randint(size, (), generator=generator, device=device)) for size in room)
+        video = everything[chosen, ..., y : y + crop, x : x + crop].transpose(1, 2).float() / 127.5 - 1
         posterior = vae.encode(video).latent_dist
         noise = torch.randn(posterior.mean.shape, generator=generator, device=device)
         decoded = vae.decode(posterior.mean + posterior.std * noise).sample
@@ -165,7 +168,7 @@ def train_vae(
         psnr = -10 * math.log10(((vae.decode(latents).sample.clamp(-1, 1) - some) / 2).square().mean().item())
         vae.register_to_config(scaling_factor=1 / latents.std().item())
     print(f"vae: {psnr:.2f} dB", flush=True)
-    return vae, facts | {"batch": batch, "psnr": round(psnr, 2), "lpips": distance is not None}
+    return facts | {"batch": batch, "crop": crop, "psnr": round(psnr, 2), "lpips": distance is not None}
 
 
 @torch.no_grad()
@@ -214,18 +217,21 @@ def main() -> None:
     parser.add_argument("--image-condition", choices=["ends", "renders", "first"], default="ends")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", type=float, default=10.0, help="for all, the making of clips included")
-    parser.add_argument("--vae-minutes", type=float, default=3.0, help="of these, for the VAE")
+    parser.add_argument("--vae-minutes", type=float, help="of these, for the VAE: 3; 0 with --vae")
     parser.add_argument("--clips", type=int, default=4096)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="that make clips")
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=6, help="of 32 channels each")
     parser.add_argument("--batch", type=int, default=64, help="of the teacher")
     parser.add_argument("--vae-batch", type=int, default=16)
+    parser.add_argument("--vae-crop", type=int, default=64, help="pixels of a crop's side; a small one: more updates")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the VAE's levels")
-    parser.add_argument("--vae", type=Path, help="a teacher of this recipe's whose VAE is taken as it is")
+    parser.add_argument("--vae", type=Path, help="a teacher of this recipe's whose VAE is taken, or trained on")
     parser.add_argument("--data", type=Path, help="a folder of clips, in place of built-in ones")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.vae_minutes is None:
+        args.vae_minutes = 0.0 if args.vae else 3.0
 
     start = time.perf_counter()
     clips = all_clips(args.clips, args.workers, args.data)
@@ -233,11 +239,10 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     log: dict[str, dict] = {"clips": {"count": args.clips, "mix": MIX}, "arguments": {"seed": args.seed}}
     log["arguments"] |= {"image_condition": args.image_condition, "layers": args.layers, "heads": args.heads}
-    if args.vae:
-        vae = load_pipeline(args.vae, CogVideoXTeacherPipeline).vae
-    else:
+    vae = load_pipeline(args.vae, CogVideoXTeacherPipeline).vae if args.vae else build_vae(args.seed, args.widths)
+    if args.vae_minutes:
         seconds = 60 * args.vae_minutes
-        vae, log["vae"] = train_vae(clips, seconds, args.device, args.seed, args.vae_batch, args.widths)
+        log["vae"] = train_vae(vae, clips, seconds, args.device, args.seed, args.vae_batch, args.vae_crop)
     pipeline = build_teacher(vae.cpu(), args.seed, args.image_condition, args.layers, args.heads)
     save_model(pipeline, args.out / "teacher")  # of the VAE alone so far: a kill from here on costs only the teacher
     pipeline.to(args.device)

@@ -215,7 +215,7 @@ def test_the_loss_is_that_of_the_velocity(stage, guided_folder):
     """Against the schedule's own arithmetic, clip by clip, with the draws in their order."""
     trainer = distill.Trainer(stage(teacher=str(guided_folder)))
     batch, method = trainer.latents.batch([0, 2]), trainer.method
-    found = method.loss(batch, Draws(rng(4)))
+    found, noised = method.loss(batch, Draws(rng(4)))
     draws, schedule = Draws(rng(4)), trainer.base.schedule
     t = draws.integers(0, 1000, batch.latents)
     noise = draws.normal(batch.latents)
@@ -224,6 +224,23 @@ def test_the_loss_is_that_of_the_velocity(stage, guided_folder):
     signal, level = (schedule.add_noise(*pair, t) for pair in ((torch.ones_like(noise), 0 * noise), (0 * noise, noise)))
     target = signal * noise - level / noise * batch.latents  # sqrt(ab) e - sqrt(1 - ab) z
     torch.testing.assert_close(found, (v - target).square().mean())
+    others = batch.condition.replaced({"camera_path": batch.condition["camera_path"][[1, 0]]})
+    other = trainer.base.family.call(method.student.network, x_t, t, others).output
+    worse = (other - target).square().mean() / found - 1
+    torch.testing.assert_close(method.heeded(batch, noised, found), worse, atol=1e-5, rtol=1e-4)
+
+
+def test_the_worth_of_the_camera_is_logged_and_nothing_at_first(stage, monkeypatch):
+    """Every second iteration here; before the first update the network is the base, which sees no camera."""
+    monkeypatch.setattr("fvgen.distill.methods.camera.LOOK", 2)
+    config = stage(iterations=5)
+    distill.run(config)
+    found = [row.get("camera_heeded") for row in distill.read_metrics(config.run.out)]
+    assert [x is None for x in found] == [True, False, True, False, True] and found[3] != 0
+    trainer = distill.Trainer(stage(out=f"{config.run.out}-2"))
+    batch = trainer.latents.batch([0, 2])
+    loss, noised = trainer.method.loss(batch, Draws(rng(4)))
+    assert trainer.method.heeded(batch, noised, loss).abs() < 1e-6
 
 
 # --- Planning ---

@@ -71,6 +71,7 @@ def test_latents_become_a_scene_without_a_fit(model, photograph, tmp_path):
     options = {"model": tmp_path / "wonderland", "trajectory": "dolly", "steps": 1, "frames": 2 * FRAMES - 1}
     out = fvgen.generate(photograph, tmp_path / "walk", **options, scene=True, told=said.append)
     facts = json.loads((out / "scene.json").read_text())
+    assert len(facts["views"]) == 2 * FRAMES - 1  # frames that clips share are one camera
     assert facts["from"] == "latents.safetensors" and f"{facts['gaussians']} Gaussians" in " ".join(said)
     clips = kept(out, HEIGHT, WIDTH)
     assert len(clips) == 3 and clips[0].latents.shape == (1, 16, 3, 4, 6)  # 17 frames by 9s that share 4

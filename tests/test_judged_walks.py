@@ -17,7 +17,7 @@ from fvgen.geometry.trajectories import dolly, orbit, pan, write_path
 from fvgen.pipelines.folders import save_model
 from fvgen.walks.chain import Span, spans
 from fvgen.walks.judged import behind_surfaces, judge_guided
-from fvgen.walks.render import Cloud
+from fvgen.walks.render import Cloud, Rendered, judge_start
 
 DEPTH = 2.0
 WHOLE = [Span(0, 9)]
@@ -37,6 +37,18 @@ def flat_wall(views: int = 1) -> Cloud:
 
 def said(path: Cameras, cloud: Cloud | None = None, clips: list[Span] = WHOLE) -> str:
     return refusal(lambda: judge_guided(path, cloud or flat_wall(), clips))
+
+
+def test_a_guided_walk_goes_on_from_what_frame_0_shows():
+    pictures, depth = torch.zeros(2, 3, HEIGHT, WIDTH), torch.ones(2, HEIGHT, WIDTH)
+    two = dolly(camera(), 2, DEPTH)
+
+    def start(known: bool, coverage: float) -> Rendered:
+        return Rendered(pictures, torch.tensor([known, False]), torch.tensor([coverage, 0.0]), depth, two)
+
+    assert judge_start(start(True, 1.0)) is None
+    assert "frame 0 is no photograph but a render, 40% of it filled" in judge_start(start(False, 0.4))
+    assert "frame 0 of the path sees no point" in refusal(lambda: judge_start(start(False, 0.0)))
 
 
 def test_usual_paths_are_none_of_these():

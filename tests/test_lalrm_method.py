@@ -120,6 +120,11 @@ def test_a_path_without_cameras_or_views_is_refused(stage, clip_folder, tmp_path
     assert "leave nothing to learn from" in refusal(lambda: stage(seen_views=0, unseen_views=0))
 
 
+def test_a_family_without_a_place_for_it_is_refused_before_training(stage, tmp_path):
+    config = stage("viewcrafter", teacher="tiny", others=0, unseen_views=0, perceptual_weight=0.0)
+    assert "viewcrafter hold no LaLRM; give one of CogVideoX" in refusal(lambda: distill.run(config))
+
+
 def test_another_vaes_latents_are_refused(teacher_folder):
     teacher, sizes = load_pipeline(teacher_folder, TeacherPipeline), {"width": 32, "layers": 1, "head_dim": 16}
     assert teacher.with_lalrm(LaLRM(**sizes)).lalrm is not None

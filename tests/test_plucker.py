@@ -120,6 +120,14 @@ def test_a_path_that_only_turns_has_a_scale_and_one_that_does_nothing_is_refused
     poses = path().world_from_cam.clone()
     poses[2, 0, 3] = math.nan
     assert "NaN" in refusal(lambda: normalised(replace(path(), world_from_cam=poses)))
+    grown = path().world_from_cam.clone()
+    grown[:, :3, :3] *= 3
+    assert "camera 0 of the path is no rotation" in refusal(lambda: normalised(replace(path(), world_from_cam=grown)))
+    for value, said in ((0.0, "focal lengths"), (math.inf, "infinity")):
+        lenses = path().intrinsics.clone()
+        lenses[1, 0, 0] = value
+        answer = refusal(lambda lenses=lenses: normalised(replace(path(), intrinsics=lenses)))
+        assert "camera 1" in answer and said in answer
 
 
 def test_folding_groups_frames_as_the_vae_does():

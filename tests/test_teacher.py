@@ -94,6 +94,16 @@ def test_guided_teacher_mixes_velocities_of_separate_passes():
     torch.testing.assert_close(neither.velocity(x_t, T, condition), v_cond)
 
 
+@torch.no_grad()
+def test_what_holds_for_all_clips_may_be_one_row():
+    """As a data set of one clip gives it, of which a batch draws several."""
+    x_t, condition, null = clips()
+    single = condition.rows([0])
+    teacher = Teacher(small_unet(), SCHEDULE, call, nulls(null), guidance=7.5, rescale=0.7)
+    whole = teacher.velocity(x_t, T, single.expanded(len(x_t)))
+    torch.testing.assert_close(teacher.velocity(x_t, T, single), whole, rtol=0, atol=0)
+
+
 def test_teacher_is_frozen_but_lets_gradients_through():
     x_t, condition, null = clips()
     teacher = Teacher(small_unet(dropout=0.5), SCHEDULE, call, nulls(null)).train()

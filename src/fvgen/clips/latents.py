@@ -15,7 +15,7 @@ from torch import Tensor
 from fvgen.clips.clip import Clip, shown_of, to_bytes
 from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
-from fvgen.geometry.plucker import normalised, packed, seen_from
+from fvgen.geometry.plucker import judge_cameras, normalised, packed, seen_from
 from fvgen.models.condition import Condition, joined
 from fvgen.system.doors import Unreadable, load_tensors, not_finite
 from fvgen.system.files import write_tensors
@@ -96,7 +96,7 @@ def views_of(clip: Clip) -> Condition:
     frames first and then its other views, as its first camera sees them in units of the path (`packed`, `normalised`);
     ``shown`` [V, H, W] bool, see `Clip`; and ``depth`` [V, H, W] in those units, where it is known.
 
-    Raises UserError for a clip without cameras, or whose path does not move.
+    Raises UserError for a clip without cameras, with some that are none, or whose path does not move.
     """
     if clip.cameras is None:
         raise UserError(f"clip {clip.name} has no cameras, which its views need; prepare it again with this fvgen")
@@ -104,6 +104,7 @@ def views_of(clip: Clip) -> Condition:
     images, shown, others = [to_bytes(clip.truth)], [shown_of(clip)], clip.others
     rows, depth = [packed(path).float()], None
     if others is not None:
+        judge_cameras(others.cameras)
         images.append(to_bytes(others.images))
         shown.append(shown_of(others))
         rows.append(packed(seen_from(clip.cameras, others.cameras, scale)).float())

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from fvgen.errors import UserError
-from fvgen.geometry.cameras import Cameras, pixel_rays
+from fvgen.geometry.cameras import Cameras, pixel_rays, pose_problem
 
 PACKED = 12 + 9
 """Numbers of a camera in a `packed` path."""
@@ -50,10 +50,9 @@ def normalised(cameras: Cameras, least: float = 1e-3) -> tuple[Cameras, float]:
     first, as on a path that only turns, the factor is 1 / least: noise of the poses is not blown up without bound.
     (Ours: the paper normalises "as RealEstate10K does" and does not say how.)
 
-    Raises UserError for a path with NaN or infinity, and for one that neither moves nor turns.
+    Raises UserError for a path with a camera that is none (`judge_cameras`), and for one that neither moves nor turns.
     """
-    if not all(torch.isfinite(matrix).all() for matrix in (cameras.world_from_cam, cameras.intrinsics)):
-        raise UserError("a camera of the path holds NaN or infinity; give finite poses and intrinsics")
+    judge_cameras(cameras)
     relative = seen_from(cameras, cameras).world_from_cam
     relative[0] = torch.eye(4, dtype=relative.dtype)
     if len(cameras) > 1 and (relative - relative[0]).abs().max() < STILL:
@@ -61,6 +60,18 @@ def normalised(cameras: Cameras, least: float = 1e-3) -> tuple[Cameras, float]:
     scale = 1 / max(relative[:, :3, 3].norm(dim=-1).max().item(), least)
     relative[:, :3, 3] *= scale
     return replace(cameras, world_from_cam=relative.to(cameras.world_from_cam)), scale
+
+
+def judge_cameras(cameras: Cameras) -> None:
+    """Raises UserError where one of them holds NaN or infinity, is no rigid motion, or has no focal length."""
+    for number, (pose, lens) in enumerate(zip(cameras.world_from_cam, cameras.intrinsics, strict=True)):
+        problem = pose_problem(pose)
+        if problem is None and not torch.isfinite(lens).all():
+            problem = "has intrinsics with NaN or infinity"
+        if problem is None and not (lens[0, 0] > 0 and lens[1, 1] > 0):
+            problem = f"has focal lengths {lens[0, 0].item():g} and {lens[1, 1].item():g}, which must be above 0"
+        if problem is not None:
+            raise UserError(f"camera {number} of the path {problem}; give rigid poses and a lens in pixels")
 
 
 def seen_from(cameras: Cameras, others: Cameras, scale: float = 1.0) -> Cameras:

@@ -118,11 +118,12 @@ def relative_errors(found: Tensor, truth: Tensor) -> tuple[Tensor, Tensor]:
 
 def path_errors(found: Tensor, truth: Tensor) -> dict[str, float]:
     """R_err (mean angle) and T_err (mean distance) of a path relative to its first view, T_err under both rules for the
-    scale in use: the least squares one, and each path divided by its farthest view from the first."""
+    scale in use: the least squares one (at least 0: a path that was walked backwards is not turned round), and each
+    path divided by its farthest view from the first."""
     relative = [torch.linalg.solve(poses[:1].double(), poses.double()) for poses in (found, truth)]
     centers = [poses[:, :3, 3] for poses in relative]
     spread = centers[0].square().sum()
-    scale = (centers[0] * centers[1]).sum() / spread if spread > 0 else spread.new_ones(())
+    scale = ((centers[0] * centers[1]).sum() / spread).clamp(min=0) if spread > 0 else spread.new_ones(())
     longest = [c.norm(dim=1).max().clamp(min=1e-12) for c in centers]
     return {
         "R_err": rotation_angle(relative[0][:, :3, :3], relative[1][:, :3, :3]).mean().item(),

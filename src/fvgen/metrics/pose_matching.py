@@ -83,12 +83,13 @@ def match_poses(frames: Tensor, asked: Cameras, render: Render) -> Matched:
     return Matched(poses, residual, int(lost.sum()))
 
 
-def matched_errors(matched: Matched, asked: Cameras) -> dict[str, float]:
+def matched_errors(matched: Matched, asked: Cameras) -> dict[str, float | None]:
     """`path_errors` of the frames that were found, and ``T_err_scene``: the mean distance over the path's extent (from
     its first camera to the farthest), in the scene's own scale.
 
-    The first frame is the photograph that a model is given, and is taken where it was asked to be. Names that end in
-    "_all" count a frame that was not found as one that stayed there; ``failures`` says how many these are.
+    The first frame is the photograph that a model is given: it is taken where it was asked to be, and enters neither
+    means nor ``failures``, how many frames were not found. Names that end in "_all" count these as frames that stayed
+    at the first; the others are None where no frame was found.
     """
     truth = asked.world_from_cam.double()
     found, first = matched.world_from_cam.clone(), truth[0]
@@ -96,11 +97,13 @@ def matched_errors(matched: Matched, asked: Cameras) -> dict[str, float]:
     placed = found.flatten(1).isfinite().all(dim=1)
     still = torch.where(placed[:, None, None], found, first)
     extent = (truth[:, :3, 3] - first[:3, 3]).norm(dim=1).max().clamp(min=1e-12)
-    errors: dict[str, float] = {"failures": matched.failures, "residual": matched.residual.mean().item()}
+    errors: dict[str, float | None] = {"failures": int((~placed).sum()), "residual": matched.residual[1:].mean().item()}
     for ending, poses, wanted in (("", found[placed], truth[placed]), ("_all", still, truth)):
         away = (poses[:, :3, 3] - wanted[:, :3, 3]).norm(dim=1).mean() / extent
         scores = path_errors(poses, wanted) | {"T_err_scene": away.item()}
-        errors |= {f"{name}{ending}": value for name, value in scores.items()}
+        count = len(poses) - 1  # the first is among these means, and is 0
+        own = {name: value * (count + 1) / count if count else None for name, value in scores.items()}
+        errors |= {f"{name}{ending}": value for name, value in own.items()}
     return errors
 
 

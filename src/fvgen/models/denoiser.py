@@ -172,7 +172,7 @@ class Teacher(Denoiser):
     def _velocities(self, x_t: Tensor, t: Tensor, conditions: Sequence[Condition]) -> tuple[Tensor, ...]:
         """The unguided velocity under each of the conditions, as one batch."""
         times = len(conditions)
-        condition = conditions[0].expanded(len(x_t)) if times == 1 else joined(conditions)
+        condition = joined([condition.expanded(len(x_t)) for condition in conditions])
         return super().velocity(x_t.repeat(times, 1, 1, 1, 1), t.repeat(times), condition).chunk(times)
 
     def _guided(self, conditional: Tensor, others: Sequence[Tensor]) -> Tensor:

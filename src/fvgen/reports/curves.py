@@ -28,6 +28,7 @@ TITLES = {  # of what is drawn, in this order: title, and what to look for
     "head_pair_accuracy": ("Pairs the head orders rightly", "guessing has 0.5; 1 in every pair is a head that has won"),
     "gradient_dmd": ("Pull of distribution matching", "in units of the distance from student to teacher"),
     "gradient_gan": ("Pull of the head", "as weighted, in the same units"),
+    "camera_heeded": ("Worth of the camera", "how much larger the loss is along another clip's path, as a share of it"),
     "student_std": ("Contrast of the student's latents", "to stay near that of real ones"),
     "seed_spread": ("Difference between two seeds", "in units of the clip's own contrast; 0 is mode collapse"),
 }

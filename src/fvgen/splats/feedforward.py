@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,6 +55,15 @@ def kept(folder: Path, height: int, width: int) -> list[Latent]:
         raise UserError(f"{folder / LATENTS} is damaged; generate the walk again") from error
 
 
+def walked(clips: Sequence[Latent]) -> Cameras:
+    """The cameras of all clips in order, those once that neighbours share."""
+    poses, matrices = ([getattr(clip.cameras, name) for clip in clips] for name in ("world_from_cam", "intrinsics"))
+    for number in range(1, len(clips)):
+        shared = (poses[number][:, None] == clips[number - 1].cameras.world_from_cam).flatten(2).all(-1).any(1)
+        poses[number], matrices[number] = poses[number][~shared], matrices[number][~shared]
+    return replace(clips[0].cameras, world_from_cam=torch.cat(poses), intrinsics=torch.cat(matrices))
+
+
 def write_scene(
     folder: Path, lalrm: LaLRM, height: int, width: int, told: Callable[[str], None] = lambda line: None
 ) -> Path:
@@ -65,7 +74,7 @@ def write_scene(
     parts = [reconstructed(lalrm, clip.latents, clip.cameras) for clip in clips]
     made = Gaussians(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Gaussians)))
     told(f"{len(made)} Gaussians from latents, {len(clips)} clips in one pass each")
-    cameras = clips[0].cameras.to(dtype=torch.float32)
+    cameras = walked(clips).to(dtype=torch.float32)
     facts = {"made_by": MADE_BY, "from": LATENTS, "gaussians": len(made), "height": height, "width": width}
     views = [
         {"world_from_cam": pose, "intrinsics": lens}

@@ -96,6 +96,17 @@ def render_walk(
     return Rendered(frames, known, torch.where(known, 1.0, coverage), depth, cameras)
 
 
+def judge_start(rendered: Rendered) -> str | None:
+    """Of a walk by a model that is guided by cameras, which may look away from the points but goes on from frame 0: a
+    warning where that is no photograph, or None. Raises UserError where it shows nothing."""
+    seen = rendered.coverage[0].item()
+    if seen == 0:
+        raise UserError("frame 0 of the path sees no point, and the model goes on from it; begin at a photograph")
+    if rendered.known[0]:
+        return None
+    return f"frame 0 is no photograph but a render, {seen:.0%} of it filled, and the model goes on from it"
+
+
 def judge_coverage(rendered: Rendered) -> str | None:
     """A warning where frames see little, or None. Raises UserError where some see nothing."""
     nothing = (rendered.coverage == 0).nonzero().flatten().tolist()

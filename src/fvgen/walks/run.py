@@ -34,7 +34,7 @@ from fvgen.walks.given import Given, hold_out, judge, lacks_depth, open_given
 from fvgen.walks.judged import judge_clips, judge_guided
 from fvgen.walks.page import write_page
 from fvgen.walks.paths import Walk, camera_path, default_trajectory, judge_trajectory, said
-from fvgen.walks.render import Cloud, Rendered, judge_coverage, make_cloud, render_walk
+from fvgen.walks.render import Cloud, Rendered, judge_coverage, judge_start, make_cloud, render_walk
 
 FPS = 10
 VIEWS = 5  # photographs that the path visits and the points come from, as FVGen's, unless told otherwise
@@ -238,8 +238,9 @@ def _files(path: Path, out: Path) -> list[Path]:
 
 
 def _fingerprint(pipeline: NovelViewPipeline) -> list[float]:
-    """Sum and sum of squares of the network's weights."""
-    weights = [x.detach().double() for x in pipeline.network.parameters()]
+    """Sum and sum of squares of the weights of the network, and of the LaLRM where there is one."""
+    parts = [part for part in (pipeline.network, pipeline.lalrm) if part is not None]
+    weights = [x.detach().double() for part in parts for x in part.parameters()]
     return [sum(x.sum().item() for x in weights), sum(x.square().sum().item() for x in weights)]
 
 
@@ -302,7 +303,8 @@ def plan_walk(
         )
         told(said(walk, [path.name for path in given.scene.image_paths]))
         rendered = render_walk(cloud, walk, needs.half_pixel_shift, close=needs.closed)
-    return Plan(given, cloud, walk, rendered, None if guided else judge_coverage(rendered), held)
+    warning = judge_start(rendered) if guided else judge_coverage(rendered)
+    return Plan(given, cloud, walk, rendered, warning, held)
 
 
 def _evenly(order: list[int], count: int) -> list[int]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from pydantic import Field, model_validator
@@ -26,6 +26,8 @@ from fvgen.distill.learners import Learner
 from fvgen.distill.methods.base import Deal, Method, Metrics, Setup
 from fvgen.distill.settings import Data, Memory, MethodSettings, Run
 from fvgen.errors import UserError
+from fvgen.models.condition import Condition
+from fvgen.pipelines.cameras import CAMERA_PATH
 
 if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
     from fvgen.clips.latents import LatentBatch
@@ -36,6 +38,7 @@ NETWORK = ("branch", "control_blocks", "branch_width", "camera_lora_rank", "enco
 AC3D = (0.95, 0.1, 0.6, 1.0)
 """Mean, deviation and ends of t / 1000 (Bahmani et al. 2025)."""
 RESOLUTION = 1 << 24  # of uniform numbers
+LOOK = 20  # iterations from one look at what the camera is worth to the next
 
 
 class CameraSettings(MethodSettings):
@@ -111,6 +114,14 @@ class CameraSettings(MethodSettings):
         return {name: getattr(self, name) for name in NETWORK if name not in self.idle()}
 
 
+class Noised(NamedTuple):
+    """Latents x_t [B, C, F, h, w] at timesteps t [B], and their velocity."""
+
+    x_t: Tensor
+    t: Tensor
+    velocity: Tensor
+
+
 class Camera(Method):
     """One network, the base's with what is new."""
 
@@ -137,18 +148,33 @@ class Camera(Method):
     def iterate(self, iteration: int, deal: Deal) -> list[Metrics]:
         learner, rows = self.learners["student"], []
         for batch, draws in deal():
-            loss = self.loss(batch, draws)
-            rows.append({"loss_student": loss, "grad_norm_student": learner.update(loss)})
+            loss, noised = self.loss(batch, draws)
+            row = {"loss_student": loss}
+            if iteration % LOOK == 0 and batch.condition[CAMERA_PATH].shape[0] > 1:
+                row["camera_heeded"] = self.heeded(batch, noised, loss)
+            rows.append(row | {"grad_norm_student": learner.update(loss)})
         if learner.average is not None:
             learner.average.update()
         return rows
 
-    def loss(self, batch: LatentBatch, draws: Draws) -> Tensor:
-        """Equation 1, a scalar."""
+    def loss(self, batch: LatentBatch, draws: Draws) -> tuple[Tensor, Noised]:
+        """Equation 1, a scalar, and what it was taken of."""
         schedule, t = self.teacher.schedule, self.timesteps(batch.latents, draws)
         noise = draws.normal(batch.latents)
-        velocity = self.student.velocity(schedule.add_noise(batch.latents, noise, t), t, batch.condition)
-        return (velocity - schedule.velocity(batch.latents, noise, t)).square().mean()
+        x_t, wanted = schedule.add_noise(batch.latents, noise, t), schedule.velocity(batch.latents, noise, t)
+        noised = Noised(x_t, t, wanted)
+        return self.error(noised, batch.condition), noised
+
+    def error(self, noised: Noised, condition: Condition) -> Tensor:
+        """The mean squared error of the velocity."""
+        return (self.student.velocity(noised.x_t, noised.t, condition) - noised.velocity).square().mean()
+
+    @torch.no_grad()
+    def heeded(self, batch: LatentBatch, noised: Noised, loss: Tensor) -> Tensor:
+        """How much larger the loss is where every clip has another's path, as a share of it: 0 while the camera is not
+        heeded."""
+        others = batch.condition[CAMERA_PATH].roll(1, 0)
+        return self.error(noised, batch.condition.replaced({CAMERA_PATH: others})) / loss.detach() - 1
 
     def timesteps(self, like: Tensor, draws: Draws) -> Tensor:
         """[B] integers."""

@@ -26,6 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
+from fvgen.clips.worlds import is_builtin
 from fvgen.distill.draws import Draws
 from fvgen.distill.learners import Learner
 from fvgen.distill.methods.base import Deal, Method, Metrics, Setup
@@ -76,7 +77,7 @@ class LalrmSettings(MethodSettings):
     def judge(self, run: Run, data: Data, memory: Memory) -> None:
         if not self.seen_views + self.unseen_views:
             raise ValueError("seen_views=0 and unseen_views=0 leave nothing to learn from; give one of them")
-        if self.unseen_views and not self.others and data.data.startswith("builtin"):
+        if self.unseen_views and not self.others and is_builtin(data.data):
             raise ValueError("unseen_views needs others=N views that built-in clips are made with; give it, or set 0")
         if run.init:
             raise ValueError(f"init={run.init} has no effect here; to go on, give teacher=RUN/{self.result}")
@@ -120,6 +121,8 @@ class Lalrm(Method):
                     f"{name}={value}, but the teacher's LaLRM has {name}={network.config[name]}; give that to go on "
                     "with it"
                 )
+        if not planned:
+            setup.base.with_lalrm(network)  # refused before hours of training, not at their end
         setup.teacher.network.to("meta" if planned else "cpu")  # it is not run
         exact = {name: p.detach().clone() for name, p in network.named_parameters()}
         if memory.precision == "bfloat16":
