@@ -65,7 +65,8 @@ def test_others_still_want_depth(photograph, tmp_path, monkeypatch):
 
 def test_latents_become_a_scene_without_a_fit(model, photograph, tmp_path):
     torch.manual_seed(0)
-    lalrm = LaLRM(width=32, layers=1, head_dim=16)
+    lalrm_sizes = {"width": 32, "layers": 1, "head_dim": 16}
+    lalrm = LaLRM(**lalrm_sizes)
     save_model(load_pipeline(model, TeacherPipeline).with_lalrm(lalrm), tmp_path / "wonderland")
     said: list[str] = []
     options = {"model": tmp_path / "wonderland", "trajectory": "dolly", "steps": 1, "frames": 2 * FRAMES - 1}
@@ -83,6 +84,9 @@ def test_latents_become_a_scene_without_a_fit(model, photograph, tmp_path):
     (out / "scene.json").unlink(), (out / "scene.ply").unlink(), (out / "scene.html").unlink()
     fvgen.generate(photograph, tmp_path / "walk", **options, scene=True)
     assert json.loads((out / "scene.json").read_text()) == facts
+    # Another LaLRM makes another scene: the folder is not its.
+    save_model(load_pipeline(model, TeacherPipeline).with_lalrm(LaLRM(**lalrm_sizes)), tmp_path / "wonderland")
+    assert "holds another run (weights differs)" in refusal(lambda: fvgen.generate(photograph, out, **options))
 
 
 @pytest.mark.slow
