@@ -187,6 +187,26 @@ def collected(table: Table, settings: Settings, work: Path) -> dict[str, list[di
     return rows
 
 
+def kept_rows(page: Path, facts: Mapping[str, Any], chosen: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
+    """What an earlier ``page`` of the same clips and seeds has of rows that are not ``chosen`` now."""
+    earlier = json.loads(page.read_text()) if page.is_file() else {}
+    if any(earlier.get(name) != facts[name] for name in ("data", "clips", "seeds")):
+        return {}
+    return {name: each for name, each in earlier["by_seed"].items() if row_of(name) not in chosen}
+
+
+def row_of(name: str) -> str:
+    """The row of a table that made what stands under ``name``: an any-step student has a name for each number of
+    steps."""
+    return name.partition(", in ")[0] + "," if ", in " in name else name
+
+
+def in_order(table: Table, rows: Mapping[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """The untrained first, then as the table has them."""
+    places = {name: place for place, name in enumerate(table.rows)}
+    return dict(sorted(rows.items(), key=lambda row: places.get(row_of(row[0]), -1)))
+
+
 def untrained_name(row: Mapping[str, Any]) -> str:
     way = row.get("way", "")
     return "render" if way == "render" else f"teacher, {row['steps']} steps{', ' + way if way else ''}"
@@ -207,9 +227,15 @@ def best_few(rows: Mapping[str, list[dict[str, Any]]], steps: int) -> str | None
     return max(names, key=lambda name: mean(rows[name], "psnr"))
 
 
-def result_of(table: Table, settings: Settings, work: Path, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """All that the JSON file holds."""
-    rows = collected(table, settings, work)
+def result_of(
+    table: Table,
+    settings: Settings,
+    work: Path,
+    facts: Mapping[str, Any],
+    kept: Mapping[str, list[dict[str, Any]]] | None = None,
+) -> dict[str, Any]:
+    """All that the JSON file holds; ``kept`` rows where ``work`` has none."""
+    rows = in_order(table, {**(kept or {}), **collected(table, settings, work)})
     best = {steps: best_few(rows, steps) for steps in settings.few_steps}
     ways, trained = list(best.values()), {name for name, each in rows.items() if "iterations" in each[0]}
     whole = [name for name, each in rows.items() if name.startswith("teacher") and "way" not in each[0]]
@@ -325,7 +351,14 @@ def main(table: Table, doc: str | None) -> None:
     """The command of a table."""
     parser = Parser(doc)
     parser.add_argument("--config", default="tiny", help="a file of benchmarks/configs, without its ending")
-    parser.add_argument("--rows", nargs="+", choices=list(table.rows), default=list(table.rows), metavar="ROW")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        choices=list(table.rows),
+        default=list(table.rows),
+        metavar="ROW",
+        help="the page keeps others that it has",
+    )
     parser.add_argument("--jobs", type=positive, default=2, help="runs at a time, a thread each")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "runs" / "tables", help="where runs are kept")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results", help="where the table goes")
@@ -346,6 +379,8 @@ def main(table: Table, doc: str | None) -> None:
         "clips": f"{settings.first_clip} to {settings.first_clip + settings.clips - 1}",
         "seeds": list(settings.seeds),
     }
-    result = result_of(table, settings, work, facts)
-    write_results(args.out, f"{Path(table.script).stem}-{settings.name}", result, markdown(table, result))
+    stem = f"{Path(table.script).stem}-{settings.name}"
+    kept = kept_rows(args.out / f"{stem}.json", facts, args.rows)
+    result = result_of(table, settings, work, facts, kept)
+    write_results(args.out, stem, result, markdown(table, result))
     print(json.dumps({"rows": result["rows"], "claims": result["claims"]}))

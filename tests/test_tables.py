@@ -111,6 +111,27 @@ def test_a_table_from_results(tmp_path):
     assert "| FVGen | 4 |" in page and "0.1970 (-0.0140 ± " in page
 
 
+def test_a_page_keeps_the_rows_that_were_not_asked_for(tmp_path):
+    facts = {"data": "builtin", "clips": "16 to 23", "seeds": [0]}
+    row = {"steps": 4, "nfe": 4, "psnr": 22.0, "ssim": 0.6, "lpips": 0.2, "kid_squeeze": 0.8, "fid": None}
+    earlier = {
+        "FVGen": [row],
+        "teacher, 4 steps, renoise, plain": [row | {"way": "renoise, plain"}],
+        "DMD, any step, in 4 steps": [row],
+    }
+    page = tmp_path / "page.json"
+    page.write_text(json.dumps(facts | {"by_seed": earlier}))
+    kept = tables.kept_rows(page, facts, ["DMD2", "DMD, any step,"])
+    assert list(kept) == ["FVGen", "teacher, 4 steps, renoise, plain"]
+    assert tables.kept_rows(page, facts | {"clips": "0 to 7"}, []) == {}  # other clips, another table
+    assert tables.kept_rows(tmp_path / "none.json", facts, []) == {}
+    settings = replace(tables.Settings.read("tiny"), seeds=[0])
+    (tmp_path / "dmd2").mkdir()
+    (tmp_path / "dmd2" / "0.json").write_text(json.dumps({"rows": [row | {"lpips": 0.1, "iterations": 60}]}))
+    result = tables.result_of(TABLE2, settings, tmp_path, facts, kept)
+    assert list(result["by_seed"]) == ["teacher, 4 steps, renoise, plain", "FVGen", "DMD2"]
+
+
 @pytest.mark.slow
 def test_a_table_goes_on_where_it_was_stopped(tmp_path, monkeypatch):
     """One iteration, one clip, one seed: the second call makes nothing again, and finds the same."""
