@@ -12,9 +12,9 @@ and, where the weights are at hand, LPIPS of a few frames, as CogVideoX's own wa
 squared error of the velocity at uniform timesteps. DIR gets `teacher` (a CogVideoXTeacherPipeline) and log.json.
 benchmarks/videoscene.py says how good it is against its prior, before any student is trained.
 
---vae: a teacher of this recipe's whose VAE is taken as it is, or trained on where --vae-minutes is given. --data: a
-folder of clips in place of built-in ones that are made now; their latents are kept beside them, so that a second
-teacher of the same kind costs no second encoding.
+--vae: a teacher of this recipe's, or recipes/weights/world-vae, whose VAE is taken as it is, or trained on where
+--vae-minutes is given. --data: a folder of clips in place of built-in ones that are made now; their latents are kept
+beside them, so that a second teacher of the same kind costs no second encoding.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from fvgen.models.cogvideox.family import FAMILY
 from fvgen.models.cogvideox.pipelines import CogVideoXTeacherPipeline
 from fvgen.models.cogvideox.prompts import EncodedPrompts
 from fvgen.models.condition import Condition
-from fvgen.pipelines.folders import load_pipeline, save_model
+from fvgen.pipelines.folders import save_model
 from fvgen.system.doors import load_tensors
 
 FRAMES = 9  # 8k + 1
@@ -90,6 +90,12 @@ def build_vae(seed: int, widths: Sequence[int] = WIDTHS) -> AutoencoderKLCogVide
     # Posteriors start narrow, as those of `train_tiny_vae`: at the default of 1 the noise drowns every detail.
     vae.encoder.conv_out.conv.bias.data[vae.config.latent_channels :] = -6.0
     return vae
+
+
+def load_vae(folder: Path) -> AutoencoderKLCogVideoX:
+    """From the folder of a teacher, or one of its own."""
+    own = folder / "vae" if (folder / "vae").is_dir() else folder
+    return AutoencoderKLCogVideoX.from_pretrained(own, torch_dtype=torch.float32, use_safetensors=True)
 
 
 def build_teacher(
@@ -226,7 +232,7 @@ def main() -> None:
     parser.add_argument("--vae-batch", type=int, default=16)
     parser.add_argument("--vae-crop", type=int, default=64, help="pixels of a crop's side; a small one: more updates")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the VAE's levels")
-    parser.add_argument("--vae", type=Path, help="a teacher of this recipe's whose VAE is taken, or trained on")
+    parser.add_argument("--vae", type=Path, help="a teacher or recipes/weights/world-vae, whose VAE is taken")
     parser.add_argument("--data", type=Path, help="a folder of clips, in place of built-in ones")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -239,7 +245,7 @@ def main() -> None:
     torch.set_float32_matmul_precision("high")
     log: dict[str, dict] = {"clips": {"count": args.clips, "mix": MIX}, "arguments": {"seed": args.seed}}
     log["arguments"] |= {"image_condition": args.image_condition, "layers": args.layers, "heads": args.heads}
-    vae = load_pipeline(args.vae, CogVideoXTeacherPipeline).vae if args.vae else build_vae(args.seed, args.widths)
+    vae = load_vae(args.vae) if args.vae else build_vae(args.seed, args.widths)
     if args.vae_minutes:
         seconds = 60 * args.vae_minutes
         log["vae"] = train_vae(vae, clips, seconds, args.device, args.seed, args.vae_batch, args.vae_crop)

@@ -10,8 +10,13 @@ from pathlib import Path
 
 import processes
 import pytest
+import torch
 from small_models import FRAMES, HEIGHT, WIDTH
 
+from fvgen.clips.builtin import DATA_SEED
+from fvgen.clips.rooms import synthetic_clip
+from fvgen.clips.worlds import WORLDS
+from fvgen.metrics import psnr
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
 from fvgen.pipelines.folders import load_pipeline
 from fvgen.pipelines.teacher import TeacherPipeline
@@ -101,6 +106,21 @@ def test_a_mistake_is_one_sentence_from_a_fresh_python_too(tmp_path):
     assert outcome.returncode == 2 and outcome.stdout == ""
     assert outcome.stderr.startswith("fvgen: data folder") and outcome.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_the_world_vae_that_is_kept_knows_a_clip(monkeypatch):
+    """Nine frames in three latent ones, and back closer than each frame's mean colour is."""
+    monkeypatch.syspath_prepend(REPOSITORY / "recipes")
+    from train_cogvideox_world import load_vae
+
+    frames = synthetic_clip("test", DATA_SEED, 6, 9, 48, 64, WORLDS["builtin-coarse"]).truth
+    vae = load_vae(REPOSITORY / "recipes/weights/world-vae").eval()
+    latents = vae.encode(2 * frames.transpose(0, 1)[None] - 1).latent_dist.mean
+    assert latents.shape == (1, 16, 3, 12, 16)
+    assert (latents * vae.config.scaling_factor).std().item() == pytest.approx(1, abs=0.5)
+    back = vae.decode(latents).sample[0].transpose(0, 1) / 2 + 0.5
+    assert psnr(back, frames).mean() > psnr(frames.mean((2, 3), keepdim=True).expand_as(frames), frames).mean() + 3
 
 
 def test_a_teacher_of_cogvideox_kind_is_trained_by_the_clock(tmp_path):
