@@ -15,7 +15,8 @@ from conftest import REPOSITORY
 from fvgen.geometry.cameras import Cameras
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-wonderland, rows, models = (import_module(f"wonderland{name}") for name in ("", "_rows", "_models"))
+names = ("wonderland", "wonderland_rows", "wonderland_models", "one_room")
+wonderland, rows, models, one_room = (import_module(name) for name in names)
 SIZE = (5, 24, 32)
 
 
@@ -129,6 +130,16 @@ def test_a_guided_video_beats_one_that_stays(clip):
     assert stays["camera_gain"] == 0 and stays["R_err_all"] > 10 * true["R_err_all"]
     assert true["camera_gain"] == pytest.approx(true["psnr"] - stays["psnr"], abs=1e-4)
     assert true["frames"] == 4
+
+
+def test_the_paths_of_one_room_begin_at_one_frame_and_part():
+    """Nothing but the path tells its clips apart."""
+    one, other = one_room.paths_of_a_room(2, 0, SIZE)
+    assert torch.equal(one.truth[0], other.truth[0]) and one.known.tolist() == [True] + 4 * [False]
+    assert torch.equal(one.cameras.world_from_cam[0], other.cameras.world_from_cam[0])
+    assert (one.cameras.world_from_cam[-1] - other.cameras.world_from_cam[-1]).abs().max() > 0.01
+    assert (one.truth[-1] - other.truth[-1]).abs().mean() > 0.01
+    assert one_room.score([one.truth[1:]], [one]) > one_room.score([other.truth[1:]], [one]) + 3
 
 
 def test_other_paths_are_the_next_clips(clip):
