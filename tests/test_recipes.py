@@ -79,7 +79,7 @@ def test_the_benchmark_scores_teachers_and_students(stages, teacher_folder, clip
         assert row["psnr"] > 0 and result["render"]["nfe"] == 0
         assert f"{HEIGHT}x{WIDTH}" in row["why_null"]["lpips"]  # too small for LPIPS's networks
     outcome = processes.run([*words, "--steps", "0"], tmp_path)
-    assert outcome.code == 2 and outcome.err.startswith("fvgen: argument --steps: 0 is not at least 1")
+    assert outcome.code == 2 and outcome.err.startswith("fvgen: argument --steps: '0' is no number of at least 1")
 
 
 @pytest.mark.parametrize(
