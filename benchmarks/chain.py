@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fvgen.clips.builtin import DATA_SEED
-from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator
+from fvgen.clips.rooms import drawn_scene, render_scene
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.system.command import Parser, guarded, positive
 from fvgen.system.files import write_json
@@ -31,10 +31,8 @@ from fvgen.walks.run import load_walker
 
 def room(index: int, frames: int, size: tuple[int, int], given: Sequence[int] = (0,)) -> tuple[Tensor, Cloud, Walk]:
     """True frames [F, 3, H, W], the cloud of those that are given, the path."""
-    generator = scene_generator("test", DATA_SEED, index)
-    scene = make_scene(generator, f"test-{index}")
-    cameras = make_path(generator, scene, frames, *size)
-    truth, depth = render_scene(clear_the_way(scene, cameras), cameras)
+    scene, cameras, _ = drawn_scene("test", DATA_SEED, index, frames, *size)
+    truth, depth = render_scene(scene, cameras)
     views = list(given)
     cloud = Cloud(views, truth[views], cameras[views], depth[views], "depth", 0.0)
     return truth, cloud, Walk(cameras, {view: view for view in views})

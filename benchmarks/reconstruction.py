@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator
-from fvgen.clips.worlds import WORLDS
+from fvgen.clips.rooms import drawn_scene, render_scene
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.gaussians import render_gaussians
@@ -47,10 +46,8 @@ KINDS = ("given", "generated", "render")
 
 def built_in(number: int, folder: Path) -> Path:
     """Room ``number`` of the test split as a posed scene with depth maps."""
-    generator, world = scene_generator("test", 0, number), WORLDS["builtin"]
-    scene = make_scene(generator, f"room-{number}", world)
-    cameras = make_path(generator, scene, PHOTOGRAPHS, 48, 64, world)
-    images, depth = render_scene(clear_the_way(scene, cameras), cameras)
+    scene, cameras, _ = drawn_scene("test", 0, number, PHOTOGRAPHS, 48, 64)
+    images, depth = render_scene(scene, cameras)
     write_views(folder, [View(f"{k}.png", image, False) for k, image in enumerate(images)], cameras)
     return with_depth(folder, depth)
 

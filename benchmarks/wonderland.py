@@ -40,7 +40,7 @@ from wonderland_paper import CLAIMS, METRICS, PAPER, ROWS
 from fvgen.clips.builtin import DATA_SEED
 from fvgen.clips.clip import Clip
 from fvgen.clips.folder import ClipFolder
-from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator, synthetic_clip
+from fvgen.clips.rooms import drawn_scene, render_scene, synthetic_clip
 from fvgen.clips.worlds import WORLDS
 from fvgen.metrics.pose_matching import Render
 from fvgen.pipelines.folders import check_device, load_pipeline
@@ -66,11 +66,8 @@ def test_clips(args: Any, size: Size, split: str = "test", count: int = 0) -> li
 
 def true_render(args: Any, size: Size, index: int) -> Render:
     """The scene of a test clip, ray-cast, without the objects that its path has no room for."""
-    world = WORLDS[args.data]
-    split = f"{world.name}-test" if world.name else "test"
-    generator = scene_generator(split, DATA_SEED, index)
-    scene = make_scene(generator, split, world)
-    return partial(render_scene, clear_the_way(scene, make_path(generator, scene, *size, world)))
+    scene, _, _ = drawn_scene("test", DATA_SEED, index, *size, WORLDS[args.data])
+    return partial(render_scene, scene)
 
 
 # --- Rows ---

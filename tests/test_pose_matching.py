@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator
+from fvgen.clips.rooms import drawn_scene, render_scene
 from fvgen.geometry.cameras import Cameras, pinhole, pixel_rays, project
 from fvgen.geometry.off_path import off_path
 from fvgen.metrics import pose_matching
@@ -31,10 +31,8 @@ FRAMES, HEIGHT, WIDTH = 3, 48, 64
 
 def room(index: int, frames: int = FRAMES):
     """(render, cameras) of a built-in scene, its first ``frames`` of nine."""
-    generator = scene_generator("test", 0, index)
-    scene = make_scene(generator, "room")
-    cameras = make_path(generator, scene, 9, HEIGHT, WIDTH)
-    return partial(render_scene, clear_the_way(scene, cameras)), cameras[:frames]
+    scene, cameras, _ = drawn_scene("test", 0, index, 9, HEIGHT, WIDTH)
+    return partial(render_scene, scene), cameras[:frames]
 
 
 @pytest.fixture(scope="module")

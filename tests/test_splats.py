@@ -13,8 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from fvgen.cli import app
-from fvgen.clips.rooms import clear_the_way, make_path, make_scene, render_scene, scene_generator
-from fvgen.clips.worlds import WORLDS
+from fvgen.clips.rooms import drawn_scene, render_scene
 from fvgen.errors import UserError
 from fvgen.geometry.conventions import to_opengl
 from fvgen.geometry.gaussians import Gaussians, render_gaussians
@@ -41,10 +40,8 @@ def cloud(count: int = 50, seed: int = 0) -> Gaussians:
 
 def room(views: int = 12):
     """(images, depth, cameras) of a built-in room."""
-    generator, world = scene_generator("test", 0, 3), WORLDS["builtin"]
-    scene = make_scene(generator, "room", world)
-    cameras = make_path(generator, scene, views, 48, 64, world)
-    images, depth = render_scene(clear_the_way(scene, cameras), cameras)
+    scene, cameras, _ = drawn_scene("test", 0, 3, views, 48, 64)
+    images, depth = render_scene(scene, cameras)
     return images, depth, cameras
 
 

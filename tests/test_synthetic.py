@@ -16,6 +16,7 @@ from fvgen.clips.rooms import (
     Solid,
     SyntheticScene,
     clear_the_way,
+    drawn_scene,
     make_path,
     make_scene,
     render_scene,
@@ -23,6 +24,7 @@ from fvgen.clips.rooms import (
     synthetic_clip,
 )
 from fvgen.clips.textures import PATTERNS, Texture, color_at, fractal_noise, lattice_hash, value_noise
+from fvgen.clips.worlds import WORLDS
 from fvgen.geometry.cameras import Cameras, look_at, pinhole, pose_problem, project
 from fvgen.geometry.pointcloud import render_points, unproject
 
@@ -341,3 +343,26 @@ def test_views_off_the_path_are_free_and_change_no_clip():
     assert inside.sum() > 100 and agree.float().mean() > 0.6
     difference = (clip.truth[1][:, y[inside], x[inside]].T - colors[inside])[agree].abs().mean()
     assert difference < 0.1
+
+
+def test_clips_of_a_world_with_several_paths_part_from_one_frame():
+    world = WORLDS["builtin-paths"]
+    clips = [synthetic_clip("test", 0, index, 4, 24, 32, world) for index in range(2 * world.paths)]
+    rooms = clips[: world.paths], clips[world.paths :]
+    for room in rooms:
+        for clip in room[1:]:
+            assert torch.equal(clip.truth[0], room[0].truth[0])
+            assert torch.equal(clip.cameras.world_from_cam[0], room[0].cameras.world_from_cam[0])
+            assert (clip.truth[-1] - room[0].truth[-1]).abs().mean() > 0.01
+    assert (rooms[0][0].truth[0] - rooms[1][0].truth[0]).abs().mean() > 0.01
+    assert len({clip.name for clip in clips}) == len(clips)
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_paths_that_part_stay_where_a_camera_may_be(index):
+    scene, path, _ = drawn_scene("train", 0, index, 5, 24, 32, WORLDS["builtin-paths"])
+    assert all(pose_problem(pose) is None for pose in path.world_from_cam)
+    assert (wall_gap(scene, path.centers) > 0.099).all()  # 0.1, and a wall at 3.5 m rounds to 2e-7
+    assert not any(height_above(solid, path.centers).min() < 0 for solid in scene.solids)
+    moved = path.centers.double().diff(dim=0).norm(dim=1).sum()
+    assert moved < 0.5 * (1 + 1e-5)

@@ -20,12 +20,14 @@ from fvgen.clips.worlds import WORLDS, World
 from fvgen.geometry.cameras import Cameras, look_at, pinhole, pixel_rays
 from fvgen.geometry.off_path import off_path
 from fvgen.geometry.pointcloud import unproject
+from fvgen.geometry.trajectories import pan
 
 GENERATION = 3  # raise it when a change here alters any clip: cached ones are then made anew
 FAR = 1e4
 USUAL = WORLDS["builtin"]
 SHARP = ("bricks", "checker", "dots", "stripes", "tiles")  # patterns with hard edges that repeat
 CLEARANCE = 0.1  # metres that a camera keeps from every object
+STRIDE = 0.5  # metres of a path that parts from others
 TRIES = 8  # places for every view off a path, before nearer ones are tried
 SUPERSAMPLES = ((0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
 
@@ -73,14 +75,9 @@ def synthetic_clip(
     """Clip ``index`` of a built-in data set: one scene, one path, a thinned and slightly wrong cloud of known frames;
     ``others``: so many views off the path as well, with everybody's depth.
 
-    What is drawn from is the ``world``'s. Objects in the camera's way are taken out of the scene. No two worlds share a
-    scene.
+    What is drawn from is the ``world``'s. No two worlds share a scene.
     """
-    whole = f"{world.name}-{split}" if world.name else split
-    generator = scene_generator(whole, seed, index)
-    scene = make_scene(generator, f"{whole}-{seed}-{index:05d}", world)
-    cameras = make_path(generator, scene, frames, height, width, world)
-    scene = clear_the_way(scene, cameras)
+    scene, cameras, generator = drawn_scene(split, seed, index, frames, height, width, world)
     images, depth = render_scene(scene, cameras)
     keep = math.exp(_uniform(generator, *map(math.log, world.keep)))
     depth_noise = _uniform(generator, *world.depth_noise)
@@ -90,6 +87,23 @@ def synthetic_clip(
         scene.name, images, depth, cameras, world.radius, keep, depth_noise, generator, known, world.close
     )
     return replace(clip, others=other_views(scene, cameras, others, depth)) if others else clip
+
+
+def drawn_scene(
+    split: str, seed: int, index: int, frames: int, height: int, width: int, world: World = USUAL
+) -> tuple[SyntheticScene, Cameras, torch.Generator]:
+    """Scene and path of clip ``index``, and the random stream where they leave it. Objects in the way of any path
+    through the scene are taken out of it."""
+    whole = f"{world.name}-{split}" if world.name else split
+    generator = scene_generator(whole, seed, index // world.paths)
+    scene = make_scene(generator, f"{whole}-{seed}-{index:05d}", world)
+    cameras = make_path(generator, scene, frames, height, width, world)
+    if world.paths == 1:
+        return clear_the_way(scene, cameras), cameras, generator
+    paths = [branch(generator, scene, cameras[:1], frames, world) for _ in range(world.paths)]
+    for path in paths:
+        scene = clear_the_way(scene, path)
+    return scene, paths[index % world.paths], generator
 
 
 def other_views(scene: SyntheticScene, cameras: Cameras, count: int, depth: Tensor) -> Others:
@@ -172,6 +186,20 @@ def make_path(
     target = torch.lerp(target_a, target_b, s[:, None])
     poses = look_at(position, target, torch.tensor([0.0, 0.0, 1.0]))
     return Cameras(poses, pinhole(frames, height, width, _uniform(generator, 55, 80)), height, width)
+
+
+def branch(
+    generator: torch.Generator, scene: SyntheticScene, first: Cameras, frames: int, world: World = USUAL
+) -> Cameras:
+    """A path from the camera ``first``: straight on in any direction for `STRIDE`, or to where a wall is, while the
+    camera turns to either side by a sweep of the world's."""
+    turn = _uniform(generator, *world.sweep) * (1 if _integer(generator, 2) else -1)
+    turned = pan(first, frames, yaw=math.degrees(turn))
+    way = STRIDE * torch.nn.functional.normalize(torch.randn(3, generator=generator), dim=0)
+    pose = turned.world_from_cam.float()
+    centers = pose[:, :3, 3] + torch.linspace(0, 1, frames)[:, None] * way
+    pose[:, :3, 3] = centers.clamp(scene.room.low + CLEARANCE, scene.room.high - CLEARANCE)
+    return replace(turned, world_from_cam=pose, intrinsics=turned.intrinsics.float())
 
 
 def clear_the_way(scene: SyntheticScene, cameras: Cameras) -> SyntheticScene:

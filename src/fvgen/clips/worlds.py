@@ -14,11 +14,12 @@ class World:
     name: str
     keep: tuple[float, float]  # share of the cloud's points that survive, log-uniform
     depth_noise: tuple[float, float]  # relative standard deviation of a smooth error of the cloud's depth
-    sweep: tuple[float, float]  # of the camera about the room's middle, radians
+    sweep: tuple[float, float]  # of the camera about the room's middle, or about itself where paths > 1, radians
     first_alone: float  # share of the clips whose cloud is made from the first frame alone, instead of from both ends
     sharp: bool  # repetitive patterns of strong contrast and hard edges, instead of all kinds
     radius: float  # of the points in normalised device units: 0.06 is 1.44 pixels at 48 rows
     close: bool = False  # leave no holes, see `fvgen.geometry.closing`
+    paths: int = 1  # clips that share a room; more than one: they begin at one frame and part from there
 
 
 WORLDS = {
@@ -31,6 +32,8 @@ WORLDS = {
     "builtin-closed": World("closed", (1.0, 1.0), (0.05, 0.05), (0.35, 1.1), 0.0, True, 0.12),
     # The same from few points, whose gaps are closed with the nearest colour: a coarse prior, wrong in detail too.
     "builtin-coarse": World("coarse", (0.03, 0.1), (0.02, 0.05), (0.35, 1.1), 0.0, False, 0.12, True),
+    # Four ways on from every first frame: nothing but the path tells these clips apart, so a model must look at it.
+    "builtin-paths": World("paths", (0.03, 0.1), (0.02, 0.05), (0.0, 0.6), 1.0, False, 0.12, True, 4),
 }
 
 
