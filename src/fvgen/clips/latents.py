@@ -1,7 +1,8 @@
 """Latents of prepared clips: encoded once, kept beside the clips, read as batches.
 
 The cache is keyed by the weights of whatever made it (VAE, image encoder, projector, prompts), so another teacher on
-the same clips never reads stale latents.
+the same clips never reads stale latents. Camera paths are no part of it: they come from the clips, so that a base and
+the models that are guided on it share what was encoded.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
 from fvgen.geometry.plucker import judge_cameras, normalised, packed, seen_from
 from fvgen.models.condition import Condition, joined
+from fvgen.pipelines.cameras import CAMERA_PATH, clip_path
 from fvgen.system.doors import Unreadable, load_tensors, not_finite
 from fvgen.system.files import write_tensors
 
@@ -88,6 +90,8 @@ def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0, 
         raise UserError(f"the latent cache {file} does not fit its clips; delete it and run again")
     if (name := not_finite(tensors.items())) is not None:
         raise UserError(f"the latent cache {file}: {name[:100]} holds NaN or an infinity; delete it and run again")
+    if pipeline.wants_cameras:
+        tensors[CAMERA_PATH] = torch.stack([path_of(clips[index]) for index in range(len(clips))])
     return LatentSet(tensors, clips.names, all_views(clips) if views else None)
 
 
@@ -125,11 +129,22 @@ def condition_of(clip: Clip, pipeline: NovelViewPipeline, generator: torch.Gener
     """
     if not pipeline.wants_cameras:
         return pipeline.condition(clip.render[None], generator)
+    path_of(clip)  # judged before anything is encoded
+    return pipeline.condition(clip.render[None], generator, cameras=clip.cameras)
+
+
+def encoded_condition(clip: Clip, pipeline: NovelViewPipeline, generator: torch.Generator) -> Condition:
+    """Of that, what encoders make, and so is worth keeping: all but the path, which the clip's cameras say."""
+    return condition_of(clip, pipeline, generator).without(CAMERA_PATH)
+
+
+def path_of(clip: Clip) -> Tensor:
+    """[F, 21], see `clip_path`. Raises UserError for a clip without cameras."""
     if clip.cameras is None:
         raise UserError(
             f"clip {clip.name} has no cameras, which this model is guided by; prepare it again with this fvgen"
         )
-    return pipeline.condition(clip.render[None], generator, cameras=clip.cameras)
+    return clip_path(clip.cameras)
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:
@@ -141,4 +156,4 @@ def _stacked(rows: list[Tensor]) -> Tensor:
 def _encode(clips: ClipFolder, index: int, pipeline: NovelViewPipeline, generator: torch.Generator) -> dict:
     clip = clips[index]
     latents = pipeline.encode_frames(clip.truth[None], generator)
-    return {"latents": latents, **condition_of(clip, pipeline, generator)}
+    return {"latents": latents, **encoded_condition(clip, pipeline, generator)}

@@ -318,9 +318,7 @@ def open_clips(
         clips: ClipFolder | ShardSet = made(others=views or 0)
     elif holds_shards(data):
         clips = ShardSet(data, base.wants_cameras, views is not None)
-        without = base.encoder_fingerprint(cameras=False)
-        made_without = clips.settings.encoder == without
-        clips.check_encoder(without if made_without else base.encoder_fingerprint(), teacher)
+        clips.check_encoder(base.encoder_fingerprint(), teacher)
         base.check_clip(clips.frames, clips.height, clips.width)
         check_kind(clips, teacher)
     else:

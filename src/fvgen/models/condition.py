@@ -50,6 +50,10 @@ class Condition(Mapping[str, Tensor]):
         """With other tensors under some of the names."""
         return Condition(**{**self, **others})
 
+    def without(self, name: str) -> Condition:
+        """The other tensors."""
+        return Condition(**{own: tensor for own, tensor in self.items() if own != name})
+
     def expanded(self, clips: int) -> Condition:
         """Every tensor with a row for each of so many clips."""
         return Condition(**{name: x.expand(clips, *x.shape[1:]) for name, x in self.items()})

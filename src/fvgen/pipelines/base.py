@@ -154,13 +154,11 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         """The components that training has no use for once the data are encoded."""
         return (x for name, x in self.components.items() if isinstance(x, nn.Module) and name != self.network_part)
 
-    def encoder_fingerprint(self, cameras: bool = True) -> str:
-        """Twelve hex digits that change with any weight or setting that goes into latents or conditions. ``cameras``:
-        also with whether those are seen, which no encoder has to do with."""
+    def encoder_fingerprint(self) -> str:
+        """Twelve hex digits that change with any weight or setting that goes into latents or conditions, but for
+        cameras, which no encoder has to do with."""
         digest = hashlib.sha256()
-        for name, part in self.encoding_parts():
-            if name == "cameras" and not cameras:
-                continue
+        for _, part in self.encoding_parts():
             if not isinstance(part, nn.Module):
                 digest.update(str(part).encode())
                 continue

@@ -14,7 +14,7 @@ import torch
 
 from fvgen.clips.clip import shown_of, to_bytes
 from fvgen.clips.from_scene import ClipSettings, Lost, SceneClip, scene_clips
-from fvgen.clips.latents import condition_of
+from fvgen.clips.latents import encoded_condition
 from fvgen.errors import UserError
 from fvgen.pipelines.base import NovelViewPipeline
 from fvgen.posing.sources import Source
@@ -121,7 +121,7 @@ def encoded(made: SceneClip, pipeline: NovelViewPipeline) -> ShardClip:
     """Latents of truth and render, and the condition; posterior samples are drawn from the clip's seed."""
     generator = torch.Generator().manual_seed(made.seed)
     latents = pipeline.encode_frames(made.clip.truth[None], generator)
-    condition = condition_of(made.clip, pipeline, generator)
+    condition = encoded_condition(made.clip, pipeline, generator)
     kept = torch.linspace(0, len(made.points) - 1, CLOUD_POINTS).long()
     return ShardClip(
         latents=latents[0].cpu(),

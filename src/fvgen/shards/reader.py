@@ -89,7 +89,7 @@ class ShardSet(LatentSet):
             raise self._lying(index, error) from error
         if problem := clip_problem(clip):
             raise self._lying(index, ValueError(f"clip {self.names[index][:100]}: {problem}"))
-        if self._paths and CAMERA_PATH not in clip.condition:
+        if self._paths:
             cameras = Cameras(clip.world_from_cam, clip.intrinsics, self.height, self.width)
             clip = clip._replace(condition={**clip.condition, CAMERA_PATH: clip_path(cameras)})
         return clip

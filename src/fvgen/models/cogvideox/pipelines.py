@@ -188,8 +188,6 @@ class _CogVideoXParts(NovelViewPipeline):
         yield "invert_scale_latents", self.vae.config.invert_scale_latents
         if IMAGES[self.config.image_condition]:
             yield "beside", f"render_latents, image_noise={self.config.image_noise}"
-        if self.wants_cameras:
-            yield "cameras", "camera_path"
         if unusual := unusual_settings(self.components, USUAL):
             yield "settings", unusual
         yield "vae", self.vae
