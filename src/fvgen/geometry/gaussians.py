@@ -126,13 +126,13 @@ def find_pairs(seen: Projected, opacities: Tensor, height: int, width: int) -> t
     within = torch.arange(len(pair), dtype=torch.int32, device=device) - begin
     row = torch.div(within, columns, rounding_mode="floor")
     x, y = left + within - row * columns, top + row
-    gaussian, pixel = order[pair], y * width + x
+    gaussian, pixel = order.index_select(0, pair), y * width + x
     x, y = (place.to(seen.depths.dtype) + 0.5 for place in (x, y))
     alpha, _ = _alphas(seen.centers, seen.conics, opacities, gaussian, x, y)
     kept = (alpha >= LEAST_ALPHA).nonzero().flatten()
-    gaussian, pixel = gaussian[kept], pixel[kept]
+    pixel = pixel.index_select(0, kept)
     by_pixel = _stable_order(pixel)
-    return gaussian[by_pixel], pixel[by_pixel].long()
+    return gaussian.index_select(0, kept.index_select(0, by_pixel)), pixel.index_select(0, by_pixel).long()
 
 
 def render_gaussians(
@@ -185,7 +185,7 @@ class Composite(torch.autograd.Function):
         passed = torch.log1p(-alpha.double()).cumsum(0)
         before = torch.cat([passed.new_zeros(1), passed])[:-1]
         first = _starts(pixel, pixels)
-        left = (before - before[first[pixel]]).exp().to(alpha)
+        left = (before - before.index_select(0, first).index_select(0, pixel)).exp().to(alpha)
         counts = left * (1 - alpha) >= LEAST_LEFT
         weight = torch.where(counts, left * alpha, 0)
         worn = weight[:, None] * values.index_select(0, gaussian)
@@ -203,7 +203,7 @@ class Composite(torch.autograd.Function):
         pushed = (weight * of_weight).double().cumsum(0)
         pixels = len(total_gradient)
         last = _starts(pixel, pixels, last=True)
-        behind = (pushed[last[pixel]] - pushed).to(weight)
+        behind = (pushed.index_select(0, last).index_select(0, pixel) - pushed).to(weight)
 
         x, y = pixel % ctx.width + 0.5, torch.div(pixel, ctx.width, rounding_mode="floor") + 0.5
         x, y = x.to(centers), y.to(centers)
