@@ -185,7 +185,7 @@ class Composite(torch.autograd.Function):
         passed = torch.log1p(-alpha.double()).cumsum(0)
         before = torch.cat([passed.new_zeros(1), passed])[:-1]
         first = _starts(pixel, pixels)
-        left = (before - before.index_select(0, first).index_select(0, pixel)).exp().to(alpha)
+        left = (before - before.index_select(0, first.index_select(0, pixel))).exp().to(alpha)
         counts = left * (1 - alpha) >= LEAST_LEFT
         weight = torch.where(counts, left * alpha, 0)
         worn = weight[:, None] * values.index_select(0, gaussian)
@@ -203,7 +203,7 @@ class Composite(torch.autograd.Function):
         pushed = (weight * of_weight).double().cumsum(0)
         pixels = len(total_gradient)
         last = _starts(pixel, pixels, last=True)
-        behind = (pushed.index_select(0, last).index_select(0, pixel) - pushed).to(weight)
+        behind = (pushed.index_select(0, last.index_select(0, pixel)) - pushed).to(weight)
 
         x, y = pixel % ctx.width + 0.5, torch.div(pixel, ctx.width, rounding_mode="floor") + 0.5
         x, y = x.to(centers), y.to(centers)
