@@ -19,6 +19,7 @@ from fvgen.errors import UserError
 from fvgen.models.denoiser import Denoiser, Teacher
 from fvgen.models.viewcrafter.conditioning import LAYOUTS, Conditioning, depth_of, disparity, with_disparity
 from fvgen.models.viewcrafter.family import call
+from fvgen.models.viewcrafter.leap import FVGenLeapPipeline
 from fvgen.models.viewcrafter.pipelines import ViewCrafterPipeline
 
 RGBD = {"layout": "renders_rgbd", "context": "image", "image_source": "reference", "prompt": None}
@@ -256,3 +257,14 @@ def test_a_noise_predicting_teacher_gives_clean_latents(noise_schedule):
     torch.testing.assert_close(guided(x_t, t, condition), expected, rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(guided.judge(x_t, t, condition, ())[0], expected, rtol=1e-4, atol=1e-3)
     assert null[0]["text_tokens"].shape[1] == TEXT_TOKENS and null[0]["image_tokens"].shape[1] == 16 * FRAMES
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_leap_needs_a_model_that_sees_renders(layout):
+    """What starts from zeros, or from the first frame in every place, would be no leap from a render."""
+    pipeline = rgbd_teacher() if layout == "renders_rgbd" else teacher_with(layout=layout)
+    if layout.startswith("renders"):
+        assert isinstance(FVGenLeapPipeline.from_teacher(pipeline, pipeline.unet), FVGenLeapPipeline)
+    else:
+        with pytest.raises(UserError, match="sees the ends of a clip and not its render"):
+            FVGenLeapPipeline.from_teacher(pipeline, pipeline.unet)

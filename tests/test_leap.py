@@ -366,6 +366,12 @@ def test_settings_that_do_not_go_together(stage, changes, told):
     assert told in refusal(lambda: stage(**changes))
 
 
+def test_a_teacher_that_sees_no_render(stage, tmp_path):
+    save_model(small_teacher(conditioning={"layout": "ends"}), tmp_path / "ends")
+    sentence = refusal(lambda: distill.Trainer(stage(teacher=str(tmp_path / "ends"))))
+    assert "sees the ends of a clip and not its render" in sentence and not (tmp_path / "leap").exists()
+
+
 def test_words_that_no_weight_has(stage):
     for changes in ({"trained": "attention"}, {"trained": "norm", "share_backbone": True, "student_lora": True}):
         sentence = refusal(lambda c=changes: distill.Trainer(stage(**c)))

@@ -124,6 +124,11 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         return False
 
     @property
+    def holds_renders(self) -> bool:
+        """Whether its conditions hold latents of the whole render, from which a leap can start."""
+        return True
+
+    @property
     def closed_renders(self) -> bool:
         """Whether its renders are to have no holes, see `fvgen.geometry.closing`."""
         return False

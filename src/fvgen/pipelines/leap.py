@@ -21,6 +21,12 @@ if TYPE_CHECKING:
     from fvgen.pipelines.options import CallOptions
 
 
+def judge_renders(pipeline: NovelViewPipeline) -> None:
+    """Raises UserError for a model whose conditions hold no latents of the render: there is nothing to leap from."""
+    if not pipeline.holds_renders:
+        raise UserError("this model sees the ends of a clip and not its render, from which a leap starts; give another")
+
+
 class LeapPipeline(StudentPipeline):
     """A family's student that starts from a render, noised to ``t``, and not from noise: one evaluation.
 
@@ -41,7 +47,8 @@ class LeapPipeline(StudentPipeline):
         return cls(**{cls.network_part: network}, **parts, **settings, steps=steps, t=t, t_max=t_max)
 
     def judge_settings(self) -> None:
-        """Raises UserError for a ``t`` beyond ``t_max``."""
+        """Raises UserError for a ``t`` beyond ``t_max``, and a model that sees no render."""
+        judge_renders(self)
         if self.config.t > self.config.t_max:
             raise UserError(f"t={self.config.t} is beyond t_max={self.config.t_max}; give one below")
 

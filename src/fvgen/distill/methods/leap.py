@@ -72,6 +72,12 @@ class LeapSettings(MethodSettings):
     def trains(self, name: str) -> bool:
         return not self.trained or any(word.strip() in name for word in self.trained.split(","))
 
+    def base_of(self, teacher: Any, seed: int) -> Any:
+        from fvgen.pipelines.leap import judge_renders  # takes seconds to import
+
+        judge_renders(teacher)
+        return teacher
+
     def student_of(self, base: Any, network: Any) -> Any:
         return base.family.leap_of(base, network, self.t, self.t_max)
 

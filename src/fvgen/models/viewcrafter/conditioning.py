@@ -69,6 +69,11 @@ class Conditioning:
         return LAYOUTS[self.layout]
 
     @property
+    def holds_renders(self) -> bool:
+        """Whether the condition channels have every frame of the render."""
+        return self.layout.startswith("renders")
+
+    @property
     def has_text(self) -> bool:
         """Whether text tokens come before the image's."""
         return self.context == "text_image"

@@ -80,6 +80,10 @@ class _ViewCrafterParts(NovelViewPipeline):
         return NoiseSchedule.lvdm(*settings).to(self._execution_device)
 
     @property
+    def holds_renders(self) -> bool:
+        return self.conditioning.holds_renders
+
+    @property
     def conditioning(self) -> Conditioning:
         """How the model is told what to show."""
         return Conditioning.of(self.config.conditioning)
