@@ -76,7 +76,9 @@ def test_latents_become_a_scene_without_a_fit(model, photograph, tmp_path):
     assert facts["from"] == "latents.safetensors" and f"{facts['gaussians']} Gaussians" in " ".join(said)
     clips = kept(out, HEIGHT, WIDTH)
     assert len(clips) == 3 and clips[0].latents.shape == (1, 16, 3, 4, 6)  # 17 frames by 9s that share 4
-    expected = [reconstructed(lalrm, clip.latents, clip.cameras) for clip in clips]
+    assert facts["gaussians"] == (2 * FRAMES - 1) * HEIGHT * WIDTH // 4  # so are Gaussians, one for 2 x 2 pixels
+    new = torch.arange(FRAMES) >= torch.tensor([[0], [5], [5]])
+    expected = [reconstructed(lalrm, *clip, wanted) for clip, wanted in zip(clips, new, strict=True)]
     assert facts["gaussians"] == sum(len(part) for part in expected)
     assert torch.equal(read_splat(out / "scene.ply").means[: len(expected[0])], expected[0].means)
     assert (out / "scene.html").is_file() and (out / "video.mp4").is_file()

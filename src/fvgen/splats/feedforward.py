@@ -55,23 +55,31 @@ def kept(folder: Path, height: int, width: int) -> list[Latent]:
         raise UserError(f"{folder / LATENTS} is damaged; generate the walk again") from error
 
 
+def fresh(clips: Sequence[Latent]) -> list[Tensor]:
+    """[F] bool for each clip: its frames whose pose no clip before it has, which shares them where clips overlap."""
+    poses = [clip.cameras.world_from_cam.flatten(1) for clip in clips]
+    before, found = poses[0][:0], []
+    for pose in poses:
+        found.append(~(pose[:, None] == before).all(-1).any(1))
+        before = torch.cat([before, pose])
+    return found
+
+
 def walked(clips: Sequence[Latent]) -> Cameras:
-    """The cameras of all clips in order, those once that neighbours share."""
-    poses, matrices = ([getattr(clip.cameras, name) for clip in clips] for name in ("world_from_cam", "intrinsics"))
-    for number in range(1, len(clips)):
-        shared = (poses[number][:, None] == clips[number - 1].cameras.world_from_cam).flatten(2).all(-1).any(1)
-        poses[number], matrices[number] = poses[number][~shared], matrices[number][~shared]
-    return replace(clips[0].cameras, world_from_cam=torch.cat(poses), intrinsics=torch.cat(matrices))
+    """The cameras of all clips in order, those once that clips share."""
+    parts = [clip.cameras[new] for clip, new in zip(clips, fresh(clips), strict=True)]
+    poses, matrices = (torch.cat([getattr(part, name) for part in parts]) for name in ("world_from_cam", "intrinsics"))
+    return replace(clips[0].cameras, world_from_cam=poses, intrinsics=matrices)
 
 
 def write_scene(
     folder: Path, lalrm: LaLRM, height: int, width: int, told: Callable[[str], None] = lambda line: None
 ) -> Path:
     """scene.ply, scene.html and scene.json in ``folder`` from the latents kept there; frames are ``height`` x
-    ``width``. Clips of a long walk each give their Gaussians."""
+    ``width``. Clips of a long walk each give Gaussians of the frames that no clip before them has."""
     judge_out(folder, folder)
     clips = kept(folder, height, width)
-    parts = [reconstructed(lalrm, clip.latents, clip.cameras) for clip in clips]
+    parts = [reconstructed(lalrm, *clip, new) for clip, new in zip(clips, fresh(clips), strict=True)]
     made = Gaussians(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Gaussians)))
     told(f"{len(made)} Gaussians from latents, {len(clips)} clips in one pass each")
     cameras = walked(clips).to(dtype=torch.float32)

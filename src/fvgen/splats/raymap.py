@@ -65,12 +65,15 @@ def gaussians_along(numbers: Tensor, cameras: Cameras, settings: Mapping[str, An
 
 
 @torch.no_grad()
-def reconstructed(lalrm: LaLRM, latents: Tensor, cameras: Cameras) -> Gaussians:
+def reconstructed(lalrm: LaLRM, latents: Tensor, cameras: Cameras, wanted: Tensor | None = None) -> Gaussians:
     """Gaussians in the cameras' own world and units from scaled ``latents`` [1, C, F', h, w] of a clip; those that
-    nobody can see are left out. Raises UserError as `normalised` does."""
+    nobody can see are left out. ``wanted``: [F] bool, only those of these frames. Raises UserError as `normalised`
+    does."""
     path, scale = normalised(cameras)
     numbers = lalrm(latents.to(lalrm.device, lalrm.dtype), packed(path)[None].float().to(lalrm.device))[0].float()
-    seen = gaussians_along(numbers.cpu(), path.to(dtype=torch.float32), lalrm.config)
+    path = path.to(dtype=torch.float32)
+    chosen = slice(None) if wanted is None else wanted
+    seen = gaussians_along(numbers.cpu()[:, chosen], path[chosen], lalrm.config)
     seen = seen[seen.opacities >= LEAST_ALPHA]
     pose = cameras.world_from_cam[0].double()
     means = (seen.means.double() / scale) @ pose[:3, :3].T + pose[:3, 3]
