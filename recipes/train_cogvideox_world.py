@@ -172,7 +172,9 @@ def train_vae(
         some = truth[:: max(1, len(truth) // AT_ONCE)][:AT_ONCE].transpose(1, 2).float() / 127.5 - 1
         latents = vae.encode(some).latent_dist.mean
         psnr = -10 * math.log10(((vae.decode(latents).sample.clamp(-1, 1) - some) / 2).square().mean().item())
-        vae.register_to_config(scaling_factor=1 / latents.std().item())
+        # The schedule is made for latents of unit variance: means of channels, which no clip changes, would take most.
+        center, spread = (each.tolist() for each in (latents.mean((0, 2, 3, 4)), latents.std((0, 2, 3, 4))))
+        vae.register_to_config(latents_mean=center, latents_std=spread, scaling_factor=1.0)
     print(f"vae: {psnr:.2f} dB", flush=True)
     return facts | {"batch": batch, "crop": crop, "psnr": round(psnr, 2), "lpips": distance is not None}
 

@@ -208,6 +208,19 @@ def test_nine_frames_are_three_latents_and_nine_again(teacher):
     assert teacher.decode_latents(torch.randn(1, 16, 4, 4, 6)).shape[1] == 13  # the VAE's own surplus is gone
 
 
+def test_channels_are_shifted_and_divided_where_the_vae_says_how(teacher):
+    """Latents by hand, and the same frames out of them."""
+    mean, std = [0.1 * c for c in range(16)], [0.5 + 0.1 * c for c in range(16)]
+    spread = small_teacher(vae={"latents_mean": mean, "latents_std": std})
+    assert spread.encoder_fingerprint() != teacher.encoder_fingerprint()
+    center, width = (torch.tensor(x).view(-1, 1, 1, 1) for x in (mean, std))
+    plain, latents = (each.encode_frames(video(2), rng()) for each in (teacher, spread))
+    torch.testing.assert_close(latents, 0.7 * (plain / 0.7 - center) / width, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(spread.decode_latents(latents), teacher.decode_latents(plain), atol=1e-5, rtol=0)
+    for given in ({"latents_mean": mean}, {"latents_mean": mean, "latents_std": std[1:]}):
+        assert "do not fit its 16 channels" in refusal(lambda vae=given: small_teacher(vae=vae))
+
+
 @pytest.mark.parametrize("kind", ["renders", "first", "ends"])
 @pytest.mark.parametrize("inverted", [False, True])
 def test_image_conditions(kind, inverted):

@@ -23,7 +23,7 @@ from fvgen.errors import UserError, did_you_mean
 from fvgen.models.cogvideox.camera import CameraTransformer
 from fvgen.models.cogvideox.family import FAMILY, GUIDANCE, latent_grid, noise_schedule
 from fvgen.models.cogvideox.prompts import EncodedPrompts
-from fvgen.models.cogvideox.vae import decode, encode, latent_size, space_factor
+from fvgen.models.cogvideox.vae import channel_statistics, decode, encode, latent_size, space_factor
 from fvgen.models.condition import Condition
 from fvgen.models.family import LatentGrid
 from fvgen.models.lalrm import LaLRM
@@ -86,6 +86,7 @@ class _CogVideoXParts(NovelViewPipeline):
         chosen = self.config.image_condition
         if chosen not in IMAGES:
             raise UserError(f"image_condition={chosen!r} is unknown{did_you_mean(str(chosen), IMAGES)}")
+        channel_statistics(self.vae)  # judged
         self.wants_cameras = isinstance(self.transformer, CameraTransformer)
         self.transformer.rotary_base = _base(self.config.rotary_base)
         nn.Module.to(self.transformer, self.transformer.dtype)  # diffusers makes tables of positions in float64

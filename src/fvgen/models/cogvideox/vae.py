@@ -55,6 +55,22 @@ def latent_size(
     return size
 
 
+def channel_statistics(vae: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Mean and standard deviation [C, 1, 1, 1] of the latents' channels, ``latents_mean`` and ``latents_std`` in the
+    VAE's config, by which latents are shifted and divided; None where there are none, as in the published ones.
+    Raises UserError for one without the other, and for those of another number of channels."""
+    config = vae.config
+    given = config.get("latents_mean"), config.get("latents_std")
+    if given == (None, None):
+        return None
+    if None in given or any(len(x) != config["latent_channels"] for x in given) or not all(s > 0 for s in given[1]):
+        raise UserError(
+            f"the VAE's latents_mean and latents_std do not fit its {config['latent_channels']} channels; give both, a "
+            "number for each, or neither"
+        )
+    return tuple(torch.tensor(x, dtype=torch.float32, device=vae.device).view(-1, 1, 1, 1) for x in given)
+
+
 def encode(vae: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [B, C, F', h, w], float32 and unscaled, of frames [B, F, 3, H, W] in [0, 1].
 
@@ -62,11 +78,16 @@ def encode(vae: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
     """
     clips = (frames.transpose(1, 2) * 2 - 1).to(vae.dtype)
     posteriors = [vae.encode(clip).latent_dist for clip in clips.split(1)]
-    return tuple(torch.cat([getattr(each, name) for each in posteriors]).float() for name in ("mean", "std"))
+    mean, std = (torch.cat([getattr(each, name) for each in posteriors]).float() for name in ("mean", "std"))
+    if (channels := channel_statistics(vae)) is None:
+        return mean, std
+    return (mean - channels[0]) / channels[1], std / channels[1]
 
 
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     """Unscaled latents [B, C, F', h, w] to frames [B, 4F'-3, 3, H, W] in [0, 1], clamped, float32; clip by clip."""
+    if (channels := channel_statistics(vae)) is not None:
+        latents = latents.float() * channels[1] + channels[0]
     frames = torch.cat([vae.decode(clip).sample for clip in latents.to(vae.dtype).split(1)])
     frames = frames[:, :, 3 - SQUEEZE * latents.shape[2] :]  # an even F' gives three more, at the start
     return (frames.float().clamp(-1, 1) / 2 + 0.5).transpose(1, 2)
