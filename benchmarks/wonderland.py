@@ -229,6 +229,9 @@ def parser() -> Parser:
     words.add_argument("--batch", type=positive, default=4)
     words.add_argument("--iterations", type=positive, default=600, help="of camera guidance")
     words.add_argument("--rate", type=float, default=1e-3, help="of camera guidance")
+    words.add_argument(
+        "--t-distribution", choices=["uniform", "mixed"], default="mixed", help="timesteps of camera guidance"
+    )
     words.add_argument("--lora-rank", type=positive, default=8)
     words.add_argument("--encoder-width", type=positive, default=64)
     words.add_argument("--lalrm-iterations", type=positive, default=3000)
@@ -263,7 +266,7 @@ def main() -> None:
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {args.device}",
         "teacher": args.teacher.name,
         "data": f"{args.data}, test clips {args.first} to {args.first + args.clips - 1}, {learnt} to learn from",
-        "camera guidance": f"{args.iterations} iterations of {args.batch} clips",
+        "camera guidance": f"{args.iterations} iterations of {args.batch} clips, timesteps {args.t_distribution}",
         "LaLRM": f"{args.lalrm_iterations} iterations of {args.lalrm_batch} clips",
         "seeds": args.seeds,
     }

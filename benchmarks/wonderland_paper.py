@@ -16,6 +16,7 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "control, 1 block": {"branch": "control", "control_share": 0.0},
         "control, a quarter": {"branch": "control", "control_share": 0.25},
         "control, all blocks": {"branch": "control", "control_share": 1.0},
+        "dual, uniform timesteps": {"branch": "dual", "t_distribution": "uniform"},
     },
     "lalrm": {
         "warped by true depth": None,
@@ -52,7 +53,8 @@ CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
         )
         for metric in ("R_err_all", "T_err_scene_all")
     ]
-    + [("dual", "base, no camera", metric) for metric in ("psnr", "camera_gain")],
+    + [("dual", "base, no camera", metric) for metric in ("psnr", "camera_gain")]
+    + [("dual", "dual, uniform timesteps", "camera_gain")],
     "lalrm": [
         ("LaLRM", worse, metric)
         for worse in (
