@@ -16,6 +16,7 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "control, 1 block": {"branch": "control", "control_share": 0.0},
         "control, a quarter": {"branch": "control", "control_share": 0.25},
         "control, all blocks": {"branch": "control", "control_share": 1.0},
+        "control, early steps": {"branch": "control", "control_t_min": 600, "t_distribution": "truncated_normal"},
         "dual, uniform timesteps": {"branch": "dual", "t_distribution": "uniform"},
     },
     "lalrm": {
@@ -53,7 +54,7 @@ CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
         )
         for metric in ("R_err_all", "T_err_scene_all")
     ]
-    + [("dual", "base, no camera", metric) for metric in ("psnr", "camera_gain")]
+    + [(row, "base, no camera", x) for row in ("dual", "control, early steps") for x in ("psnr", "camera_gain")]
     + [("dual", "dual, uniform timesteps", "camera_gain")],
     "lalrm": [
         ("LaLRM", worse, metric)
