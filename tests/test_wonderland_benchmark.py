@@ -15,8 +15,8 @@ from conftest import REPOSITORY
 from fvgen.geometry.cameras import Cameras
 
 sys.path.insert(0, str(REPOSITORY / "benchmarks"))
-names = ("wonderland", "wonderland_rows", "wonderland_models", "one_room")
-wonderland, rows, models, one_room = (import_module(name) for name in names)
+names = ("wonderland", "wonderland_rows", "wonderland_models", "one_room", "camera_timesteps")
+wonderland, rows, models, one_room, camera_timesteps = (import_module(name) for name in names)
 SIZE = (5, 24, 32)
 
 
@@ -30,6 +30,22 @@ def clip():
 
 
 # --- Data ---
+
+
+@pytest.mark.parametrize("signal", [0.05, 0.3, 0.6])
+def test_what_noise_tells_of_two_paths(signal):
+    """Two latents at distance D: the log odds are normal, of mean d^2 / 2 and deviation d = D sqrt(ab / (1 - ab))."""
+    rooms = 20_000
+    z = torch.tensor([[0.0, 0.0], [1.2, 0.9]], dtype=torch.float64).expand(rooms, 2, 2)
+    d = 1.5 * (signal / (1 - signal)) ** 0.5
+    n = torch.linspace(-8, 8, 4001, dtype=torch.float64)
+    density = (-n.square() / 2).exp()
+    wrong = torch.sigmoid(-(d * d / 2 + d * n))
+    probability, left = camera_timesteps.told(z, signal, torch.Generator().manual_seed(0))
+    # Each is a mean of 40,000 numbers in [0, 1] and [0, 4]: five deviations of 1/2 and 2 at most.
+    assert 1 - probability == pytest.approx(((wrong * density).sum() / density.sum()).item(), abs=5 * 0.5 / 200)
+    expected = ((wrong.square() * density).sum() / density.sum()).item() * 4  # (D p)^2 of (D / 2)^2
+    assert left == pytest.approx(expected, abs=5 * 2 / 200)
 
 
 def test_claims_name_rows_and_metrics():
