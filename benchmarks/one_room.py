@@ -79,6 +79,7 @@ def measured(args: Any, seed: int) -> dict[str, float]:
         "sample_every": 0,
         "track": False,
         "device": args.device,
+        "t_distribution": args.t_distribution,
     }
     model = distill.run(
         distill.read_stage_config("camera", CONFIG, [f"{name}={value}" for name, value in words.items()])
@@ -107,6 +108,7 @@ def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("--teacher", type=Path, required=True, help="folder of an image-to-video teacher")
     parser.add_argument("--iterations", type=positive, default=1500)
+    parser.add_argument("--t-distribution", choices=["uniform", "mixed"], default="mixed")
     parser.add_argument("--paths", type=positive, default=64, help="to learn from")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=positive, default=20, help="of the sampler")
@@ -119,6 +121,7 @@ def main() -> None:
         {"seed": seed} | {name: cell(found[name], n) for name, n in METRICS.items()} for seed, found in by_seed.items()
     ]
     settings = {"commit": commit(), "teacher": args.teacher.name, "paths": args.paths, "iterations": args.iterations}
+    settings |= {"timesteps": args.t_distribution}
     remarks = ["PSNR in dB of eight unseen paths; heeded: `camera_heeded`, the mean of its last ten values."]
     text = page("Camera guidance in one room", "one_room.py", remarks, {"settings": settings, "parts": {"rows": rows}})
     write_results(args.out, "one_room", settings | {"by_seed": by_seed}, text)

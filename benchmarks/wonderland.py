@@ -42,6 +42,7 @@ from fvgen.clips.clip import Clip
 from fvgen.clips.folder import ClipFolder
 from fvgen.clips.rooms import drawn_scene, render_scene, synthetic_clip
 from fvgen.clips.worlds import WORLDS
+from fvgen.errors import UserError
 from fvgen.metrics.pose_matching import Render
 from fvgen.pipelines.folders import check_device, load_pipeline
 from fvgen.pipelines.teacher import TeacherPipeline
@@ -170,6 +171,21 @@ def results_of(args: Any, name: str, seed: int) -> Path:
     return out_of(args, args.part, name, seed).parent / f"{seed}.json"
 
 
+def judge_work(args: Any) -> None:
+    """Raises UserError where --work holds rows of this part that were asked for otherwise: they are not compared."""
+    names = ["teacher", "data", "folder", "train", "clips", "first", "others", "steps", "batch"]
+    names += ["iterations", "rate", "t_distribution"] if args.part != "lalrm" else []
+    names += ["lalrm_iterations", "lalrm_rate", "width", "layers", "lalrm_batch"] if args.part != "camera" else []
+    asked, file = {name: str(getattr(args, name)) for name in names}, args.work / args.part / "asked.json"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_json(file, asked)
+    for name, found in json.loads(file.read_text()).items():
+        if found != asked[name]:
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{args.work} holds rows of {option} {found}, not {asked[name]}; give another --work")
+
+
 def run_missing(args: Any) -> None:
     """All chosen rows that have no results yet."""
     for seed in args.seeds:
@@ -257,6 +273,7 @@ def main() -> None:
     if unknown := [name for name in args.rows if name not in ROWS[args.part]]:
         words.error(f"--rows {unknown[0]!r} is none of --part {args.part}; choose among {', '.join(ROWS[args.part])}")
     check_device(args.device)
+    judge_work(args)
     run_missing(args)
     by_row = collected(args)
     found = summary(args.part, by_row)

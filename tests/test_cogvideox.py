@@ -217,7 +217,12 @@ def test_channels_are_shifted_and_divided_where_the_vae_says_how(teacher):
     plain, latents = (each.encode_frames(video(2), rng()) for each in (teacher, spread))
     torch.testing.assert_close(latents, 0.7 * (plain / 0.7 - center) / width, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(spread.decode_latents(latents), teacher.decode_latents(plain), atol=1e-5, rtol=0)
-    for given in ({"latents_mean": mean}, {"latents_mean": mean, "latents_std": std[1:]}):
+    wrong = [
+        {"latents_mean": mean},
+        {"latents_mean": 0.1, "latents_std": 0.5},
+        {"latents_mean": mean, "latents_std": "s" * 16},
+    ]
+    for given in (*wrong, {"latents_mean": mean, "latents_std": [0.0] * 16}):
         assert "do not fit its 16 channels" in refusal(lambda vae=given: small_teacher(vae=vae))
 
 

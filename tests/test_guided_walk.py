@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from checks import refusal
 from PIL import Image
-from small_cameras import SETTINGS, moved
+from small_cameras import SETTINGS, cameras, moved
 from small_cogvideox import FRAMES, HEIGHT, WIDTH, small_teacher
 
 import fvgen
@@ -19,7 +20,7 @@ from fvgen.models.lalrm import LaLRM
 from fvgen.pipelines.folders import load_pipeline, save_model
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.shards.prepare import prepare
-from fvgen.splats.feedforward import kept
+from fvgen.splats.feedforward import Latent, fresh, kept, walked
 from fvgen.splats.ply import read_splat
 from fvgen.splats.raymap import reconstructed
 
@@ -89,6 +90,19 @@ def test_latents_become_a_scene_without_a_fit(model, photograph, tmp_path):
     # Another LaLRM makes another scene: the folder is not its.
     save_model(load_pipeline(model, TeacherPipeline).with_lalrm(LaLRM(**lalrm_sizes)), tmp_path / "wonderland")
     assert "holds another run (weights differs)" in refusal(lambda: fvgen.generate(photograph, out, **options))
+
+
+def test_only_what_clips_share_is_left_out():
+    """A walk that comes back to a place, bit for bit, keeps the cameras of both visits."""
+    there = cameras(0, FRAMES)
+    back = there[list(range(FRAMES - 1, -1, -1))]
+    nothing = torch.zeros(1, 16, 3, 4, 6)
+    clips = [Latent(nothing, there), Latent(nothing, back), Latent(nothing, back[[8, *range(8)]])]
+    assert [int(new.sum()) for new in fresh(clips)] == [FRAMES, FRAMES - 1, FRAMES - 1]
+    poses = walked(clips).world_from_cam
+    assert torch.equal(poses, torch.cat([there.world_from_cam, back.world_from_cam[1:], back.world_from_cam[:-1]]))
+    turned = replace(there, intrinsics=there.intrinsics * 1.5)  # a zoom where the camera stands is no overlap
+    assert fresh([clips[0], Latent(nothing, turned)])[1].all()
 
 
 @pytest.mark.slow

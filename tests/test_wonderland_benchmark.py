@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from checks import refusal
 from conftest import REPOSITORY
 
 from fvgen.geometry.cameras import Cameras
@@ -46,6 +47,15 @@ def test_what_noise_tells_of_two_paths(signal):
     assert 1 - probability == pytest.approx(((wrong * density).sum() / density.sum()).item(), abs=5 * 0.5 / 200)
     expected = ((wrong.square() * density).sum() / density.sum()).item() * 4  # (D p)^2 of (D / 2)^2
     assert left == pytest.approx(expected, abs=5 * 2 / 200)
+
+
+def test_rows_that_were_asked_for_otherwise_are_not_mixed(tmp_path):
+    words = ("--work", str(tmp_path), "--iterations", "260")
+    wonderland.judge_work(arguments(*words))
+    wonderland.judge_work(arguments(*words, "--seeds", "3", "--rows", "dual"))
+    said = refusal(lambda: wonderland.judge_work(arguments(*words, "--t-distribution", "uniform")))
+    assert "holds rows of --t-distribution mixed, not uniform" in said
+    wonderland.judge_work(arguments("--work", str(tmp_path), "--lalrm-iterations", "5", "--iterations", "260"))
 
 
 def test_claims_name_rows_and_metrics():

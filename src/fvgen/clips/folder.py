@@ -92,12 +92,14 @@ class ClipFolder:
     def __getitem__(self, index: int) -> Clip:
         truth, render = (self._file.get_slice(key)[index].float() / 255 for key in ("truth", "render"))
         shown = self._file.get_slice("shown")[index] if self._masked else None
-        cameras = None
-        if self._posed:
-            matrices = (self._file.get_slice(name)[index] for name in CAMERAS)
-            cameras = Cameras(*matrices, self.height, self.width)
-        others = self._read_others(index) if self._others else None
-        return Clip(self.names[index], truth, render, self._file.get_slice("known")[index], cameras, shown, others)
+        known, others = self._file.get_slice("known")[index], self._read_others(index) if self._others else None
+        return Clip(self.names[index], truth, render, known, self.cameras(index), shown, others)
+
+    def cameras(self, index: int) -> Cameras | None:
+        """Those of one clip, without its pixels."""
+        if not self._posed:
+            return None
+        return Cameras(*(self._file.get_slice(name)[index] for name in CAMERAS), self.height, self.width)
 
     def _read_others(self, index: int) -> Others:
         images = self._file.get_slice(f"{OTHERS}images")[index].float() / 255

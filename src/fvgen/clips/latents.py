@@ -16,6 +16,7 @@ from torch import Tensor
 from fvgen.clips.clip import Clip, shown_of, to_bytes
 from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
+from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.plucker import judge_cameras, normalised, packed, seen_from
 from fvgen.models.condition import Condition, joined
 from fvgen.pipelines.cameras import CAMERA_PATH, clip_path
@@ -73,6 +74,8 @@ def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0, 
     Posterior samples are drawn once, from ``seed``, as ViewCrafter samples its VAE. Raises UserError for a damaged
     cache file.
     """
+    wanted = enumerate(clips.names) if pipeline.wants_cameras else ()
+    paths = [path_of(name, clips.cameras(index)) for index, name in wanted]
     file = clips.path / f"encoded-{pipeline.encoder_fingerprint()}-{seed}.safetensors"
     if not file.exists():
         generator = torch.Generator().manual_seed(seed)
@@ -90,8 +93,8 @@ def load_latents(clips: ClipFolder, pipeline: NovelViewPipeline, seed: int = 0, 
         raise UserError(f"the latent cache {file} does not fit its clips; delete it and run again")
     if (name := not_finite(tensors.items())) is not None:
         raise UserError(f"the latent cache {file}: {name[:100]} holds NaN or an infinity; delete it and run again")
-    if pipeline.wants_cameras:
-        tensors[CAMERA_PATH] = torch.stack([path_of(clips[index]) for index in range(len(clips))])
+    if paths:
+        tensors[CAMERA_PATH] = torch.stack(paths)
     return LatentSet(tensors, clips.names, all_views(clips) if views else None)
 
 
@@ -129,7 +132,7 @@ def condition_of(clip: Clip, pipeline: NovelViewPipeline, generator: torch.Gener
     """
     if not pipeline.wants_cameras:
         return pipeline.condition(clip.render[None], generator)
-    path_of(clip)  # judged before anything is encoded
+    path_of(clip.name, clip.cameras)  # judged before the render is encoded
     return pipeline.condition(clip.render[None], generator, cameras=clip.cameras)
 
 
@@ -138,13 +141,11 @@ def encoded_condition(clip: Clip, pipeline: NovelViewPipeline, generator: torch.
     return condition_of(clip, pipeline, generator).without(CAMERA_PATH)
 
 
-def path_of(clip: Clip) -> Tensor:
-    """[F, 21], see `clip_path`. Raises UserError for a clip without cameras."""
-    if clip.cameras is None:
-        raise UserError(
-            f"clip {clip.name} has no cameras, which this model is guided by; prepare it again with this fvgen"
-        )
-    return clip_path(clip.cameras)
+def path_of(clip: str, cameras: Cameras | None) -> Tensor:
+    """[F, 21], see `clip_path`, of the clip of that name. Raises UserError for one without cameras."""
+    if cameras is None:
+        raise UserError(f"clip {clip} has no cameras, which this model is guided by; prepare it again with this fvgen")
+    return clip_path(cameras)
 
 
 def _stacked(rows: list[Tensor]) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fvgen.clips.latents import LatentSet, load_latents
+from fvgen.clips.worlds import WORLDS
 from fvgen.diffusion.samplers import leap
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.distill.run_folder import finished_stage, read_run_config
@@ -33,7 +34,7 @@ from fvgen.system.doors import problem
 from fvgen.system.files import busy, judge_output, write_json
 
 REPORT = "policy.json"
-HELD_OUT = 5  # every fifth clip is not learnt from
+HELD_OUT = 5  # every fifth clip, or room, is not learnt from
 Denoise = Callable[[Tensor, Tensor], Tensor]
 Decode = Callable[[Tensor], Tensor]
 
@@ -210,9 +211,10 @@ def refit(
     opened = open_clips(data, clips, encoders, teacher)
     latents = opened if isinstance(opened, ShardSet) else load_latents(opened, placed(encoders, device))
     count = min(clips, len(latents))
-    learnt = torch.arange(count) % HELD_OUT != HELD_OUT - 1
-    if count < HELD_OUT:
-        raise UserError(f"{data} holds {count} clips; a policy needs at least {HELD_OUT}")
+    together = WORLDS[data].paths if data in WORLDS else 1  # clips of one room are learnt from or held out together
+    learnt = torch.arange(count) // together % HELD_OUT != HELD_OUT - 1
+    if count < HELD_OUT * together:
+        raise UserError(f"{data} holds {count} clips; a policy needs at least {HELD_OUT * together}")
     with busy(out):
         starts, rewards = table_of(pipeline.to(device), latents, arms, count, settings.seed, lpips_weight, on_progress)
         policy = fit_policy(starts[learnt], rewards[learnt], arms, settings)

@@ -241,7 +241,7 @@ def unusual_settings(components: Mapping[str, Any], usual: Mapping[str, Mapping[
     """The settings of components that differ from those in the table ``usual``, as (component.name, value), sorted:
     for `NovelViewPipeline.encoding_parts`, since they change latents without changing a weight."""
     return [
-        (f"{part}.{name}", found)
+        (f"{part}.{name}", list(found) if isinstance(found, tuple) else found)  # as JSON gives them back
         for part, settings in sorted(usual.items())
         if components.get(part) is not None
         for name, value in sorted(settings.items())

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
 def judge_renders(pipeline: NovelViewPipeline) -> None:
     """Raises UserError for a model whose conditions hold no latents of the render: there is nothing to leap from."""
     if not pipeline.holds_renders:
-        raise UserError("this model sees the ends of a clip and not its render, from which a leap starts; give another")
+        raise UserError(
+            "this model sees one or both ends of a clip and not its render, from which a leap starts; give another"
+        )
 
 
 class LeapPipeline(StudentPipeline):

@@ -17,6 +17,7 @@ from torch import Tensor
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.gaussians import Gaussians
+from fvgen.geometry.plucker import packed
 from fvgen.models.lalrm import LaLRM
 from fvgen.splats.ply import write_splat
 from fvgen.splats.raymap import reconstructed
@@ -56,12 +57,14 @@ def kept(folder: Path, height: int, width: int) -> list[Latent]:
 
 
 def fresh(clips: Sequence[Latent]) -> list[Tensor]:
-    """[F] bool for each clip: its frames whose pose no clip before it has, which shares them where clips overlap."""
-    poses = [clip.cameras.world_from_cam.flatten(1) for clip in clips]
-    before, found = poses[0][:0], []
-    for pose in poses:
-        found.append(~(pose[:, None] == before).all(-1).any(1))
-        before = torch.cat([before, pose])
+    """[F] bool for each clip: its frames that no clip before it has. Where clips overlap, the first frames of one are
+    the last of all before it; a path that comes back to a place is no overlap."""
+    walk, found = packed(clips[0].cameras)[:0], []
+    for clip in clips:
+        rows, count = packed(clip.cameras), len(clip.cameras)
+        shared = next((n for n in range(count, 0, -1) if torch.equal(walk[-n:], rows[:n])), 0)
+        found.append(torch.arange(count) >= shared)
+        walk = torch.cat([walk, rows[shared:]])
     return found
 
 

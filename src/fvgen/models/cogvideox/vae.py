@@ -60,15 +60,19 @@ def channel_statistics(vae: nn.Module) -> tuple[Tensor, Tensor] | None:
     VAE's config, by which latents are shifted and divided; None where there are none, as in the published ones.
     Raises UserError for one without the other, and for those of another number of channels."""
     config = vae.config
-    given = config.get("latents_mean"), config.get("latents_std")
-    if given == (None, None):
+    given, channels = [config.get(name) for name in ("latents_mean", "latents_std")], config["latent_channels"]
+    if given == [None, None]:
         return None
-    if None in given or any(len(x) != config["latent_channels"] for x in given) or not all(s > 0 for s in given[1]):
+    if not all(_numbers(x, channels) for x in given) or min(given[1]) <= 0:
         raise UserError(
-            f"the VAE's latents_mean and latents_std do not fit its {config['latent_channels']} channels; give both, a "
-            "number for each, or neither"
+            f"the VAE's latents_mean and latents_std do not fit its {channels} channels; give both, a number for each "
+            "(those of latents_std above 0), or neither"
         )
-    return tuple(torch.tensor(x, dtype=torch.float32, device=vae.device).view(-1, 1, 1, 1) for x in given)
+    return tuple(torch.tensor(x, dtype=torch.float32).view(-1, 1, 1, 1) for x in given)
+
+
+def _numbers(value: Any, count: int) -> bool:
+    return isinstance(value, list | tuple) and len(value) == count and all(isinstance(x, int | float) for x in value)
 
 
 def encode(vae: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
@@ -81,13 +85,15 @@ def encode(vae: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
     mean, std = (torch.cat([getattr(each, name) for each in posteriors]).float() for name in ("mean", "std"))
     if (channels := channel_statistics(vae)) is None:
         return mean, std
-    return (mean - channels[0]) / channels[1], std / channels[1]
+    center, spread = (each.to(mean) for each in channels)
+    return (mean - center) / spread, std / spread
 
 
 def decode(vae: nn.Module, latents: Tensor) -> Tensor:
     """Unscaled latents [B, C, F', h, w] to frames [B, 4F'-3, 3, H, W] in [0, 1], clamped, float32; clip by clip."""
     if (channels := channel_statistics(vae)) is not None:
-        latents = latents.float() * channels[1] + channels[0]
+        center, spread = (each.to(latents.device) for each in channels)
+        latents = latents.float() * spread + center
     frames = torch.cat([vae.decode(clip).sample for clip in latents.to(vae.dtype).split(1)])
     frames = frames[:, :, 3 - SQUEEZE * latents.shape[2] :]  # an even F' gives three more, at the start
     return (frames.float().clamp(-1, 1) / 2 + 0.5).transpose(1, 2)
