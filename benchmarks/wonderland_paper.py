@@ -7,6 +7,7 @@ from typing import Any
 ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
     # None: nothing is trained
     "camera": {
+        "warped by true depth": None,
         "base, no camera": None,
         "dual": {"branch": "dual"},
         "control": {"branch": "control"},
