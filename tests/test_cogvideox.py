@@ -46,6 +46,7 @@ from fvgen.distill import (
 from fvgen.models.cogvideox.family import FAMILY, noise_schedule
 from fvgen.models.cogvideox.pipelines import CogVideoXStudentPipeline, CogVideoXTeacherPipeline
 from fvgen.models.cogvideox.transformer import centred, rotary_table
+from fvgen.models.cogvideox.vae import decode, encode
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Denoiser
 from fvgen.models.family import Size, family_of
@@ -224,6 +225,18 @@ def test_channels_are_shifted_and_divided_where_the_vae_says_how(teacher):
     ]
     for given in (*wrong, {"latents_mean": mean, "latents_std": [0.0] * 16}):
         assert "do not fit its 16 channels" in refusal(lambda vae=given: small_teacher(vae=vae))
+
+
+def test_statistics_of_channels_go_where_the_data_are():
+    """Offload keeps the VAE's weights on the meta device between calls."""
+    from accelerate import cpu_offload
+
+    settings = {"latents_mean": [0.5] * 16, "latents_std": [2.0] * 16}
+    plain, away = small_vae(**settings), small_vae(**settings)
+    cpu_offload(away, execution_device="cpu")
+    mean, std = encode(away, video())
+    assert away.device.type == "meta" and torch.equal(mean, encode(plain, video())[0])
+    assert torch.equal(decode(away, mean), decode(plain, mean)) and std.device.type == "cpu"
 
 
 @pytest.mark.parametrize("kind", ["renders", "first", "ends"])
