@@ -193,7 +193,7 @@ def results_of(args: Any, name: str, seed: int) -> Path:
 def judge_work(args: Any) -> None:
     """Raises UserError where --work holds rows of this part that were asked for otherwise: they are not compared."""
     names = ["teacher", "data", "folder", "train", "clips", "first", "others", "steps", "batch"]
-    names += ["iterations", "rate", "t_distribution"] if args.part != "lalrm" else []
+    names += ["iterations", "rate", "lora_rank", "encoder_width"] if args.part != "lalrm" else []
     names += ["lalrm_iterations", "lalrm_rate", "width", "layers", "lalrm_batch"] if args.part != "camera" else []
     asked, file = {name: str(getattr(args, name)) for name in names}, args.work / args.part / "asked.json"
     if not file.is_file():
@@ -266,9 +266,6 @@ def parser() -> Parser:
     words.add_argument("--batch", type=positive, default=4)
     words.add_argument("--iterations", type=positive, default=600, help="of camera guidance")
     words.add_argument("--rate", type=float, default=1e-3, help="of camera guidance")
-    words.add_argument(
-        "--t-distribution", choices=["uniform", "mixed"], default="mixed", help="timesteps of camera guidance"
-    )
     words.add_argument("--lora-rank", type=positive, default=8)
     words.add_argument("--encoder-width", type=positive, default=64)
     words.add_argument("--lalrm-iterations", type=positive, default=3000)
@@ -304,7 +301,7 @@ def main() -> None:
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {args.device}",
         "teacher": args.teacher.name,
         "data": f"{args.data}, test clips {args.first} to {args.first + args.clips - 1}, {learnt} to learn from",
-        "camera guidance": f"{args.iterations} iterations of {args.batch} clips, timesteps {args.t_distribution}",
+        "camera guidance": f"{args.iterations} iterations of {args.batch} clips",
         "LaLRM": f"{args.lalrm_iterations} iterations of {args.lalrm_batch} clips",
         "seeds": args.seeds,
     }

@@ -28,7 +28,7 @@ SHARE = "control_share"  # of the base's blocks that are copied; in a row's sett
 
 def camera_settings(words: Mapping[str, Any], args: Any, layers: int) -> dict[str, Any]:
     """Settings of `method: camera` from a row's, whose `SHARE` is of ``layers`` blocks, at least one."""
-    found = {"encoder_width": args.encoder_width, "t_distribution": args.t_distribution, **words}
+    found = {"encoder_width": args.encoder_width, **words}
     if words["branch"] != "control":
         found.setdefault("camera_lora_rank", args.lora_rank)
     if words["branch"] != "lora":

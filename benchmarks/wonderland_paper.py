@@ -18,7 +18,6 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "control, a quarter": {"branch": "control", "control_share": 0.25},
         "control, all blocks": {"branch": "control", "control_share": 1.0},
         "control, early steps": {"branch": "control", "control_t_min": 600, "t_distribution": "truncated_normal"},
-        "dual, uniform timesteps": {"branch": "dual", "t_distribution": "uniform"},
     },
     "lalrm": {
         "warped by true depth": None,
@@ -56,7 +55,7 @@ CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
         for metric in ("R_err_all", "T_err_scene_all")
     ]
     + [(row, "base, no camera", x) for row in ("dual", "control, early steps") for x in ("psnr", "camera_gain")]
-    + [("dual", "dual, uniform timesteps", "camera_gain")],
+    + [("control, early steps", "control", "camera_gain")],
     "lalrm": [
         ("LaLRM", worse, metric)
         for worse in (

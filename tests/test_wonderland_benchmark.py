@@ -53,8 +53,8 @@ def test_rows_that_were_asked_for_otherwise_are_not_mixed(tmp_path):
     words = ("--work", str(tmp_path), "--iterations", "260")
     wonderland.judge_work(arguments(*words))
     wonderland.judge_work(arguments(*words, "--seeds", "3", "--rows", "dual"))
-    said = refusal(lambda: wonderland.judge_work(arguments(*words, "--t-distribution", "uniform")))
-    assert "holds rows of --t-distribution mixed, not uniform" in said
+    said = refusal(lambda: wonderland.judge_work(arguments(*words, "--rate", "0.01")))
+    assert "holds rows of --rate 0.001, not 0.01" in said
     wonderland.judge_work(arguments("--work", str(tmp_path), "--lalrm-iterations", "5", "--iterations", "260"))
 
 

@@ -20,10 +20,9 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def paired(ours: Sequence[float | None], others: Sequence[float | None]) -> dict[str, float] | None:
-    """``ours`` minus ``others``, one by one: mean, half width of the 95 % interval (Student's t; NaN for one pair) and
-    the mean relative to the others'. None where a value is missing."""
+    """``ours`` minus ``others``, one by one: mean and half width of the 95 % interval (Student's t; NaN for one pair).
+    None where a value is missing."""
     if not ours or None in ours or None in others:
         return None
     differences = [a - b for a, b in zip(ours, others, strict=True)]
-    mean, base = statistics.mean(differences), statistics.mean(others)
-    return {"mean": mean, "half_width": half_width(differences), "relative": mean / base if base else math.nan}
+    return {"mean": statistics.mean(differences), "half_width": half_width(differences)}

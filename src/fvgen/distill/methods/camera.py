@@ -59,9 +59,8 @@ class CameraSettings(MethodSettings):
     control_t_min: int = Field(
         0, ge=0, le=999, description="the camera is not looked at below this timestep; 600 is AC3D's"
     )
-    t_distribution: Literal["uniform", "truncated_normal", "mixed"] = Field(
-        "uniform",
-        description="of the timesteps that are learnt; truncated_normal: AC3D's, on 600 to 999; mixed: either",
+    t_distribution: Literal["uniform", "truncated_normal"] = Field(
+        "uniform", description="of the timesteps that are learnt; truncated_normal is AC3D's, on 600 to 999"
     )
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are the result")
     sample_steps: int = Field(10, ge=1, le=1000, description="of DDIM, for sample clips")
@@ -179,14 +178,10 @@ class Camera(Method):
 
     def timesteps(self, like: Tensor, draws: Draws) -> Tensor:
         """[B] integers."""
-        anywhere = draws.integers(self.settings.t_low, TIMESTEPS, like)
         if self.settings.t_distribution == "uniform":
-            return anywhere
+            return draws.integers(self.settings.t_low, TIMESTEPS, like)
         uniform = (draws.integers(0, RESOLUTION, like).double() + 0.5) / RESOLUTION
-        early = (TIMESTEPS * truncated_normal(uniform, *AC3D)).long().clamp(self.settings.t_low, TIMESTEPS - 1)
-        if self.settings.t_distribution == "truncated_normal":
-            return early
-        return torch.where(draws.integers(0, 2, like) == 1, early, anywhere)
+        return (TIMESTEPS * truncated_normal(uniform, *AC3D)).long().clamp(self.settings.t_low, TIMESTEPS - 1)
 
     @torch.no_grad()
     def sample(self, batch: LatentBatch, seed: int) -> Tensor:
