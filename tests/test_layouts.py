@@ -266,5 +266,5 @@ def test_a_leap_needs_a_model_that_sees_renders(layout):
     if layout.startswith("renders"):
         assert isinstance(FVGenLeapPipeline.from_teacher(pipeline, pipeline.unet), FVGenLeapPipeline)
     else:
-        with pytest.raises(UserError, match="sees the ends of a clip and not its render"):
+        with pytest.raises(UserError, match="sees one or both ends of a clip and not its render"):
             FVGenLeapPipeline.from_teacher(pipeline, pipeline.unet)
