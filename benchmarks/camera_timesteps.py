@@ -32,6 +32,7 @@ from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.models.cogvideox.vae import encode
 from fvgen.system.command import Parser, guarded, positive
 
+VAE = Path(__file__).resolve().parents[1] / "recipes" / "weights" / "world-vae"
 WORLD = WORLDS["builtin-paths"]
 FRAMES = 9
 TIMES = (300, 500, 600, 700, 800, 850, 900, 930, 950, 970, 990)
@@ -59,7 +60,7 @@ def told(z: Tensor, signal: float, generator: torch.Generator) -> tuple[float, f
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("--vae", type=Path, default=Path("recipes/weights/world-vae"))
+    parser.add_argument("--vae", type=Path, default=VAE)
     parser.add_argument("--rooms", type=positive, default=64)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()

@@ -182,6 +182,7 @@ def out_of(args: Any, part: str, name: str, seed: int) -> Path:
     return args.work / part / name.replace(" ", "-").replace("/", "-") / f"run-{seed}"
 
 
+OF_A_CALL = ("part", "rows", "seeds", "device", "work", "name", "out")  # a row is the same whatever these are
 SEEDLESS = ("warped by true depth", "nearest frame", "cross-fade")
 MAKERS = {"camera": camera_row, "lalrm": lalrm_row, "end-to-end": end_to_end_row}
 
@@ -192,17 +193,15 @@ def results_of(args: Any, name: str, seed: int) -> Path:
 
 def judge_work(args: Any) -> None:
     """Raises UserError where --work holds rows of this part that were asked for otherwise: they are not compared."""
-    names = ["teacher", "data", "folder", "train", "clips", "first", "others", "steps", "batch"]
-    names += ["iterations", "rate", "lora_rank", "encoder_width"] if args.part != "lalrm" else []
-    names += ["lalrm_iterations", "lalrm_rate", "width", "layers", "lalrm_batch"] if args.part != "camera" else []
-    asked, file = {name: str(getattr(args, name)) for name in names}, args.work / args.part / "asked.json"
+    asked = {name: str(value) for name, value in sorted(vars(args).items()) if name not in OF_A_CALL}
+    file = args.work / args.part / "asked.json"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         write_json(file, asked)
     for name, found in json.loads(file.read_text()).items():
-        if found != asked[name]:
+        if found != asked.get(name):
             option = "--" + name.replace("_", "-")
-            raise UserError(f"{args.work} holds rows of {option} {found}, not {asked[name]}; give another --work")
+            raise UserError(f"{args.work} holds rows of {option} {found}, not {asked.get(name)}; give another --work")
 
 
 def run_missing(args: Any) -> None:
@@ -301,10 +300,12 @@ def main() -> None:
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {args.device}",
         "teacher": args.teacher.name,
         "data": f"{args.data}, test clips {args.first} to {args.first + args.clips - 1}, {learnt} to learn from",
-        "camera guidance": f"{args.iterations} iterations of {args.batch} clips",
-        "LaLRM": f"{args.lalrm_iterations} iterations of {args.lalrm_batch} clips",
         "seeds": args.seeds,
     }
+    if args.part != "lalrm":
+        settings["camera guidance"] = f"{args.iterations} iterations of {args.batch} clips"
+    if args.part != "camera":
+        settings["LaLRM"] = f"{args.lalrm_iterations} iterations of {args.lalrm_batch} clips"
     result = {**settings, **found, "paper": PAPER[args.part], "by_seed": by_row}
     write_results(args.out, f"{args.name}-{args.part}", result, markdown(args.part, found, settings))
     print(json.dumps(found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -223,7 +224,8 @@ def test_channels_are_shifted_and_divided_where_the_vae_says_how(teacher):
         {"latents_mean": 0.1, "latents_std": 0.5},
         {"latents_mean": mean, "latents_std": "s" * 16},
     ]
-    for given in (*wrong, {"latents_mean": mean, "latents_std": [0.0] * 16}):
+    wrong += [{"latents_mean": [math.nan] * 16, "latents_std": std}, {"latents_mean": mean, "latents_std": [0.0] * 16}]
+    for given in wrong:
         assert "do not fit its 16 channels" in refusal(lambda vae=given: small_teacher(vae=vae))
 
 

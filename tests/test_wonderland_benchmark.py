@@ -55,7 +55,8 @@ def test_rows_that_were_asked_for_otherwise_are_not_mixed(tmp_path):
     wonderland.judge_work(arguments(*words, "--seeds", "3", "--rows", "dual"))
     said = refusal(lambda: wonderland.judge_work(arguments(*words, "--rate", "0.01")))
     assert "holds rows of --rate 0.001, not 0.01" in said
-    wonderland.judge_work(arguments("--work", str(tmp_path), "--lalrm-iterations", "5", "--iterations", "260"))
+    said = refusal(lambda: wonderland.judge_work(arguments(*words, "--perceptual", "0.1")))
+    assert "holds rows of --perceptual 0.5, not 0.1" in said  # whatever could be another row's
 
 
 def test_claims_name_rows_and_metrics():

@@ -100,7 +100,7 @@ def drawn_scene(
     cameras = make_path(generator, scene, frames, height, width, world)
     if world.paths == 1:
         return clear_the_way(scene, cameras), cameras, generator
-    paths = [branch(generator, scene, cameras[:1], frames, world) for _ in range(world.paths)]
+    paths = [parting_path(generator, scene, cameras[:1], frames, world) for _ in range(world.paths)]
     for path in paths:
         scene = clear_the_way(scene, path)
     return scene, paths[index % world.paths], generator
@@ -188,7 +188,7 @@ def make_path(
     return Cameras(poses, pinhole(frames, height, width, _uniform(generator, 55, 80)), height, width)
 
 
-def branch(
+def parting_path(
     generator: torch.Generator, scene: SyntheticScene, first: Cameras, frames: int, world: World = USUAL
 ) -> Cameras:
     """A path from the camera ``first``: straight on in any direction for `STRIDE`, or to where a wall is, while the

@@ -9,6 +9,7 @@ Facts: diffusers 0.38 to 0.42, `AutoencoderKLCogVideoX`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -72,7 +73,9 @@ def channel_statistics(vae: nn.Module) -> tuple[Tensor, Tensor] | None:
 
 
 def _numbers(value: Any, count: int) -> bool:
-    return isinstance(value, list | tuple) and len(value) == count and all(isinstance(x, int | float) for x in value)
+    """Whether it is a list of so many finite numbers."""
+    fits = isinstance(value, list | tuple) and len(value) == count
+    return fits and all(isinstance(x, int | float) and math.isfinite(x) for x in value)
 
 
 def encode(vae: nn.Module, frames: Tensor) -> tuple[Tensor, Tensor]:
