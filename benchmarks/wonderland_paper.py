@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+EARLY = {"control_t_min": 600, "t_distribution": "truncated_normal"}  # AC3D's
+
 ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
     # None: nothing is trained
     "camera": {
@@ -17,7 +19,9 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "control, 1 block": {"branch": "control", "control_share": 0.0},
         "control, a quarter": {"branch": "control", "control_share": 0.25},
         "control, all blocks": {"branch": "control", "control_share": 1.0},
-        "control, early steps": {"branch": "control", "control_t_min": 600, "t_distribution": "truncated_normal"},
+        "dual, early steps": {"branch": "dual"} | EARLY,
+        "control, early steps": {"branch": "control"} | EARLY,
+        "LoRA, early steps": {"branch": "lora"} | EARLY,
     },
     "lalrm": {
         "warped by true depth": None,
@@ -51,11 +55,21 @@ CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
             ("control", "control, a quarter"),
             ("control, a quarter", "control, 1 block"),
             ("dual", "base, no camera"),
+            ("dual, early steps", "control, early steps"),
+            ("control, early steps", "LoRA, early steps"),
         )
         for metric in ("R_err_all", "T_err_scene_all")
     ]
-    + [(row, "base, no camera", x) for row in ("dual", "control, early steps") for x in ("psnr", "camera_gain")]
-    + [("control, early steps", "control", "camera_gain")],
+    + [
+        (row, "base, no camera", metric)
+        for row in ("dual", "dual, early steps", "control, early steps", "LoRA, early steps")
+        for metric in ("psnr", "camera_gain")
+    ]
+    + [
+        ("dual, early steps", "control, early steps", "camera_gain"),
+        ("control, early steps", "LoRA, early steps", "camera_gain"),
+        ("control, early steps", "control", "camera_gain"),
+    ],
     "lalrm": [
         ("LaLRM", worse, metric)
         for worse in (

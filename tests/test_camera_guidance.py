@@ -175,23 +175,30 @@ def test_checkpointing_changes_no_gradient(seen):
     assert all(torch.equal(grad, again[name]) for name, grad in plain.items() if grad is not None)
 
 
-def test_below_its_timestep_a_control_branch_is_not_heard(seen):
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_below_its_timestep_the_network_is_the_base(seen, way):
     """Clip by clip: 999 and 459 in one batch."""
-    network, base = moved(guided(branch="control", control_t_min=600)), base_transformer()
-    always = moved(guided(branch="control"))
+    network, base, always = moved(guided(control_t_min=600, **way)), base_transformer(), moved(guided(**way))
     with torch.no_grad():
         found, plain, heard = (velocity(each, seen) for each in (network, base, always))
     assert torch.equal(found[1], plain[1]) and torch.equal(found[0], heard[0])
     assert not torch.equal(found[0], plain[0]) and not torch.equal(heard[1], plain[1])
 
 
-def test_below_its_timestep_no_branch_looks_at_the_camera(seen):
+def test_checkpointing_a_rollout_remembers_who_looked(seen):
+    """Two steps before one backward pass: what is computed again for the first must not be gated as the second was."""
     x_t, t, condition = seen
-    network = moved(guided(control_t_min=600))
-    other = condition.replaced({"camera_path": paths(2, seed=7)})
-    with torch.no_grad():
-        one, two = (velocity(network, (x_t, t, each)) for each in (condition, other))
-    assert torch.equal(one[1], two[1]) and not torch.equal(one[0], two[0])
+    grads = []
+    for checkpointing in (False, True):
+        network = moved(guided(control_t_min=600))
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        first = velocity(network, (x_t, torch.full_like(t, 999), condition))
+        velocity(network, (x_t + first, torch.full_like(t, 400), condition)).square().mean().backward()
+        grads.append({name: p.grad for name, p in network.named_parameters()})
+    plain, again = grads
+    assert plain["transformer_blocks.0.attn1.to_q.camera_up.weight"].abs().max() > 0
+    assert all(torch.equal(grad, again[name]) for name, grad in plain.items() if grad is not None)
 
 
 def test_the_camera_is_learnt_where_clips_depend_on_it():

@@ -165,7 +165,7 @@ def test_teachers_of_another_family_are_refused(stage):
         ({"branch_width": 16, "copy_blocks": True}, "copy_blocks has no effect where branch_width is given"),
         ({"init": "runs/a"}, "init=runs/a has no effect here; to go on, give teacher=RUN/teacher"),
         ({"share_backbone": True}, "share_backbone=true has no effect here"),
-        ({"t_distribution": "truncated_normal"}, "set control_t_min=600 and branch=control"),
+        ({"t_distribution": "truncated_normal"}, "no timestep below 600; set control_t_min=600"),
     ],
 )
 def test_settings_without_effect_are_refused(stage, changes, words):
@@ -190,9 +190,8 @@ def test_the_truncated_normal_is_one():
     ("words", "low", "mean"),
     [
         ({}, 0, 499.5),
-        ({"control_t_min": 600}, 0, 499.5),  # the LoRA learns everywhere
-        ({"control_t_min": 600, "branch": "control"}, 600, 799.5),
-        ({"control_t_min": 600, "branch": "control", "t_distribution": "truncated_normal"}, 600, None),
+        ({"control_t_min": 600}, 600, 799.5),
+        ({"control_t_min": 600, "t_distribution": "truncated_normal"}, 600, None),
     ],
 )
 def test_timesteps_are_drawn_where_something_is_to_be_learnt(words, low, mean):

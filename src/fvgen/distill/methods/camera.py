@@ -57,7 +57,7 @@ class CameraSettings(MethodSettings):
     camera_lora_rank: int = Field(256, ge=0, le=8192, description="of the base's attention layers; 0 is none")
     encoder_width: int = Field(256, ge=1, le=1 << 17, description="channels of the camera encoders' convolutions")
     control_t_min: int = Field(
-        0, ge=0, le=999, description="the camera is not looked at below this timestep; 600 is AC3D's"
+        0, ge=0, le=999, description="below this timestep the network is the base, and nothing is learnt; 600 is AC3D's"
     )
     t_distribution: Literal["uniform", "truncated_normal"] = Field(
         "uniform", description="of the timesteps that are learnt; truncated_normal is AC3D's, on 600 to 999"
@@ -75,19 +75,11 @@ class CameraSettings(MethodSettings):
             idle["camera_lora_rank"] = "where branch is control"
         return idle
 
-    @property
-    def t_low(self) -> int:
-        """The lowest timestep that is learnt: a control branch alone has nothing to learn where it is not heard."""
-        return self.control_t_min if self.branch == "control" else 0
-
     @model_validator(mode="after")
     def _consistent(self) -> CameraSettings:
         low = int(TIMESTEPS * AC3D[2])
-        if self.t_distribution == "truncated_normal" and self.t_low < low:
-            raise ValueError(
-                f"t_distribution=truncated_normal learns no timestep below {low}; set control_t_min={low} and "
-                "branch=control"
-            )
+        if self.t_distribution == "truncated_normal" and self.control_t_min < low:
+            raise ValueError(f"t_distribution=truncated_normal learns no timestep below {low}; set control_t_min={low}")
         return self
 
     def judge(self, run: Run, data: Data, memory: Memory) -> None:
@@ -178,10 +170,11 @@ class Camera(Method):
 
     def timesteps(self, like: Tensor, draws: Draws) -> Tensor:
         """[B] integers."""
+        low = self.settings.control_t_min
         if self.settings.t_distribution == "uniform":
-            return draws.integers(self.settings.t_low, TIMESTEPS, like)
+            return draws.integers(low, TIMESTEPS, like)
         uniform = (draws.integers(0, RESOLUTION, like).double() + 0.5) / RESOLUTION
-        return (TIMESTEPS * truncated_normal(uniform, *AC3D)).long().clamp(self.settings.t_low, TIMESTEPS - 1)
+        return (TIMESTEPS * truncated_normal(uniform, *AC3D)).long().clamp(low, TIMESTEPS - 1)
 
     @torch.no_grad()
     def sample(self, batch: LatentBatch, seed: int) -> Tensor:

@@ -9,14 +9,15 @@
 At the start the output is the base's, bit for bit. The columns of W that o_l meets keep their random start: were they 0
 too, they and the encoder's last layer would wait for one another's gradient for ever. AC3D's variant (Bahmani et al.
 2025) is ``branch_width`` > 0, a thin branch of its own small blocks, and ``control_t_min``: it controls the first
-denoising steps alone. The encoders' layers are ours: the paper says "3D convolutions and an unfolding".
+denoising steps alone, and below them the network is the base, bit for bit; we let the LoRA branch have that too. The
+encoders' layers are ours: the paper says "3D convolutions and an unfolding".
 
 Letters as in `fvgen.models.cogvideox.transformer`; F frames, s pixels to a latent pixel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from inspect import signature
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.nn.functional import pixel_unshuffle
 
 from fvgen.errors import UserError, did_you_mean
 from fvgen.geometry.plucker import folded, plucker, unpacked
-from fvgen.models.cogvideox.transformer import Rotary, block_by_block, through
+from fvgen.models.cogvideox.transformer import Block, Rotary, block_by_block, through
 from fvgen.models.cogvideox.vae import SQUEEZE
 
 BRANCHES = ("lora", "control", "dual")
@@ -85,7 +86,9 @@ class Fusion(nn.Linear):
 
 class LoraLinear(nn.Linear):
     """x -> W x + b + up(down(x)), alpha = rank, up 0 at the start (Hu et al. 2021). W and b keep the names that they
-    had in the layer ``like``."""
+    had in the layer ``like``. ``looking`` [B, 1, 1]: the clips for which up counts; None for all."""
+
+    looking: Tensor | None = None
 
     def __init__(self, like: nn.Linear, rank: int) -> None:
         super().__init__(like.in_features, like.out_features, like.bias is not None)
@@ -94,7 +97,22 @@ class LoraLinear(nn.Linear):
         nn.init.zeros_(self.camera_up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + self.camera_up(self.camera_down(x))
+        learnt = self.camera_up(self.camera_down(x))
+        return super().forward(x) + (learnt if self.looking is None else learnt * self.looking)
+
+
+class Looking:
+    """A block with LoRA as a function, for the clips that ``looking`` says. Computed again in a backward pass it still
+    knows which: a rollout has other steps between its two passes."""
+
+    def __init__(self, block: nn.Module, looking: Tensor) -> None:
+        self.block, self.looking = block, looking
+
+    def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
+        attention = self.block.attn1
+        for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
+            layer.looking = self.looking
+        return self.block(*inputs)
 
 
 class ControlBranch(nn.Module):
@@ -117,8 +135,7 @@ class CameraTransformer(CogVideoXTransformer3DModel):
         branch_width: channels of the control branch, a multiple of a head's; 0 for the base's.
         camera_lora_rank: of q, k, v, out in every block, with the LoRA branch; 0 for none.
         encoder_width: channels of the encoders' convolutions.
-        control_t_min: the camera is not looked at below this timestep; there what is left of the LoRA branch is its
-            LoRA.
+        control_t_min: the camera is not looked at below this timestep: the network is the base there, LoRA or not.
         space_factor: s.
 
     Raises UserError for settings that do not fit each other.
@@ -234,8 +251,9 @@ class CameraTransformer(CogVideoXTransformer3DModel):
         grid: tuple[int, int, int],
         t: Tensor,
         camera_path: Tensor,
-    ) -> tuple[Tensor, Iterator[Tensor]]:
-        """Video tokens [B, N, D] as the first block sees them, and what is added to them behind each of the first."""
+    ) -> tuple[Tensor, Iterator[Tensor], Sequence[Block]]:
+        """Video tokens [B, N, D] as the first block sees them, what is added to them behind each of the first, and the
+        blocks."""
         p, looking = self.config.patch_size, (t >= self.config.control_t_min).view(-1, 1, 1)
         with torch.no_grad():
             rays = ray_grid(camera_path, p * grid[1], p * grid[2], self.config.space_factor).to(video.dtype)
@@ -245,7 +263,10 @@ class CameraTransformer(CogVideoXTransformer3DModel):
         if self.camera_fusion is not None:
             fused = self.camera_fusion(torch.cat([video, self.camera_encoder(rays)], dim=-1))
             video = torch.where(looking, fused, video)
-        return video, additions
+        blocks: Sequence[Block] = self.transformer_blocks
+        if self.config.control_t_min and self.camera_fusion is not None and self.config.camera_lora_rank:
+            blocks = [Looking(block, looking) for block in blocks]
+        return video, additions, blocks
 
     def _additions(
         self, video: Tensor, text: Tensor, embedding: Tensor, rotary: Rotary | None, rays: Tensor, looking: Tensor

@@ -8,12 +8,14 @@ Facts: diffusers 0.38 to 0.42, `CogVideoXTransformer3DModel` and `CogVideoXImage
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 Rotary = tuple[Tensor, Tensor]
+Block = Callable[..., tuple[Tensor, Tensor]]
+"""(video, text, time embedding, positions) to (video, text): a module, or what runs one."""
 TAP = "blocks."
 
 
@@ -92,7 +94,7 @@ def block_by_block(
     """What the class's own `forward` computes, with a look behind each block; arguments of `velocity_and_taps`.
 
     A network with a guide has a method ``guided``, which changes the video tokens before the first block and gives what
-    is added to them behind each of the first blocks.
+    is added to them behind each of the first blocks, and the blocks.
     """
     p = network.config.patch_size
     grid = sample.shape[1], sample.shape[3] // p, sample.shape[4] // p
@@ -100,10 +102,11 @@ def block_by_block(
     tokens = network.embedding_dropout(network.patch_embed(text, sample))
     text, video = tokens.split([text.shape[1], tokens.shape[1] - text.shape[1]], dim=1)
     additions: Iterator[Tensor] = iter(())
+    blocks: Sequence[Block] = network.transformer_blocks
     if guide:
-        video, additions = network.guided(video, text, embedding, rotary, grid, t, **guide)
+        video, additions, blocks = network.guided(video, text, embedding, rotary, grid, t, **guide)
     wanted, features, with_graph = set(taps), {}, torch.is_grad_enabled()
-    for tap, block in zip(taps_of(network), network.transformer_blocks, strict=True):
+    for tap, block in zip(taps_of(network), blocks, strict=True):
         with torch.set_grad_enabled(with_graph):
             video, text = through(network, block, video, text, embedding, rotary)
             if (addition := next(additions, None)) is not None:
@@ -120,7 +123,7 @@ def block_by_block(
 
 
 def through(
-    network: nn.Module, block: nn.Module, video: Tensor, text: Tensor, embedding: Tensor, rotary: Rotary | None
+    network: nn.Module, block: Block, video: Tensor, text: Tensor, embedding: Tensor, rotary: Rotary | None
 ) -> tuple[Tensor, Tensor]:
     """(video, text) tokens behind a block, computed again in the backward pass where the network is set to that."""
     if network.gradient_checkpointing and torch.is_grad_enabled():
