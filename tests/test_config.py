@@ -263,6 +263,8 @@ def test_who_learns_follows_from_the_settings(name, changes, learners):
         ("dmd", {"r1_sigma": 0.1}, "r1_sigma has no effect where r1_weight is 0"),
         ("dmd", {"gan_weight": 0.0, "divergence": "reverse_kl", "head_channels": 8}, "where no head learns"),
         ("dmd", {"gan_weight": 0.0, "divergence": "reverse_kl", "head_lr": 1e-3}, "where no head learns"),
+        ("lalrm", {"lr_warmup": 7, "iterations": 7}, "lr_warmup=7 of iterations=7 leaves none at lalrm_lr; set less"),
+        ("gan", {"head_lr_warmup": 9, "iterations": 7}, "head_lr_warmup=9 of iterations=7 leaves none at head_lr"),
         ("nothing", {}, "there is no method 'nothing'; known are camera, consistency, control-frozen-head,"),
     ],
 )

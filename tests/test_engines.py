@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -24,6 +25,7 @@ from fvgen.distill.engines import Optimization, PlainEngine, join_world
 from fvgen.distill.learners import Learner, make_learner
 from fvgen.distill.methods.base import Part, Setup
 from fvgen.distill.methods.dmd import Dmd
+from fvgen.distill.settings import Optimizer
 from fvgen.distill.zero_settings import zero_settings
 from fvgen.errors import UserError
 from fvgen.models.viewcrafter.pipelines import FVGenPipeline
@@ -188,10 +190,38 @@ def test_a_state_goes_on_where_it_was(fused):
 
 def test_frozen_lets_gradients_through_but_not_in():
     head, x = nn.Linear(3, 1), torch.ones(3, requires_grad=True)
-    with Learner("head", head, engine_of(head)).frozen():
+    with Learner("head", head, engine_of(head), Optimizer()).frozen():
         loss = head(x).sum()
     loss.backward()
     assert torch.equal(x.grad, head.weight[0]) and head.weight.grad is None and head.weight.requires_grad
+
+
+# --- The rate ---
+
+
+def test_the_rate_rises_and_falls():
+    """Linear up, then half a cosine's wave, which has 3/4 left after a third of the way and 1/2 in the middle."""
+    plain, warm = Optimizer(lr=0.5), Optimizer(lr=0.5, lr_warmup=4)
+    assert {plain.rate(i, 10) for i in (1, 5, 10)} == {0.5}
+    assert [warm.rate(i, 10) for i in (1, 2, 4, 5, 10)] == [0.125, 0.25, 0.5, 0.5, 0.5]
+    both = Optimizer(lr=0.5, lr_warmup=4, lr_schedule="cosine")
+    assert [both.rate(i, 10) for i in (1, 2, 4, 5)] == [0.125, 0.25, 0.5, 0.5]
+    assert both.rate(7, 10) == pytest.approx(0.375) and both.rate(8, 10) == pytest.approx(0.25)
+    assert 0 < both.rate(10, 10) < both.rate(9, 10)
+
+
+def test_an_update_is_made_at_its_rate():
+    """AdamW's first step is the rate itself, whatever the gradient."""
+    weight = nn.Linear(1, 1, bias=False)
+    engine = engine_of(weight, betas=(0.0, 0.0))
+    learner = Learner("head", weight, engine, Optimizer(lr=1.0, lr_warmup=4, lr_schedule="cosine"))
+    moved = []
+    for iteration in (1, 2, 4, 5, 8):
+        learner.begin(iteration, 12)
+        before = weight.weight.item()
+        learner.update(weight.weight.sum() * 3)
+        moved.append(before - weight.weight.item())
+    assert moved == pytest.approx([0.25, 0.5, 1.0, 1.0, 0.5 * (1 + math.cos(math.pi * 3 / 8))], rel=1e-5)
 
 
 # --- What never happens inside an update ---

@@ -77,6 +77,12 @@ def stage_config(
             if f"{learner}_{key}" in settings:
                 word = f"{learner}_{key}"
                 raise UserError(f"{origin.of(word)}: {word} has no effect where no {learner} learns; remove it")
+    total = owners["run"].iterations
+    for learner, optimizer in optim.items():
+        if optimizer.lr_warmup >= total:
+            word = f"{learner}_lr_warmup" if f"{learner}_lr_warmup" in settings else "lr_warmup"
+            rest = f"of iterations={total} leaves none at {learner}_lr; set less"
+            raise UserError(f"{origin.of(word)}: {word}={optimizer.lr_warmup} {rest}")
     try:
         method.judge(owners["run"], owners["data"], owners["memory"])
     except ValueError as error:
@@ -188,7 +194,7 @@ def _check_names(name: str, settings: Mapping[str, Any], origin: Origin) -> None
 
 
 def _optimizer(
-    learner: str, settings: Mapping[str, Any], origin: Origin, usual: Mapping[str, float] | None = None
+    learner: str, settings: Mapping[str, Any], origin: Origin, usual: Mapping[str, Any] | None = None
 ) -> Optimizer:
     """Of one learner: its own settings before those for all, and those before the method's ``usual`` ones."""
     words = {key: f"{learner}_{key}" for key in Optimizer.model_fields}

@@ -59,6 +59,9 @@ class Engine(Protocol):
         """Add the gradient of the scalar ``loss``; with the last part of an update make the step and return the norm of
         the whole gradient before clipping. A norm that is not finite means that the step was skipped, everywhere."""
 
+    def set_rate(self, lr: float) -> None:
+        """Of the updates from now on."""
+
     def gather(self, shards: Sequence[Tensor]) -> dict[str, Tensor]:
         """Shards shaped as `masters` to whole float32 tensors on the CPU by parameter name (main process only; others
         get an empty mapping). Every process must call it."""
@@ -83,6 +86,10 @@ class _Optimized:
 
     optimizer: torch.optim.Optimizer
     masters: list[Tensor]
+
+    def set_rate(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
 
     def state_dict(self) -> dict[str, Any]:
         states = [self.optimizer.state.get(master, {}) for master in self.masters]

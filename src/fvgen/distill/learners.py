@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fvgen.distill.ema import EMA
 from fvgen.distill.engines import Engine, make_engine
+from fvgen.distill.settings import Optimizer
 from fvgen.models.denoiser import frozen
 from fvgen.system.processes import World
 
@@ -20,12 +21,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Learner:
-    """``engine`` updates ``module``'s parameters; ``average`` follows them, and is then what is exported."""
+    """``engine`` updates ``module``'s parameters as ``optimizer`` says; ``average`` follows them, and is then what is
+    exported."""
 
     name: str
     module: nn.Module
     engine: Engine
+    optimizer: Optimizer
     average: EMA | None = None
+
+    def begin(self, iteration: int, total: int) -> None:
+        """Take the rate of the iteration numbered 1 to ``total``."""
+        self.engine.set_rate(self.optimizer.rate(iteration, total))
 
     def update(self, loss: Tensor) -> Tensor | None:
         """One step down the gradient of the scalar ``loss``; see `Engine.update`."""
@@ -49,7 +56,8 @@ def make_learner(
 
     ``average``: keep the average of its weights. ``start_at``: named float32 weights that it was rounded from.
     """
-    engine = make_engine(module, config.optim[name], config, world)
+    optimizer = config.optim[name]
+    engine = make_engine(module, optimizer, config, world)
     if start_at:
         engine.start_at(start_at)
-    return Learner(name, module, engine, EMA(engine, config.method.ema_decay) if average else None)
+    return Learner(name, module, engine, optimizer, EMA(engine, config.method.ema_decay) if average else None)

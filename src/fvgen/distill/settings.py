@@ -6,6 +6,7 @@ two owners have a setting of the same name. What is a method's own stands in `fv
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
@@ -53,10 +54,24 @@ class Optimizer(Owner):
     one."""
 
     lr: float = Field(5e-5, gt=0)
+    lr_warmup: int = Field(0, ge=0, le=10**9, description="iterations in which the rate rises to lr")
+    lr_schedule: Literal["constant", "cosine"] = Field(
+        "constant", description="of the rate after that; cosine falls to 0 at the last iteration"
+    )
     beta1: float = Field(0.0, ge=0, lt=1, description="AdamW's first moment; 0 is usual where critics move")
     beta2: float = Field(0.999, ge=0, lt=1)
     weight_decay: float = Field(0.01, ge=0)
     clip_norm: float = Field(1.0, gt=0, description="largest gradient norm of each network")
+
+    def rate(self, iteration: int, total: int) -> float:
+        """Of the iteration numbered 1 to ``total``: lr times a share that rises in a line, then is 1 or half a cosine's
+        wave."""
+        if iteration <= self.lr_warmup:
+            return self.lr * iteration / self.lr_warmup
+        if self.lr_schedule == "constant":
+            return self.lr
+        gone = (iteration - 1 - self.lr_warmup) / (total - self.lr_warmup)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * gone))
 
 
 class Memory(Owner):
@@ -128,7 +143,7 @@ class MethodSettings(Owner):
     """
 
     all_learners: ClassVar[tuple[str, ...]] = ("student",)
-    optimizer: ClassVar[Mapping[str, float]] = {}
+    optimizer: ClassVar[Mapping[str, Any]] = {}
     whole: ClassVar[bool] = False
     result: ClassVar[str] = "student"
 

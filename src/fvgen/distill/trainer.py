@@ -173,6 +173,8 @@ class Trainer:
 
     def iterate(self, iteration: int) -> dict[str, Any]:
         """One iteration of the method; returns its row of metrics."""
+        for learner in self.method.learners.values():
+            learner.begin(iteration, self.config.run.iterations)
         deal = Dealer(self.loader, self.config, self.world, iteration)
         return finite_row(self.reduce(self.method.iterate(iteration, deal)))
 

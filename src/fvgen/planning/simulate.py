@@ -155,7 +155,7 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
     def learner(
         name: str, module: nn.Module, average: bool = False, start_at: Mapping[str, Tensor] | None = None
     ) -> Learner:
-        return Learner(name, module, CountingEngine(module, allocations))
+        return Learner(name, module, CountingEngine(module, allocations), config.optim[name])
 
     with _undisturbed():
         blueprint = config.method.blueprint_of(blueprint)

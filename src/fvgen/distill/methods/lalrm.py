@@ -48,10 +48,13 @@ NETWORK = ("patch", "width", "layers", "head_dim", "pitch", "near", "far", "typi
 
 
 class LalrmSettings(MethodSettings):
-    """Sizes are the paper's (section 3.3), rates GS-LRM's and Long-LRM's, the number of views ours."""
+    """Sizes and the rate's cosine are the paper's (section 3.3), rates GS-LRM's and Long-LRM's, the number of views
+    ours."""
 
     all_learners: ClassVar[tuple[str, ...]] = ("lalrm",)
-    optimizer: ClassVar[Mapping[str, float]] = {"lr": 4e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.05}
+    optimizer: ClassVar[Mapping[str, Any]] = {
+        "lr": 4e-4, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.05, "lr_schedule": "cosine"
+    }  # fmt: skip
     whole: ClassVar[bool] = True
     result: ClassVar[str] = "model"
 
