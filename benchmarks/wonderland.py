@@ -79,15 +79,17 @@ def camera_row(name: str, args: Any, seed: int) -> dict[str, Any]:
     words = ROWS["camera"][name]
     if name == "warped by true depth":
         return warped_row(args)
-    folder = (
-        args.teacher if words is None else models.train_camera(words, args, out_of(args, "camera", name, seed), seed)
-    )
+    trained = name if words is None else words.get("of", name)
+    weight = 1.0 if words is None else words.get("camera_guidance", 1.0)
+    folder = args.teacher
+    if words is not None:
+        folder = models.train_camera(ROWS["camera"][trained], args, out_of(args, "camera", trained, seed), seed)
     size = size_of(args)
     clips = test_clips(args, size)
     renders = [true_render(args, size, args.first + place) for place in range(args.clips)]
-    asked = models.guided_videos(folder, clips, args, seed)
+    asked = models.guided_videos(folder, clips, args, seed, weight)
     # A model that sees no camera makes the same of every path.
-    other = asked if words is None else models.guided_videos(folder, models.shuffled(clips), args, seed)
+    other = asked if words is None else models.guided_videos(folder, models.shuffled(clips), args, seed, weight)
     return rows.score_guided(asked, other, clips, renders)
 
 

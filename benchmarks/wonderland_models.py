@@ -74,11 +74,12 @@ def train_lalrm_further(
     return distill.run(distill.stage_config("lalrm", common(args, out, seed) | settings | sources))
 
 
-def guided_videos(folder: Path, clips: Sequence[Clip], args: Any, seed: int) -> list[Tensor]:
+def guided_videos(folder: Path, clips: Sequence[Clip], args: Any, seed: int, weight: float = 1.0) -> list[Tensor]:
     """A video [F, 3, H, W] along each clip's path from its first frame, on the CPU; without the path where the model
-    does not look at cameras."""
+    does not look at cameras. ``weight``: the path's, `fvgen.models.denoiser.Teacher`."""
     pipeline = load_pipeline(folder, TeacherPipeline).to(args.device)
-    return evaluate({"": teacher_contestant(pipeline, args.steps)}, clips, pipeline, seed)[""].videos
+    contestant = teacher_contestant(pipeline, args.steps, camera_guidance=weight)
+    return evaluate({"": contestant}, clips, pipeline, seed)[""].videos
 
 
 def shuffled(clips: Sequence[Clip]) -> list[Clip]:

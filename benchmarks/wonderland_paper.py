@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+BRANCHES = ("dual, early steps", "control, early steps", "LoRA, early steps")
 EARLY = {"control_t_min": 600, "t_distribution": "truncated_normal"}  # AC3D's
 
 ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
@@ -22,6 +23,9 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "dual, early steps": {"branch": "dual"} | EARLY,
         "control, early steps": {"branch": "control"} | EARLY,
         "LoRA, early steps": {"branch": "lora"} | EARLY,
+        "dual, early steps, weight 3": {"of": "dual, early steps", "camera_guidance": 3.0},
+        "control, early steps, weight 3": {"of": "control, early steps", "camera_guidance": 3.0},
+        "LoRA, early steps, weight 3": {"of": "LoRA, early steps", "camera_guidance": 3.0},
     },
     "lalrm": {
         "warped by true depth": None,
@@ -42,7 +46,8 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
     },
 }
 """Part -> row -> what its training is told beyond the rest; "control" copies half of the blocks, as the paper's 21 of
-42. All that is drawn in an update of LaLRM is four views."""
+42. "of": the row whose models are taken, sampled at another weight of the camera. All that is drawn in an update of
+LaLRM is four views."""
 
 CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
     "camera": [
@@ -57,14 +62,17 @@ CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
             ("dual", "base, no camera"),
             ("dual, early steps", "control, early steps"),
             ("control, early steps", "LoRA, early steps"),
+            *((f"{row}, weight 3", row) for row in BRANCHES),
+            *((f"{row}, weight 3", "base, no camera") for row in BRANCHES),
         )
         for metric in ("R_err_all", "T_err_scene_all")
     ]
     + [
         (row, "base, no camera", metric)
-        for row in ("dual", "dual, early steps", "control, early steps", "LoRA, early steps")
+        for row in ("dual", *BRANCHES, *(f"{row}, weight 3" for row in BRANCHES))
         for metric in ("psnr", "camera_gain")
     ]
+    + [(f"{row}, weight 3", row, metric) for row in BRANCHES for metric in ("psnr", "lpips", "camera_gain")]
     + [
         ("dual, early steps", "control, early steps", "camera_gain"),
         ("control, early steps", "LoRA, early steps", "camera_gain"),

@@ -11,7 +11,19 @@ from checks import refusal
 from diffusers import CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 from small_cameras import BRANCHES, SETTINGS, cameras, guided, moved, paths, with_paths
-from small_cogvideox import FRAMES, HEIGHT, LATENTS, POSITIONS, TEXT, TOKENS, WIDTH, rng, small_teacher, video
+from small_cogvideox import (
+    FRAMES,
+    HEIGHT,
+    LATENTS,
+    POSITIONS,
+    TEXT,
+    TOKENS,
+    WIDTH,
+    rng,
+    small_scheduler,
+    small_teacher,
+    video,
+)
 from small_cogvideox import transformer as base_transformer
 from torch import Tensor, nn
 
@@ -20,10 +32,11 @@ from fvgen.clips.folder import ClipFolder, save_clips
 from fvgen.clips.latents import condition_of, load_latents
 from fvgen.geometry.plucker import folded, plucker, unpacked
 from fvgen.models.cogvideox.camera import CameraTransformer, ray_grid
-from fvgen.models.cogvideox.family import FAMILY
+from fvgen.models.cogvideox.family import FAMILY, noise_schedule
 from fvgen.models.cogvideox.pipelines import CogVideoXStudentPipeline, CogVideoXTeacherPipeline
 from fvgen.models.cogvideox.published import PUBLISHED
 from fvgen.models.condition import Condition
+from fvgen.models.denoiser import Teacher
 from fvgen.pipelines.folders import load_pipeline, save_model
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.walks.chain import chain
@@ -233,6 +246,59 @@ def test_the_camera_is_learnt_where_clips_depend_on_it():
     assert right < 0.8 * wrong, (right, wrong)
 
 
+# --- The camera's weight in the sampler ---
+
+
+@pytest.mark.parametrize("way", WAYS, ids=str)
+def test_without_a_path_it_is_its_base(seen, way):
+    """And what came before does not show afterwards."""
+    network, base = moved(guided(**way)), base_transformer()
+    blind = (*seen[:2], seen[2].without("camera_path"))
+    with torch.no_grad():
+        first = velocity(network, seen)
+        assert torch.equal(velocity(network, blind), velocity(base, blind))
+        assert torch.equal(velocity(network, seen), first) and not torch.equal(first, velocity(base, blind))
+
+
+@pytest.mark.parametrize("text_guidance", [1.0, 2.5])
+def test_the_camera_has_a_weight_of_its_own(seen, text_guidance):
+    """Velocities of four passes of networks without any guidance, put together by hand; at 459 the path is not looked
+    at and the weight changes nothing."""
+    x_t, t, condition = seen
+    network, base = (nn.Module.eval(each) for each in (moved(guided(control_t_min=600)), base_transformer()))
+    null = {"text_tokens": torch.randn(1, TOKENS, TEXT, generator=rng(4))}
+    schedule = noise_schedule(small_scheduler().config)
+    teacher = Teacher(network, schedule, FAMILY.call, [null], text_guidance, 0.0, camera_guidance=3.0)
+    assert teacher.nfe == 2 + (text_guidance != 1)
+    with torch.no_grad():
+        cond, empty = (velocity(network, (x_t, t, each)) for each in (condition, condition.replaced(null)))
+        blind = velocity(base, (x_t, t, condition.without("camera_path")))
+        expected = empty + text_guidance * (cond - empty) + 2 * (cond - blind)
+        found = teacher.velocity(*seen)
+        close = {"atol": 1e-5, "rtol": 1e-5}  # some ten sums of numbers about 3 in another order
+        torch.testing.assert_close(found, expected, **close)
+        torch.testing.assert_close(found[1], (empty + text_guidance * (cond - empty))[1], **close)
+        assert (found - cond)[0].abs().max() > 0.1
+        x0, _ = teacher.judge(*seen, ())
+        torch.testing.assert_close(x0, schedule.x0_from_v(x_t, expected, t), **close)
+
+
+def test_where_nobody_looks_the_weight_costs_no_pass(seen):
+    x_t, t, condition = seen
+    passes = []
+
+    def counting(network, x_t, t, *rest, **more):
+        passes.append(int(t[0]))
+        return FAMILY.call(network, x_t, t, *rest, **more)
+
+    network = moved(guided(control_t_min=600))
+    teacher = Teacher(network, noise_schedule(small_scheduler().config), counting, (), 1.0, 0.0, camera_guidance=2.0)
+    with torch.no_grad():
+        for step in (999, 600, 599, 0):
+            teacher.velocity(x_t, torch.full_like(t, step), condition)
+    assert passes == [999, 999, 600, 600, 599, 0]
+
+
 # --- Full size ---
 
 
@@ -314,6 +380,25 @@ def test_what_is_wrong_with_cameras_is_told(teacher):
     assert "9 cameras of 32x64" in refusal(lambda: teacher(video(), cameras=cameras(width=64)))
     assert "3 camera paths were given for 2 clips" in refusal(lambda: teacher(video(2), cameras=[cameras()] * 3))
     assert "13 frames do not fit" in refusal(lambda: teacher(video(frames=13), cameras=cameras(frames=13)))
+
+
+def test_the_weight_is_the_models_own_or_the_calls(teacher, tmp_path):
+    render, path = video(1), cameras(1)
+    strong = teacher.with_parts(camera_guidance=4.0)
+    save_model(strong, tmp_path / "strong")
+    again = load_pipeline(tmp_path / "strong", TeacherPipeline)
+    assert again.config.camera_guidance == 4.0 and again.teacher().camera_guidance == 4.0
+    words = {"cameras": path, "num_inference_steps": 2, "output_type": "latent", "return_dict": False}
+    plain, own, told, none = (
+        pipeline(render, rng(), **words, **more)[0]
+        for pipeline, more in ((teacher, {}), (strong, {}), (teacher, {"camera_guidance_scale": 4.0}),
+                               (strong, {"camera_guidance_scale": 1.0}))
+    )  # fmt: skip
+    assert torch.equal(own, told) and torch.equal(plain, none) and not torch.equal(own, plain)
+    assert "camera guidance 4" in (tmp_path / "strong" / "README.md").read_text()
+    assert "camera_guidance=2 has no effect: this model is not guided" in refusal(
+        lambda: small_teacher().teacher(camera_guidance=2.0)
+    )
 
 
 def test_settings_that_do_not_fit_are_told():

@@ -70,7 +70,8 @@ def guided_folder(base_folder, clip_folder, tmp_path_factory) -> Path:
     """What a run leaves."""
     out = tmp_path_factory.mktemp("runs") / "camera"
     words = COMMON | SETTINGS | {"out": str(out), "teacher": str(base_folder), "data": str(clip_folder)}
-    found = distill.run(distill.stage_config("camera", words | {"student_lr": 1e-2, "ema_decay": 0.0}))
+    own = {"student_lr": 1e-2, "ema_decay": 0.0, "camera_guidance": 2.0}
+    found = distill.run(distill.stage_config("camera", words | own))
     assert found == out / "teacher"
     return found
 
@@ -91,6 +92,7 @@ def test_a_run_leaves_a_guided_teacher_whose_base_has_not_moved(base_folder, gui
     # Two updates: the layers behind an encoder's last one, which was 0 at the second, are still to come.
     assert all("encoder" in name and ".last." not in name for name in still), still
     assert "cameras=path" in (guided_folder / "README.md").read_text()
+    assert load_pipeline(guided_folder, TeacherPipeline).config.camera_guidance == 2.0
     one, two = (load_pipeline(guided_folder, TeacherPipeline)(video(), cameras=cameras(seed)) for seed in (1, 2))
     assert not torch.equal(one, two)
 

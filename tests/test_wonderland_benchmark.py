@@ -76,9 +76,12 @@ def test_shares_of_the_bases_blocks():
     assert "camera_lora_rank" not in models.camera_settings(wonderland.ROWS["camera"]["control"], arguments(), 6)
 
 
-def test_every_camera_row_is_a_training(tmp_path):
-    args = arguments()
-    for words in filter(None, wonderland.ROWS["camera"].values()):
+def test_every_camera_row_is_a_training_or_of_one(tmp_path):
+    args, camera = arguments(), wonderland.ROWS["camera"]
+    for words in filter(None, camera.values()):
+        if "of" in words:
+            assert words.keys() == {"of", "camera_guidance"} and "branch" in camera[words["of"]]
+            continue
         settings = models.common(args, tmp_path, 0) | models.camera_settings(words, args, 6)
         models.distill.stage_config("camera", settings | {"iterations": 1, "student_lr": 1e-3})
 

@@ -18,8 +18,8 @@ from fvgen.clips.folder import ClipFolder
 from fvgen.errors import UserError
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.plucker import judge_cameras, normalised, packed, seen_from
-from fvgen.models.condition import Condition, joined
-from fvgen.pipelines.cameras import CAMERA_PATH, clip_path
+from fvgen.models.condition import CAMERA_PATH, Condition, joined
+from fvgen.pipelines.cameras import clip_path
 from fvgen.system.doors import Unreadable, load_tensors, not_finite
 from fvgen.system.files import write_tensors
 

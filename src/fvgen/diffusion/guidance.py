@@ -17,6 +17,11 @@ def guided_velocity_three_way(
     return rescale_guidance(guided, v_cond, rescale)
 
 
+def emphasised(v: Tensor, v_cond: Tensor, v_without: Tensor, weight: float) -> Tensor:
+    """``v`` with what one part of the condition brings, ``v_cond - v_without``, ``weight`` times in place of once."""
+    return v + (weight - 1.0) * (v_cond - v_without)
+
+
 def rescale_guidance(v: Tensor, v_cond: Tensor, rescale: float) -> Tensor:
     """Mix v with itself at the standard deviation of `v_cond`, per sample (Lin et al. 2024, equations 15 and 16)."""
     if rescale == 0.0:

@@ -10,6 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+CAMERA_PATH = "camera_path"
+"""The name of what a model that is guided by cameras looks at: [B, F, 21], see `fvgen.geometry.plucker.packed`."""
+
 
 class Condition(Mapping[str, Tensor]):
     """Tensors [B, ...] of a batch of clips; one of a single row, [1, ...], holds for all of them.

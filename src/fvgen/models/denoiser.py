@@ -12,10 +12,10 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from fvgen.diffusion.guidance import guided_velocity, guided_velocity_three_way
+from fvgen.diffusion.guidance import emphasised, guided_velocity, guided_velocity_three_way
 from fvgen.diffusion.schedule import NoiseSchedule
 from fvgen.errors import UserError
-from fvgen.models.condition import Condition, joined
+from fvgen.models.condition import CAMERA_PATH, Condition, joined
 
 
 class Prediction(NamedTuple):
@@ -97,6 +97,8 @@ class Teacher(Denoiser):
         guidance: 1 skips all passes but the conditional one, and the rescale, unless the image has another weight.
         rescale: guidance rescale, 0 for none.
         image_guidance: separate weight for the image, at the price of a third evaluation; needs both nulls.
+        camera_guidance: weight of the camera path where the network looks at one. Other than 1 it costs an evaluation
+            more, at the timesteps at which the network looks; text and image keep their guidance.
     """
 
     def __init__(
@@ -108,11 +110,13 @@ class Teacher(Denoiser):
         guidance: float = 7.5,
         rescale: float = 0.7,
         image_guidance: float | None = None,
+        camera_guidance: float = 1.0,
     ) -> None:
         super().__init__(network.requires_grad_(False), schedule, call)
         if image_guidance is not None and len(nulls) < 2:
             raise UserError("This teacher cannot be guided by image and text apart: leave image_guidance out.")
         self.guidance, self.rescale, self.image_guidance = guidance, rescale, image_guidance
+        self.camera_guidance = camera_guidance
         if self._others and not nulls:
             raise UserError(f"The teacher has guidance {guidance} but no null context: give one, or set guidance to 1.")
         self._null_names = [list(null) for null in nulls]
@@ -127,15 +131,18 @@ class Teacher(Denoiser):
 
     @property
     def nfe(self) -> int:
-        """Network evaluations per call and clip."""
-        return 1 + self._others
+        """Network evaluations per call and clip, at timesteps at which a camera is looked at."""
+        return 1 + self._others + (self.camera_guidance != 1.0)
 
     def velocity(self, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """The guided velocity, [B, C, F, h, w] float32; all evaluations run as one batch."""
-        if not self._others:
-            return super().velocity(x_t, t, condition)
-        v = self._velocities(x_t, t, [condition, *self._without(condition)])
-        return self._guided(v[0], v[1:])
+        """The guided velocity, [B, C, F, h, w] float32; all evaluations run as one batch, but for that without camera,
+        which is cheaper."""
+        if self._others:
+            conditional, *others = self._velocities(x_t, t, [condition, *self._without(condition)])
+            guided = self._guided(conditional, others)
+        else:
+            guided = conditional = super().velocity(x_t, t, condition)
+        return self._steered(guided, conditional, x_t, t, condition)
 
     def judge(
         self, x_t: Tensor, t: Tensor, condition: Condition, taps: Sequence[str]
@@ -149,9 +156,10 @@ class Teacher(Denoiser):
             output, features = self.call(self.network, x_t, t, condition, taps, cut=True)
         with torch.no_grad():
             x_t = x_t.detach()
-            velocity = self.schedule.to(x_t.device).as_velocity(x_t, output.float(), t)
+            velocity = conditional = self.schedule.to(x_t.device).as_velocity(x_t, output.float(), t)
             if self._others:
-                velocity = self._guided(velocity, self._velocities(x_t, t, self._without(condition)))
+                velocity = self._guided(conditional, self._velocities(x_t, t, self._without(condition)))
+            velocity = self._steered(velocity, conditional, x_t, t, condition)
             x0 = self.schedule.to(x_t.device).x0_from_v(x_t, velocity, t)
         return x0, tuple(features[tap] for tap in taps)
 
@@ -182,3 +190,15 @@ class Teacher(Denoiser):
         return guided_velocity_three_way(
             conditional, others[1], others[0], self.guidance, self.image_guidance, self.rescale
         )
+
+    def _steered(self, guided: Tensor, conditional: Tensor, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        """With the camera's own weight."""
+        if self.camera_guidance == 1.0:
+            return guided
+        looks = t >= self.network.cameras_from
+        # Processes make the same passes, whatever their t: ZeRO-3 gathers weights in each.
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not together and not looks.any():
+            return guided
+        blind = super().velocity(x_t, t, condition.without(CAMERA_PATH))
+        return emphasised(guided, conditional, blind, self.camera_guidance)

@@ -133,8 +133,8 @@ class NovelViewPipeline(FolderOnHub, DiffusionPipeline):
         """Whether its renders are to have no holes, see `fvgen.geometry.closing`."""
         return False
 
-    def with_parts(self, **parts: nn.Module) -> Self:
-        """The same model with other components, by name."""
+    def with_parts(self, **parts: Any) -> Self:
+        """The same model with other components or settings, by name."""
         settings = {name: self.config[name] for name in arguments_of(type(self))[0] if name in self.config}
         return type(self)(**{**settings, **self.components, **parts})
 

@@ -12,8 +12,6 @@ from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.plucker import normalised, packed
 
 GivenCameras = Cameras | Sequence[Cameras] | None
-CAMERA_PATH = "camera_path"
-"""Its name in a condition."""
 UNGUIDED = "cameras have no effect: this model is not guided by them; leave cameras out"
 
 

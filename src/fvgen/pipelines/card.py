@@ -53,6 +53,8 @@ def card(pipeline: Any) -> str:
     else:
         what = f"A {pipeline.family.name} teacher for novel views, to be used or distilled with fvgen."
         sampling = f"{config.steps} DDIM steps, guidance {config.guidance:g} (rescale {config.guidance_rescale:g})"
+        if guided and config.camera_guidance != 1.0:
+            sampling += f", camera guidance {config.camera_guidance:g}"
     return CARD.format(
         tag=", distillation" if student else "",
         title=f"{config.steps}-step novel-view student" if student else "Novel-view teacher",

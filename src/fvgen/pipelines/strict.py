@@ -51,6 +51,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "widths": WIDTH,
     "guidance": (0, 1000),
     "guidance_rescale": (0, 1),
+    "camera_guidance": (0, 1000),
     "base_scale": (1e-3, 1),
     "scaling_factor": (1e-4, 1e4),
     "layer_norm_eps": (1e-12, 1),

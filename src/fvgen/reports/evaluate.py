@@ -50,12 +50,15 @@ class Result:
 
 
 def teacher_contestant(
-    pipeline: TeacherPipeline, steps: int | None = None, guidance: float | None = None
+    pipeline: TeacherPipeline,
+    steps: int | None = None,
+    guidance: float | None = None,
+    camera_guidance: float | None = None,
 ) -> Contestant:
     """The teacher as published, all its steps, guided, unless told otherwise. Its null condition is that of now."""
     steps = steps or pipeline.config.steps
     with frozen(pipeline.network):
-        teacher = pipeline.teacher(guidance)
+        teacher = pipeline.teacher(guidance, camera_guidance=camera_guidance)
     sample = partial(pipeline.sample, num_inference_steps=steps, teacher=teacher)
     return Contestant(sample, steps, steps * teacher.nfe)
 

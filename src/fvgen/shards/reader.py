@@ -18,8 +18,8 @@ from fvgen.clips.clip import Clip, Others
 from fvgen.clips.latents import LatentBatch, LatentSet, views_of
 from fvgen.errors import UserError, first_line
 from fvgen.geometry.cameras import Cameras
-from fvgen.models.condition import Condition, joined
-from fvgen.pipelines.cameras import CAMERA_PATH, clip_path
+from fvgen.models.condition import CAMERA_PATH, Condition, joined
+from fvgen.pipelines.cameras import clip_path
 from fvgen.shards.format import (
     OTHERS,
     OTHERS_SHOWN,

@@ -26,8 +26,7 @@ from fvgen.distill.learners import Learner
 from fvgen.distill.methods.base import Deal, Method, Metrics, Setup
 from fvgen.distill.settings import Data, Memory, MethodSettings, Run
 from fvgen.errors import UserError
-from fvgen.models.condition import Condition
-from fvgen.pipelines.cameras import CAMERA_PATH
+from fvgen.models.condition import CAMERA_PATH, Condition
 
 if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
     from fvgen.clips.latents import LatentBatch
@@ -63,6 +62,9 @@ class CameraSettings(MethodSettings):
         "uniform", description="of the timesteps that are learnt; truncated_normal is AC3D's, on 600 to 999"
     )
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are the result")
+    camera_guidance: float = Field(
+        1.0, ge=0, le=1000, description="of the teacher that is left: weight of the camera in the steps that look at it"
+    )
     sample_steps: int = Field(10, ge=1, le=1000, description="of DDIM, for sample clips")
 
     def idle(self) -> dict[str, str]:
@@ -100,7 +102,7 @@ class CameraSettings(MethodSettings):
         return blueprint.with_cameras(self._of_network())
 
     def student_of(self, base: Any, network: Any) -> Any:
-        return base.with_network(network)
+        return base.with_parts(**{base.network_part: network}, camera_guidance=self.camera_guidance)
 
     def _of_network(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in NETWORK if name not in self.idle()}

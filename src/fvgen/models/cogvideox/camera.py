@@ -143,6 +143,11 @@ class CameraTransformer(CogVideoXTransformer3DModel):
 
     wants_cameras = True
 
+    @property
+    def cameras_from(self) -> int:
+        """The lowest timestep at which the camera is looked at."""
+        return self.config.control_t_min
+
     @register_to_config
     def __init__(
         self,
@@ -235,10 +240,10 @@ class CameraTransformer(CogVideoXTransformer3DModel):
         timestep: Tensor,
         image_rotary_emb: Rotary | None = None,
         *,
-        camera_path: Tensor,
+        camera_path: Tensor | None,
     ) -> Transformer2DModelOutput:
         """The base's, in its layout; ``camera_path`` [B, F, 21] as `fvgen.geometry.plucker.packed` gives it, of paths
-        that are `normalised`, in float32."""
+        that are `normalised`, in float32. None: the base's."""
         inputs = hidden_states, encoder_hidden_states, timestep, image_rotary_emb
         return Transformer2DModelOutput(sample=block_by_block(self, *inputs, camera_path=camera_path)[0])
 
@@ -250,10 +255,14 @@ class CameraTransformer(CogVideoXTransformer3DModel):
         rotary: Rotary | None,
         grid: tuple[int, int, int],
         t: Tensor,
-        camera_path: Tensor,
+        camera_path: Tensor | None,
     ) -> tuple[Tensor, Iterator[Tensor], Sequence[Block]]:
         """Video tokens [B, N, D] as the first block sees them, what is added to them behind each of the first, and the
         blocks."""
+        lora = self.camera_fusion is not None and self.config.camera_lora_rank
+        if camera_path is None:
+            nobody = torch.zeros(1, 1, 1, dtype=torch.bool, device=t.device)
+            return video, iter(()), self._looking(nobody) if lora else self.transformer_blocks
         p, looking = self.config.patch_size, (t >= self.config.control_t_min).view(-1, 1, 1)
         with torch.no_grad():
             rays = ray_grid(camera_path, p * grid[1], p * grid[2], self.config.space_factor).to(video.dtype)
@@ -263,10 +272,10 @@ class CameraTransformer(CogVideoXTransformer3DModel):
         if self.camera_fusion is not None:
             fused = self.camera_fusion(torch.cat([video, self.camera_encoder(rays)], dim=-1))
             video = torch.where(looking, fused, video)
-        blocks: Sequence[Block] = self.transformer_blocks
-        if self.config.control_t_min and self.camera_fusion is not None and self.config.camera_lora_rank:
-            blocks = [Looking(block, looking) for block in blocks]
-        return video, additions, blocks
+        return video, additions, self._looking(looking) if lora else self.transformer_blocks
+
+    def _looking(self, looking: Tensor) -> list[Block]:
+        return [Looking(block, looking) for block in self.transformer_blocks]
 
     def _additions(
         self, video: Tensor, text: Tensor, embedding: Tensor, rotary: Rotary | None, rays: Tensor, looking: Tensor

@@ -17,7 +17,7 @@ from fvgen.geometry.plucker import PACKED
 from fvgen.models.cogvideox.published import PUBLISHED
 from fvgen.models.cogvideox.transformer import taps_of, velocity_and_taps, width_of
 from fvgen.models.cogvideox.vae import SQUEEZE, latent_size, space_factor
-from fvgen.models.condition import Condition
+from fvgen.models.condition import CAMERA_PATH, Condition
 from fvgen.models.denoiser import Prediction
 from fvgen.models.family import Blueprint, Family, LatentGrid, Size
 
@@ -44,12 +44,12 @@ def call(
     cut: bool = False,
 ) -> Prediction:
     """Noisy latents, then ``image_latents`` [B, C, F', h, w], on the channels; ``text_tokens`` [B, N, D]; for a network
-    that looks at cameras ``camera_path`` [B, F, 21], which stays float32."""
+    that looks at cameras ``camera_path`` [B, F, 21], which stays float32; without it such a network is its base."""
     dtype = next(network.parameters()).dtype
     everything = condition.expanded(len(x_t))
     sample = torch.cat([x_t.to(dtype), everything["image_latents"].to(dtype)], dim=1).transpose(1, 2)
     text = everything["text_tokens"].to(dtype)
-    guide = {"camera_path": everything["camera_path"]} if getattr(network, "wants_cameras", False) else {}
+    guide = {CAMERA_PATH: everything.get(CAMERA_PATH)} if getattr(network, "wants_cameras", False) else {}
     velocity, features = velocity_and_taps(network, sample, text, t, taps, stop, cut, **guide)
     return Prediction(None if velocity is None else velocity.transpose(1, 2), features)
 

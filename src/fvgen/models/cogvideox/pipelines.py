@@ -257,7 +257,8 @@ class CogVideoXTeacherPipeline(_CogVideoXParts, TeacherPipeline):
     """The teacher: deterministic DDIM with classifier-free guidance, two network evaluations a step.
 
     Args:
-        steps, guidance, guidance_rescale: what a call uses where it is not told otherwise.
+        steps, guidance, guidance_rescale, camera_guidance: what a call uses where it is not told otherwise; the last is
+            for a `CameraTransformer`.
     """
 
     eta = 0.0
@@ -276,6 +277,7 @@ class CogVideoXTeacherPipeline(_CogVideoXParts, TeacherPipeline):
         steps: int = 50,
         guidance: float = GUIDANCE,
         guidance_rescale: float = 0.0,
+        camera_guidance: float = 1.0,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()

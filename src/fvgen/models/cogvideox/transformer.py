@@ -65,7 +65,7 @@ def velocity_and_taps(
     taps: Sequence[str],
     stop: bool = False,
     cut: bool = False,
-    **guide: Tensor,
+    **guide: Tensor | None,
 ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
     """(velocity [B, F', C, h, w], features [B, D, F', h/p, w/p] by tap) of ``sample`` [B, F', 2C, h, w], ``text``
     [B, N, text width] and timesteps ``t`` [B].
@@ -89,7 +89,7 @@ def block_by_block(
     taps: Sequence[str] = (),
     stop: bool = False,
     cut: bool = False,
-    **guide: Tensor,
+    **guide: Tensor | None,
 ) -> tuple[Tensor | None, Mapping[str, Tensor]]:
     """What the class's own `forward` computes, with a look behind each block; arguments of `velocity_and_taps`.
 
