@@ -270,9 +270,10 @@ def parser() -> Parser:
     words.add_argument("--lora-rank", type=positive, default=8)
     words.add_argument("--encoder-width", type=positive, default=64)
     words.add_argument("--lalrm-iterations", type=positive, default=3000)
+    words.add_argument("--own-iterations", type=int, default=700, help="first ones of LaLRM, in which none is drawn")
     words.add_argument("--stage2-iterations", type=positive, default=300)
     words.add_argument("--generated", type=positive, default=50, help="clips of stage 2")
-    words.add_argument("--lalrm-rate", type=float, default=1e-3)
+    words.add_argument("--lalrm-rate", type=float, default=6e-4)
     words.add_argument("--width", type=positive, default=128, help="of LaLRM")
     words.add_argument("--layers", type=positive, default=6, help="of LaLRM")
     words.add_argument("--lalrm-batch", type=positive, default=1)
@@ -307,7 +308,10 @@ def main() -> None:
     if args.part != "lalrm":
         settings["camera guidance"] = f"{args.iterations} iterations of {args.batch} clips"
     if args.part != "camera":
-        settings["LaLRM"] = f"{args.lalrm_iterations} iterations of {args.lalrm_batch} clips"
+        drawn = args.lalrm_iterations - args.own_iterations
+        settings["LaLRM"] = (
+            f"{args.own_iterations} iterations on own pixels, {drawn} drawn, of {args.lalrm_batch} clips"
+        )
     result = {**settings, **found, "paper": PAPER[args.part], "by_seed": by_row}
     write_results(args.out, f"{args.name}-{args.part}", result, markdown(args.part, found, settings))
     print(json.dumps(found))

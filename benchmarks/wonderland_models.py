@@ -22,7 +22,7 @@ from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.reports.evaluate import evaluate, teacher_contestant
 from fvgen.splats.raymap import reconstructed
 
-CLIP_NORM = 10.0  # of LaLRM's gradients, as Long-LRM's
+LALRM = {"clip_norm": 1.0, "lr_warmup": 100, "own_weight": 1.0, "depth_weight": 0.1}  # rows may say otherwise
 SHARE = "control_share"  # of the base's blocks that are copied; in a row's settings, not in the method's
 
 
@@ -39,8 +39,8 @@ def camera_settings(words: Mapping[str, Any], args: Any, layers: int) -> dict[st
 def lalrm_settings(words: Mapping[str, Any], args: Any) -> dict[str, Any]:
     """Settings of `method: lalrm` from a row's."""
     sizes = {"width": args.width, "layers": args.layers, "head_dim": 32}
-    rates = {"lalrm_lr": args.lalrm_rate, "batch_size": args.lalrm_batch, "clip_norm": CLIP_NORM}
-    return {**sizes, **rates, "perceptual_weight": args.perceptual, "others": args.others, **words}
+    rates = {"lalrm_lr": args.lalrm_rate, "batch_size": args.lalrm_batch, "own_iterations": args.own_iterations}
+    return {**LALRM, **sizes, **rates, "perceptual_weight": args.perceptual, "others": args.others, **words}
 
 
 def common(args: Any, out: Path, seed: int) -> dict[str, Any]:
@@ -70,6 +70,7 @@ def train_lalrm_further(
     """The paper's second stage: ``start`` goes on with a folder of `generated_clips`, whose only views are their own
     frames."""
     settings = lalrm_settings(words, args) | {"iterations": args.stage2_iterations, "unseen_views": 0}
+    settings |= {"own_iterations": 0, "lr_warmup": args.stage2_iterations // 3}
     sources = {"teacher": str(start), "data": str(generated), "clips": args.generated}
     return distill.run(distill.stage_config("lalrm", common(args, out, seed) | settings | sources))
 

@@ -34,6 +34,7 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "fit to the frames": None,
         "fit from true depth": None,
         "LaLRM": {},
+        "LaLRM, no own pixels": {"own_weight": 0.0, "own_iterations": 0},
         "LaLRM, seen views only": {"unseen_views": 0, "seen_views": 4},
         "LaLRM, no rays": {"cameras": False},
         "LaLRM, stage 2": {},
@@ -85,6 +86,7 @@ CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
             "nearest frame",
             "cross-fade",
             "fit to the frames",
+            "LaLRM, no own pixels",
             "LaLRM, seen views only",
             "LaLRM, no rays",
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,7 @@ from fvgen.distill.draws import Draws
 from fvgen.distill.methods.lalrm import Lalrm, LalrmSettings, one_view
 from fvgen.geometry.gaussians import render_gaussians
 from fvgen.geometry.off_path import off_path
-from fvgen.geometry.plucker import unpacked
+from fvgen.geometry.plucker import rays, unpacked
 from fvgen.models.cogvideox.vae import encode
 from fvgen.models.family import Size
 from fvgen.models.lalrm import LaLRM
@@ -192,6 +193,46 @@ def test_the_surrogate_has_the_losss_gradient():
     for one, other in zip(found, torch.autograd.grad(whole, list(network.parameters())), strict=True):
         # sums of some thousand terms in another order
         torch.testing.assert_close(one, other, rtol=0, atol=1e-4 * other.abs().max().item())
+
+
+def test_gaussians_that_are_right_have_no_error_of_their_own():
+    """A plane at depth 2 of one colour: numbers that say so, by the activations' own inverses."""
+    learner = method(pitch=2, near=0.5, far=8.0, typical=2.0, own_weight=1.0, depth_weight=0.5)
+    views = batch().views
+    path = unpacked(views["path"][0, :FRAMES], HEIGHT, WIDTH)
+    grid = (FRAMES, HEIGHT // 2, WIDTH // 2)
+    color = torch.tensor([51.0, 102.0, 204.0])
+    away = 2.0 / (rays(path, *grid[1:])[1] * path.world_from_cam[:, None, None, :3, 2]).sum(-1)  # along each ray
+    share = (away - 0.5) / 7.5
+    numbers = torch.zeros(12, *grid)
+    numbers[:3] = torch.logit(color / 255)[:, None, None, None]
+    numbers[11] = torch.logit(share) - math.log((1.5 / 7.5) / (6 / 7.5))
+    images = color.to(torch.uint8)[None, None, :, None, None].expand(1, FRAMES, 3, HEIGHT, WIDTH)
+    full = {"images": images, "shown": torch.ones(1, FRAMES, HEIGHT, WIDTH, dtype=torch.bool)}
+    known = views.replaced(full | {"depth": torch.full((1, FRAMES, HEIGHT, WIDTH), 2.0)})
+    made = learner.made(numbers, path)
+    assert learner.own_loss(made, path, grid[1], known) < 1e-5  # eps of float32 by some twenty operations
+    twice = known.replaced({"depth": 2 * known["depth"]})
+    assert learner.own_loss(made, path, grid[1], twice).item() == pytest.approx(0.5 * math.log(2), abs=1e-5)
+    nowhere = known.replaced({"depth": 0 * known["depth"]})
+    assert learner.own_loss(made, path, grid[1], nowhere) < 1e-5
+    darker = known.replaced({"images": images - 51})
+    assert learner.own_loss(made, path, grid[1], darker).item() == pytest.approx(0.04, abs=1e-5)
+    hidden = {"images": torch.where(torch.arange(WIDTH) < WIDTH // 2, images, 0), "shown": full["shown"].clone()}
+    hidden["shown"][..., WIDTH // 2 :] = False
+    assert learner.own_loss(made, path, grid[1], known.replaced(hidden)) < 1e-5
+
+
+def test_first_iterations_draw_nothing(stage):
+    config = stage(iterations=3, own_weight=1.0, own_iterations=2)
+    distill.run(config)
+    rows = [json.loads(line) for line in (Path(config.run.out) / "metrics.jsonl").read_text().splitlines()]
+    assert ["loss_lalrm_square" in row for row in rows] == [False, False, True]
+    assert all(row["loss_lalrm_own"] > 0 for row in rows)
+    assert "leave no iteration to draw views in" in refusal(
+        lambda: stage(iterations=2, own_weight=1.0, own_iterations=2)
+    )
+    assert "set own_weight" in refusal(lambda: stage(own_iterations=1))
 
 
 def test_memory_does_not_grow_with_the_number_of_views():

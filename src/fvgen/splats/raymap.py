@@ -64,6 +64,15 @@ def gaussians_along(numbers: Tensor, cameras: Cameras, settings: Mapping[str, An
     )
 
 
+def own_grid(made: Gaussians, cameras: Cameras, height: int) -> tuple[Tensor, Tensor]:
+    """(colours [F, 3, H', W'], depths [F, H', W']) of `gaussians_along`, each Gaussian as its own frame has it."""
+    frames = len(cameras)
+    poses = cameras.world_from_cam.to(made.means)
+    offsets = made.means.unflatten(0, (frames, -1)) - poses[:, None, :3, 3]
+    depths = (offsets * poses[:, None, :3, 2]).sum(-1).unflatten(1, (height, -1))
+    return made.colors.unflatten(0, (frames, height, -1)).permute(0, 3, 1, 2), depths
+
+
 @torch.no_grad()
 def reconstructed(lalrm: LaLRM, latents: Tensor, cameras: Cameras, wanted: Tensor | None = None) -> Gaussians:
     """Gaussians in the cameras' own world and units from scaled ``latents`` [1, C, F', h, w] of a clip; those that

@@ -2,11 +2,16 @@
 
     G      = lalrm(z, cameras)                             z: latents of the true frames, from the frozen VAE
     loss   = mean over views of  |render(G, view) - image|^2 + p LPIPS + d |log depth - log depth'|
+             + o mean over Gaussians of  |colour - pixels|^2 + d |log depth - log depth'|
 
 Views are some of the clip's own frames and some that are none of it: only those show whether surfaces stand where they
 should. The teacher gives its VAE; its network is not run. The paper's squared error and perceptual loss (VGG-19, its
 weight lost) are kept, with LPIPS as the latter; the depth term is ours, for scenes that know it. docs/wonderland.md
 says where each default is from.
+
+The last line, ours too, holds each Gaussian to the pixels of its own frame that it stands for. Nothing is drawn for it,
+so ``own_iterations`` of it alone are cheap, and after them views are near enough to the truth to say what is wrong:
+Gaussians of all frames at wrong depths are a blur that hardly changes with any of them.
 
 Views are drawn one at a time, each with its own backward pass down to the Gaussians, whose gradients add up; then one
 pass goes through the network. So memory does not grow with their number, and nothing is drawn twice.
@@ -38,7 +43,7 @@ from fvgen.geometry.plucker import unpacked
 from fvgen.metrics.image import NETWORK_MINIMUM, lpips_network
 from fvgen.metrics.weights import Unavailable
 from fvgen.models.condition import Condition
-from fvgen.objectives.views import log_depth, square
+from fvgen.objectives.views import log_depth, own_pixels, square
 
 if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarter of a gigabyte to import
     from fvgen.clips.latents import LatentBatch
@@ -72,6 +77,10 @@ class LalrmSettings(MethodSettings):
     others: int = Field(8, ge=0, le=64, description="views off the path that built-in clips are made with")
     perceptual_weight: float = Field(0.5, ge=0, le=1e3, description="of LPIPS, in the loss")
     depth_weight: float = Field(0.05, ge=0, le=1e3, description="of the logarithm's error, where depth is known")
+    own_weight: float = Field(
+        0.0, ge=0, le=1e3, description="of each Gaussian's colour and depth against the pixels of its own frame"
+    )
+    own_iterations: int = Field(0, ge=0, le=10**9, description="first ones that learn from these alone; none is drawn")
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are the result")
 
     def learners(self) -> tuple[str, ...]:
@@ -82,6 +91,10 @@ class LalrmSettings(MethodSettings):
             raise ValueError("seen_views=0 and unseen_views=0 leave nothing to learn from; give one of them")
         if self.unseen_views and not self.others and is_builtin(data.data):
             raise ValueError("unseen_views needs others=N views that built-in clips are made with; give it, or set 0")
+        if self.own_iterations and not self.own_weight:
+            raise ValueError("own_iterations with own_weight=0 have nothing to learn from; set own_weight")
+        if self.own_iterations >= run.iterations:
+            raise ValueError(f"own_iterations={self.own_iterations} leave no iteration to draw views in; set less")
         if run.init:
             raise ValueError(f"init={run.init} has no effect here; to go on, give teacher=RUN/{self.result}")
         for name in ("share_backbone", "offload_teacher"):
@@ -157,14 +170,14 @@ class Lalrm(Method):
     def iterate(self, iteration: int, deal: Deal) -> list[Metrics]:
         learner, rows = self.learners["lalrm"], []
         for batch, draws in deal():
-            loss, metrics = self.loss(batch, draws)
+            loss, metrics = self.loss(batch, draws, iteration > self.settings.own_iterations)
             rows.append({**metrics, "grad_norm_lalrm": learner.update(loss)})
         if learner.average is not None:
             learner.average.update()
         return rows
 
-    def loss(self, batch: LatentBatch, draws: Draws) -> tuple[Tensor, Metrics]:
-        """A scalar whose gradient is the loss's, and the loss with its parts."""
+    def loss(self, batch: LatentBatch, draws: Draws, drawn: bool = True) -> tuple[Tensor, Metrics]:
+        """A scalar whose gradient is the loss's, and the loss with its parts; ``drawn``: views are."""
         views = batch.views
         size, clips = views["images"].shape[-2:], len(batch.latents)
         if self.perceptual is not None and min(size) < NETWORK_MINIMUM:
@@ -173,9 +186,16 @@ class Lalrm(Method):
             )
         numbers, frames = self.numbers(batch)
         chosen = self.chosen(views, frames, draws)
-        total, surrogate, parts = 0.0, 0.0, {"loss_lalrm_square": 0.0}
+        total, surrogate, parts = 0.0, 0.0, {"loss_lalrm_square": 0.0} if drawn else {}
         for clip in range(clips):
-            made = self.made(numbers[clip], unpacked(views["path"][clip, :frames], *size))
+            own = unpacked(views["path"][clip, :frames], *size)
+            made = self.made(numbers[clip], own)
+            if self.settings.own_weight:
+                loss = self.own_loss(made, own, numbers.shape[-2], views.rows([clip])) / clips
+                surrogate, total = surrogate + loss, total + loss.detach()
+                parts["loss_lalrm_own"] = parts.get("loss_lalrm_own", 0.0) + loss.detach()
+            if not drawn:
+                continue
             fields = [getattr(made, name) for name in made.__dataclass_fields__]
             leaves = [field.detach().requires_grad_() for field in fields]
             for view in chosen[:, clip].split(1):
@@ -212,6 +232,16 @@ class Lalrm(Method):
             )
         seen = [draws.integers(0, frames, like) for _ in range(settings.seen_views)]
         return torch.stack([*seen, *(draws.integers(frames, count, like) for _ in range(settings.unseen_views))])
+
+    def own_loss(self, made: Gaussians, cameras: Cameras, rows: int, views: Condition) -> Tensor:
+        """The term that nothing is drawn for, weighed, a scalar; ``rows`` of Gaussians in a frame."""
+        from fvgen.splats.raymap import own_grid
+
+        frames, settings = len(cameras), self.settings
+        known = views["depth"][0, :frames] if settings.depth_weight and "depth" in views else None
+        truth, shown = views["images"][0, :frames].float() / 255, views["shown"][0, :frames]
+        color, depth = own_pixels(*own_grid(made, cameras, rows), truth, shown, known)
+        return settings.own_weight * (color if depth is None else color + settings.depth_weight * depth)
 
     def view_terms(self, made: Gaussians, view: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The terms of `one_view`'s loss, weighed, each a scalar."""
