@@ -309,9 +309,7 @@ def main() -> None:
         settings["camera guidance"] = f"{args.iterations} iterations of {args.batch} clips"
     if args.part != "camera":
         drawn = args.lalrm_iterations - args.own_iterations
-        settings["LaLRM"] = (
-            f"{args.own_iterations} iterations on own pixels, {drawn} drawn, of {args.lalrm_batch} clips"
-        )
+        settings["LaLRM"] = f"{args.own_iterations} iterations undrawn, {drawn} drawn, of {args.lalrm_batch} clips"
     result = {**settings, **found, "paper": PAPER[args.part], "by_seed": by_row}
     write_results(args.out, f"{args.name}-{args.part}", result, markdown(args.part, found, settings))
     print(json.dumps(found))

@@ -25,6 +25,7 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "LoRA, early steps": {"branch": "lora"} | EARLY,
         "dual, early steps, weight 3": {"of": "dual, early steps", "camera_guidance": 3.0},
         "control, early steps, weight 3": {"of": "control, early steps", "camera_guidance": 3.0},
+        "control, early steps, weight 5": {"of": "control, early steps", "camera_guidance": 5.0},
         "LoRA, early steps, weight 3": {"of": "LoRA, early steps", "camera_guidance": 3.0},
     },
     "lalrm": {
@@ -73,6 +74,7 @@ CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
         for row in ("dual", *BRANCHES, *(f"{row}, weight 3" for row in BRANCHES))
         for metric in ("psnr", "camera_gain")
     ]
+    + [("control, early steps, weight 5", "base, no camera", metric) for metric in ("psnr", "camera_gain")]
     + [(f"{row}, weight 3", row, metric) for row in BRANCHES for metric in ("psnr", "lpips", "camera_gain")]
     + [
         ("dual, early steps", "control, early steps", "camera_gain"),

@@ -90,7 +90,7 @@ def test_every_lalrm_row_is_a_training(tmp_path):
     args = arguments()
     for words in wonderland.ROWS["lalrm"].values():
         settings = models.common(args, tmp_path, 0) | models.lalrm_settings(words or {}, args)
-        models.distill.stage_config("lalrm", settings | {"iterations": 1})
+        models.distill.stage_config("lalrm", settings | {"iterations": args.lalrm_iterations})
 
 
 def test_the_scene_of_a_clip_is_the_clips(clip):
