@@ -76,20 +76,19 @@ def true_render(args: Any, size: Size, index: int) -> Render:
 
 def camera_row(name: str, args: Any, seed: int) -> dict[str, Any]:
     """Train, make videos along the right paths and along others', and score them."""
-    words = ROWS["camera"][name]
     if name == "warped by true depth":
         return warped_row(args)
-    trained = name if words is None else words.get("of", name)
-    weight = 1.0 if words is None else words.get("camera_guidance", 1.0)
-    folder = args.teacher
-    if words is not None:
+    words, folder = ROWS["camera"][name] or {}, args.teacher
+    if words:
+        trained = words.get("of", name)
         folder = models.train_camera(ROWS["camera"][trained], args, out_of(args, "camera", trained, seed), seed)
+    weight = words.get("camera_guidance", 1.0)
     size = size_of(args)
     clips = test_clips(args, size)
     renders = [true_render(args, size, args.first + place) for place in range(args.clips)]
     asked = models.guided_videos(folder, clips, args, seed, weight)
     # A model that sees no camera makes the same of every path.
-    other = asked if words is None else models.guided_videos(folder, models.shuffled(clips), args, seed, weight)
+    other = models.guided_videos(folder, models.shuffled(clips), args, seed, weight) if words else asked
     return rows.score_guided(asked, other, clips, renders)
 
 
@@ -269,15 +268,15 @@ def parser() -> Parser:
     words.add_argument("--rate", type=float, default=1e-3, help="of camera guidance")
     words.add_argument("--lora-rank", type=positive, default=8)
     words.add_argument("--encoder-width", type=positive, default=64)
-    words.add_argument("--lalrm-iterations", type=positive, default=3000)
+    words.add_argument("--lalrm-iterations", type=positive, default=2000)
     words.add_argument("--own-iterations", type=int, default=700, help="first ones of LaLRM, in which none is drawn")
     words.add_argument("--stage2-iterations", type=positive, default=300)
     words.add_argument("--generated", type=positive, default=50, help="clips of stage 2")
     words.add_argument("--lalrm-rate", type=float, default=6e-4)
-    words.add_argument("--width", type=positive, default=128, help="of LaLRM")
+    words.add_argument("--width", type=positive, default=192, help="of LaLRM")
     words.add_argument("--layers", type=positive, default=6, help="of LaLRM")
     words.add_argument("--lalrm-batch", type=positive, default=1)
-    words.add_argument("--perceptual", type=float, default=0.5, help="weight of LPIPS in LaLRM's loss")
+    words.add_argument("--perceptual", type=float, default=0.0, help="weight of LPIPS in LaLRM's loss")
     words.add_argument("--fit-seconds", type=float, default=1.0, help="a scene, of the fits")
     words.add_argument("--device", default="cpu")
     words.add_argument("--work", type=Path, default=Path("runs/wonderland"))
@@ -306,10 +305,13 @@ def main() -> None:
         "seeds": args.seeds,
     }
     if args.part != "lalrm":
-        settings["camera guidance"] = f"{args.iterations} iterations of {args.batch} clips"
+        settings["camera guidance"] = f"{args.iterations} iterations of {args.batch} clips, rate {args.rate:g}"
     if args.part != "camera":
         drawn = args.lalrm_iterations - args.own_iterations
-        settings["LaLRM"] = f"{args.own_iterations} iterations undrawn, {drawn} drawn, of {args.lalrm_batch} clips"
+        settings["LaLRM"] = (
+            f"{args.own_iterations} iterations undrawn, {drawn} drawn, of {args.lalrm_batch} clips; rate "
+            f"{args.lalrm_rate:g}, width {args.width}, layers {args.layers}, weight of LPIPS {args.perceptual:g}"
+        )
     result = {**settings, **found, "paper": PAPER[args.part], "by_seed": by_row}
     write_results(args.out, f"{args.name}-{args.part}", result, markdown(args.part, found, settings))
     print(json.dumps(found))

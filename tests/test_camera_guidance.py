@@ -37,6 +37,7 @@ from fvgen.models.cogvideox.pipelines import CogVideoXStudentPipeline, CogVideoX
 from fvgen.models.cogvideox.published import PUBLISHED
 from fvgen.models.condition import Condition
 from fvgen.models.denoiser import Teacher
+from fvgen.models.lora import SharedBackbone
 from fvgen.pipelines.folders import load_pipeline, save_model
 from fvgen.pipelines.teacher import TeacherPipeline
 from fvgen.walks.chain import chain
@@ -198,6 +199,17 @@ def test_below_its_timestep_the_network_is_the_base(seen, way):
     assert not torch.equal(found[0], plain[0]) and not torch.equal(heard[1], plain[1])
 
 
+@pytest.mark.parametrize("branch", ["lora", "dual"])
+def test_below_its_timestep_a_shared_backbone_is_the_base(seen, branch):
+    """Adapters of peft's take the place of the layers that are to be silent."""
+    pytest.importorskip("peft")
+    one, network = (moved(guided(control_t_min=600, branch=branch)) for _ in range(2))
+    SharedBackbone(network, ["student"], 2, FAMILY.lora_targets)
+    with torch.no_grad():
+        alone, shared, plain = (velocity(each, seen) for each in (one, network, base_transformer()))
+    assert torch.equal(shared, alone) and torch.equal(shared[1], plain[1]) and not torch.equal(shared[0], plain[0])
+
+
 def test_checkpointing_a_rollout_remembers_who_looked(seen):
     """Two steps before one backward pass: what is computed again for the first must not be gated as the second was."""
     x_t, t, condition = seen
@@ -262,20 +274,20 @@ def test_without_a_path_it_is_its_base(seen, way):
 
 @pytest.mark.parametrize("text_guidance", [1.0, 2.5])
 def test_the_camera_has_a_weight_of_its_own(seen, text_guidance):
-    """Velocities of four passes of networks without any guidance, put together by hand; at 459 the path is not looked
-    at and the weight changes nothing."""
+    """Velocities of passes of networks without any guidance, put together by hand; at 459 the path is not looked at and
+    the weight changes nothing. Networks in float64: what they give is rounded once."""
     x_t, t, condition = seen
-    network, base = (nn.Module.eval(each) for each in (moved(guided(control_t_min=600)), base_transformer()))
+    network, base = (nn.Module.double(each) for each in (moved(guided(control_t_min=600)), base_transformer()))
     null = {"text_tokens": torch.randn(1, TOKENS, TEXT, generator=rng(4))}
     schedule = noise_schedule(small_scheduler().config)
     teacher = Teacher(network, schedule, FAMILY.call, [null], text_guidance, 0.0, camera_guidance=3.0)
     assert teacher.nfe == 2 + (text_guidance != 1)
     with torch.no_grad():
-        cond, empty = (velocity(network, (x_t, t, each)) for each in (condition, condition.replaced(null)))
-        blind = velocity(base, (x_t, t, condition.without("camera_path")))
+        cond, empty = (velocity(network, (x_t, t, each)).float() for each in (condition, condition.replaced(null)))
+        blind = velocity(base, (x_t, t, condition.without("camera_path"))).float()
         expected = empty + text_guidance * (cond - empty) + 2 * (cond - blind)
         found = teacher.velocity(*seen)
-        close = {"atol": 1e-5, "rtol": 1e-5}  # some ten sums of numbers about 3 in another order
+        close = {"atol": 1e-5, "rtol": 1e-5}  # some ten roundings of 6e-8 of numbers about 10
         torch.testing.assert_close(found, expected, **close)
         torch.testing.assert_close(found[1], (empty + text_guidance * (cond - empty))[1], **close)
         assert (found - cond)[0].abs().max() > 0.1

@@ -22,7 +22,7 @@ from fvgen.clips.filters import LIMITS
 from fvgen.clips.folder import save_clips
 from fvgen.clips.latents import LatentBatch
 from fvgen.distill.draws import Draws
-from fvgen.distill.methods.camera import AC3D, Camera, truncated_normal
+from fvgen.distill.methods.camera import AC3D, Camera, CameraSettings, truncated_normal
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.conventions import from_opengl
 from fvgen.models.condition import Condition
@@ -92,7 +92,10 @@ def test_a_run_leaves_a_guided_teacher_whose_base_has_not_moved(base_folder, gui
     # Two updates: the layers behind an encoder's last one, which was 0 at the second, are still to come.
     assert all("encoder" in name and ".last." not in name for name in still), still
     assert "cameras=path" in (guided_folder / "README.md").read_text()
-    assert load_pipeline(guided_folder, TeacherPipeline).config.camera_guidance == 2.0
+    made = load_pipeline(guided_folder, TeacherPipeline)
+    assert made.config.camera_guidance == 2.0
+    kept, told = (CameraSettings(**words).student_of(made, made.network) for words in ({}, {"camera_guidance": 1.0}))
+    assert (kept.config.camera_guidance, told.config.camera_guidance) == (2.0, 1.0)
     one, two = (load_pipeline(guided_folder, TeacherPipeline)(video(), cameras=cameras(seed)) for seed in (1, 2))
     assert not torch.equal(one, two)
 

@@ -56,7 +56,7 @@ def test_rows_that_were_asked_for_otherwise_are_not_mixed(tmp_path):
     said = refusal(lambda: wonderland.judge_work(arguments(*words, "--rate", "0.01")))
     assert "holds rows of --rate 0.001, not 0.01" in said
     said = refusal(lambda: wonderland.judge_work(arguments(*words, "--perceptual", "0.1")))
-    assert "holds rows of --perceptual 0.5, not 0.1" in said  # whatever could be another row's
+    assert "holds rows of --perceptual 0.0, not 0.1" in said  # whatever could be another row's
 
 
 def test_claims_name_rows_and_metrics():

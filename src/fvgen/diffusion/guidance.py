@@ -18,7 +18,8 @@ def guided_velocity_three_way(
 
 
 def emphasised(v: Tensor, v_cond: Tensor, v_without: Tensor, weight: float) -> Tensor:
-    """``v`` with what one part of the condition brings, ``v_cond - v_without``, ``weight`` times in place of once."""
+    """``v`` [B, ...], guided or not, with what one part of the condition brings to it, ``v_cond - v_without``,
+    ``weight`` times in place of once: of that part alone what `guided_velocity` is of all."""
     return v + (weight - 1.0) * (v_cond - v_without)
 
 

@@ -192,7 +192,7 @@ class Teacher(Denoiser):
         )
 
     def _steered(self, guided: Tensor, conditional: Tensor, x_t: Tensor, t: Tensor, condition: Condition) -> Tensor:
-        """With the camera's own weight."""
+        """``guided`` [B, C, F, h, w] with the camera's own weight."""
         if self.camera_guidance == 1.0:
             return guided
         looks = t >= self.network.cameras_from

@@ -62,8 +62,8 @@ class CameraSettings(MethodSettings):
         "uniform", description="of the timesteps that are learnt; truncated_normal is AC3D's, on 600 to 999"
     )
     ema_decay: float = Field(0.99, ge=0, lt=1, description="of the averaged weights, which are the result")
-    camera_guidance: float = Field(
-        1.0, ge=0, le=1000, description="of the teacher that is left: weight of the camera in the steps that look at it"
+    camera_guidance: float | None = Field(
+        None, ge=0, le=1000, description="of the model that is left: the camera's weight in its sampler; null keeps it"
     )
     sample_steps: int = Field(10, ge=1, le=1000, description="of DDIM, for sample clips")
 
@@ -102,7 +102,8 @@ class CameraSettings(MethodSettings):
         return blueprint.with_cameras(self._of_network())
 
     def student_of(self, base: Any, network: Any) -> Any:
-        return base.with_parts(**{base.network_part: network}, camera_guidance=self.camera_guidance)
+        weight = {} if self.camera_guidance is None else {"camera_guidance": self.camera_guidance}
+        return base.with_parts(**{base.network_part: network}, **weight)
 
     def _of_network(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in NETWORK if name not in self.idle()}

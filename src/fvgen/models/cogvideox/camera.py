@@ -109,9 +109,9 @@ class Looking:
         self.block, self.looking = block, looking
 
     def __call__(self, *inputs: Any) -> tuple[Tensor, Tensor]:
-        attention = self.block.attn1
-        for layer in (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0]):
-            layer.looking = self.looking
+        for layer in self.block.attn1.modules():  # by kind: an adapter of peft's may have taken a layer's name
+            if isinstance(layer, LoraLinear):
+                layer.looking = self.looking
         return self.block(*inputs)
 
 
