@@ -40,7 +40,9 @@ def lalrm_settings(words: Mapping[str, Any], args: Any) -> dict[str, Any]:
     """Settings of `method: lalrm` from a row's."""
     sizes = {"width": args.width, "layers": args.layers, "head_dim": 32}
     rates = {"lalrm_lr": args.lalrm_rate, "batch_size": args.lalrm_batch, "own_iterations": args.own_iterations}
-    return {**LALRM, **sizes, **rates, "perceptual_weight": args.perceptual, "others": args.others, **words}
+    unseen = words.get("unseen_views", args.views)
+    views = {"unseen_views": unseen, "seen_views": 2 * args.views - unseen, "others": args.others}
+    return {**LALRM, **sizes, **rates, **views, "perceptual_weight": args.perceptual, **words}
 
 
 def common(args: Any, out: Path, seed: int) -> dict[str, Any]:

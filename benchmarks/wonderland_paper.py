@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 BRANCHES = ("dual, early steps", "control, early steps", "LoRA, early steps")
+WEIGHTS = (3, 5)  # of the camera in the sampler
 EARLY = {"control_t_min": 600, "t_distribution": "truncated_normal"}  # AC3D's
 
 ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
@@ -23,10 +24,11 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "dual, early steps": {"branch": "dual"} | EARLY,
         "control, early steps": {"branch": "control"} | EARLY,
         "LoRA, early steps": {"branch": "lora"} | EARLY,
-        "dual, early steps, weight 3": {"of": "dual, early steps", "camera_guidance": 3.0},
-        "control, early steps, weight 3": {"of": "control, early steps", "camera_guidance": 3.0},
-        "control, early steps, weight 5": {"of": "control, early steps", "camera_guidance": 5.0},
-        "LoRA, early steps, weight 3": {"of": "LoRA, early steps", "camera_guidance": 3.0},
+        **{
+            f"{row}, weight {weight}": {"of": row, "camera_guidance": float(weight)}
+            for row in BRANCHES
+            for weight in WEIGHTS
+        },
     },
     "lalrm": {
         "warped by true depth": None,
@@ -36,7 +38,7 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "fit from true depth": None,
         "LaLRM": {},
         "LaLRM, no own pixels": {"own_weight": 0.0, "own_iterations": 0},
-        "LaLRM, seen views only": {"unseen_views": 0, "seen_views": 4},
+        "LaLRM, seen views only": {"unseen_views": 0},
         "LaLRM, no rays": {"cameras": False},
         "LaLRM, stage 2": {},
     },
@@ -49,7 +51,7 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
 }
 """Part -> row -> what its training is told beyond the rest; "control" copies half of the blocks, as the paper's 21 of
 42. "of": the row whose models are taken, sampled at another weight of the camera. All that is drawn in an update of
-LaLRM is four views."""
+LaLRM is twice `--views`."""
 
 CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
     "camera": [
@@ -71,10 +73,9 @@ CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
     ]
     + [
         (row, "base, no camera", metric)
-        for row in ("dual", *BRANCHES, *(f"{row}, weight 3" for row in BRANCHES))
+        for row in ("dual", *BRANCHES, *(f"{row}, weight {weight}" for row in BRANCHES for weight in WEIGHTS))
         for metric in ("psnr", "camera_gain")
     ]
-    + [("control, early steps, weight 5", "base, no camera", metric) for metric in ("psnr", "camera_gain")]
     + [(f"{row}, weight 3", row, metric) for row in BRANCHES for metric in ("psnr", "lpips", "camera_gain")]
     + [
         ("dual, early steps", "control, early steps", "camera_gain"),
