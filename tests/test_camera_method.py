@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from small_cameras import SETTINGS, cameras
 from small_cogvideox import FRAMES, HEIGHT, WIDTH, rng, small_teacher, video
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from fvgen import distill
 from fvgen.clips.clip import Clip
@@ -25,7 +27,7 @@ from fvgen.distill.draws import Draws
 from fvgen.distill.methods.camera import AC3D, Camera, CameraSettings, truncated_normal
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.conventions import from_opengl
-from fvgen.models.condition import Condition
+from fvgen.models.condition import CAMERA_PATH, Condition
 from fvgen.models.family import Size
 from fvgen.pipelines.cameras import clip_path
 from fvgen.pipelines.folders import load_pipeline, save_model
@@ -260,6 +262,21 @@ def test_a_stage_is_planned_from_the_base_it_will_be_trained_on(base_folder, gui
     assert counted["followers"] == 0
     family, blueprint = teacher_blueprint(str(guided_folder))
     assert simulate(stage(teacher=str(guided_folder)), family, blueprint, size).parameters == counted
+
+
+def test_the_cameras_weight_is_planned_as_the_pass_that_it_costs(guided_folder, stage):
+    """The teacher is asked once an iteration, and without its path it is the base."""
+    family, blueprint = teacher_blueprint(str(guided_folder))
+    assert blueprint.camera_guidance == 2.0
+    size, config = Size(1, FRAMES, HEIGHT, WIDTH), stage("dmd", teacher=str(guided_folder), critic_updates=1)
+    weighed, plain = (
+        simulate(config, family, each, size).flops for each in (blueprint, replace(blueprint, camera_guidance=1.0))
+    )
+    network = load_pipeline(guided_folder, TeacherPipeline).network
+    latents, condition = blueprint.example(size)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        family.call(network, latents, torch.tensor([900]), condition.without(CAMERA_PATH))
+    assert weighed - plain == counter.get_total_flops() > 0
 
 
 @pytest.mark.slow

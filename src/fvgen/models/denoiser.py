@@ -195,10 +195,13 @@ class Teacher(Denoiser):
         """``guided`` [B, C, F, h, w] with the camera's own weight."""
         if self.camera_guidance == 1.0:
             return guided
-        looks = t >= self.network.cameras_from
-        # Processes make the same passes, whatever their t: ZeRO-3 gathers weights in each.
-        together = torch.distributed.is_available() and torch.distributed.is_initialized()
-        if not together and not looks.any():
+        if self.nobody_looks(t):
             return guided
         blind = super().velocity(x_t, t, condition.without(CAMERA_PATH))
         return emphasised(guided, conditional, blind, self.camera_guidance)
+
+    def nobody_looks(self, t: Tensor) -> bool:
+        """Whether the network sees no camera at any of the timesteps [B], so that there is nothing to weigh. Processes
+        make the same passes, whatever their t: ZeRO-3 gathers weights in each."""
+        together = torch.distributed.is_available() and torch.distributed.is_initialized()
+        return not together and not bool((t >= self.network.cameras_from).any())

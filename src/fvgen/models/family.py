@@ -48,7 +48,7 @@ class Blueprint:
     ``network`` builds it on the default device; ``example`` gives latents [B, C, F, h, w] and a condition of zeros for
     clips of some size, or raises UserError for a size that does not fit; ``schedule`` its noise levels; ``guidance``
     its own; ``latent_grid`` of its VAE; ``with_cameras`` the blueprint of `NovelViewPipeline.with_cameras`, by its
-    settings, where there is one.
+    settings, where there is one; ``camera_guidance`` the weight of the camera path.
     """
 
     network: Callable[[], nn.Module]
@@ -57,6 +57,7 @@ class Blueprint:
     guidance: float
     latent_grid: LatentGrid | None = None
     with_cameras: Callable[[Mapping[str, Any]], Blueprint] | None = None
+    camera_guidance: float = 1.0
 
 
 @dataclass(frozen=True)

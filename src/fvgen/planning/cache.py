@@ -44,7 +44,7 @@ def remembered(config: StageConfig, family: Family, blueprint: Blueprint, size: 
         "family": family.name,
         "network": [type(network).__name__, dict(network.config)],
         "shapes": [list(latents.shape), {name: list(tensor.shape) for name, tensor in condition.items()}],
-        "guidance": blueprint.guidance,
+        "guidance": [blueprint.guidance, blueprint.camera_guidance],
         "latent_grid": blueprint.latent_grid,
         "method": [config.name, config.method.model_dump()],
         "memory": config.memory.model_dump(exclude=OF_ENGINES),

@@ -123,6 +123,13 @@ class CountingEngine:
         return loss.detach()
 
 
+class AlwaysLooking(Teacher):
+    """At the camera, where it has a weight of its own: timesteps have no values here."""
+
+    def nobody_looks(self, t: Tensor) -> bool:
+        return False
+
+
 class LastStep(Draws):
     """With simulated inputs the costliest draw: all of the student's steps."""
 
@@ -165,7 +172,8 @@ def simulate(config: StageConfig, family: Family, blueprint: Blueprint, size: Si
         guidance = getattr(config.method, "guidance", None)
         guidance = blueprint.guidance if guidance is None else guidance
         # Its unconditional pass costs what the conditional one does: nothing need be replaced.
-        teacher = Teacher(network, blueprint.schedule(), family.call, [{}], guidance)
+        weights = {"guidance": guidance, "camera_guidance": blueprint.camera_guidance}
+        teacher = AlwaysLooking(network, blueprint.schedule(), family.call, [{}], **weights)
         method = METHODS[config.name].method.build(Setup(config, family, teacher, learner, base=blueprint))
         networks = {name: each.module for name, each in method.learners.items()}
         with FakeTensorMode(allow_non_fake_inputs=True):

@@ -118,9 +118,9 @@ def blueprint(files: Mapping[str, Mapping[str, Any]]) -> Blueprint:
         described = {"_class_name": CAMERA, "space_factor": space_factor(vae), **settings}
         return blueprint({**files, "transformer": {**transformer, **described}})
 
-    guidance = float(index.get("guidance", GUIDANCE))
+    guidance, weight = float(index.get("guidance", GUIDANCE)), float(index.get("camera_guidance", 1.0))
     schedule = partial(noise_schedule, files["scheduler"])
-    return Blueprint(network, example, schedule, guidance, latent_grid(vae), with_cameras)
+    return Blueprint(network, example, schedule, guidance, latent_grid(vae), with_cameras, weight)
 
 
 def latent_grid(vae: Mapping[str, Any]) -> LatentGrid:
