@@ -1,7 +1,7 @@
 """Train VAE and teacher of CogVideoX's classes, in small, on built-in clips.
 
     python recipes/train_cogvideox_world.py --out DIR [--image-condition ends|renders|first] [--device cuda]
-        [--minutes 10] [--vae-minutes 3] [--vae DIR] [--data DIR]
+        [--minutes 10] [--vae-minutes 3] [--vae DIR] [--data DIR|builtin-...]
 
 Teachers of three kinds: an interpolation model ("ends": it sees first and last frame, noised as CogvideX-
 Interpolation's are), one that sees the whole render ("renders", the strongest; both are VideoScene's), and one that
@@ -13,8 +13,8 @@ squared error of the velocity at uniform timesteps. DIR gets `teacher` (a CogVid
 benchmarks/videoscene.py says how good it is against its prior, before any student is trained.
 
 --vae: a teacher of this recipe's, or recipes/weights/world-vae, whose VAE is taken as it is, or trained on where
---vae-minutes is given. --data: a folder of clips in place of built-in ones that are made now; their latents are kept
-beside them, so that a second teacher of the same kind costs no second encoding.
+--vae-minutes is given. --data: a folder of clips, or one kind of built-in ones (kept in fvgen's cache), in place of the
+mix; their latents are kept beside them, so that a second teacher of the same kind costs no second encoding.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from torch import Tensor, nn
 from torch.nn.functional import l1_loss
 from train_proving_ground import collected, trained
 
-from fvgen.clips.builtin import DATA_SEED, HEIGHT, WIDTH
+from fvgen.clips.builtin import DATA_SEED, HEIGHT, WIDTH, builtin_clips
 from fvgen.clips.folder import ClipFolder
 from fvgen.clips.latents import load_latents
 from fvgen.clips.rooms import synthetic_clip
-from fvgen.clips.worlds import WORLDS
+from fvgen.clips.worlds import WORLDS, is_builtin
 from fvgen.metrics.image import lpips_network
 from fvgen.metrics.weights import Unavailable
 from fvgen.models.cogvideox.family import FAMILY
@@ -67,10 +67,15 @@ def make_clip(index: int) -> tuple:
     return *images, clip.known.numpy()
 
 
-def all_clips(count: int, workers: int, data: Path | None) -> dict[str, Tensor]:
+def folder_of(data: str, count: int, workers: int) -> ClipFolder:
+    """A folder of clips, or ``count`` built-in ones of a kind."""
+    return builtin_clips("train", count, workers, WORLDS[data], FRAMES) if is_builtin(data) else ClipFolder(data)
+
+
+def all_clips(count: int, workers: int, data: ClipFolder | None) -> dict[str, Tensor]:
     """truth and render [N, F, 3, H, W] uint8 and known [N, F], made or from a folder of clips."""
     if data is not None:
-        return load_tensors(ClipFolder(data).path / "clips.safetensors")
+        return load_tensors(data.path / "clips.safetensors")
     with ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         return collected([pool.submit(make_clip, index) for index in range(count)])
 
@@ -235,17 +240,21 @@ def main() -> None:
     parser.add_argument("--vae-crop", type=int, default=64, help="pixels of a crop's side; a small one: more updates")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the VAE's levels")
     parser.add_argument("--vae", type=Path, help="a teacher or recipes/weights/world-vae, whose VAE is taken")
-    parser.add_argument("--data", type=Path, help="a folder of clips, in place of built-in ones")
+    parser.add_argument("--data", help="a folder of clips, or a kind of built-in ones, in place of the mix")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     if args.vae_minutes is None:
         args.vae_minutes = 0.0 if args.vae else 3.0
 
     start = time.perf_counter()
-    clips = all_clips(args.clips, args.workers, args.data)
+    folder = folder_of(args.data, args.clips, args.workers) if args.data else None
+    clips = all_clips(args.clips, args.workers, folder)
     print(f"{len(clips['truth'])} clips after {time.perf_counter() - start:.0f} s", flush=True)
     torch.set_float32_matmul_precision("high")
-    log: dict[str, dict] = {"clips": {"count": args.clips, "mix": MIX}, "arguments": {"seed": args.seed}}
+    log: dict[str, dict] = {
+        "clips": {"count": len(clips["truth"]), "data": args.data or MIX},
+        "arguments": {"seed": args.seed},
+    }
     log["arguments"] |= {"image_condition": args.image_condition, "layers": args.layers, "heads": args.heads}
     vae = load_vae(args.vae) if args.vae else build_vae(args.seed, args.widths)
     if args.vae_minutes:
@@ -254,8 +263,8 @@ def main() -> None:
     pipeline = build_teacher(vae.cpu(), args.seed, args.image_condition, args.layers, args.heads)
     save_model(pipeline, args.out / "teacher")  # of the VAE alone so far: a kill from here on costs only the teacher
     pipeline.to(args.device)
-    if args.data:
-        whole = load_latents(ClipFolder(args.data), pipeline)
+    if folder is not None:
+        whole = load_latents(folder, pipeline)
         data = whole.batch(torch.arange(len(whole)), args.device)
         data = (data.latents, data.condition)
     else:

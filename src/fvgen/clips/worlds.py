@@ -32,6 +32,8 @@ WORLDS = {
     "builtin-closed": World("closed", (1.0, 1.0), (0.05, 0.05), (0.35, 1.1), 0.0, True, 0.12),
     # The same from few points, whose gaps are closed with the nearest colour: a coarse prior, wrong in detail too.
     "builtin-coarse": World("coarse", (0.03, 0.1), (0.02, 0.05), (0.35, 1.1), 0.0, False, 0.12, True),
+    # Hardly any points and depth that is 5 to 10 % wrong: a prior that a teacher of this size can be better than.
+    "builtin-rough": World("rough", (0.005, 0.01), (0.05, 0.1), (0.35, 1.1), 0.0, False, 0.12, True),
     # Four ways on from every first frame: nothing but the path tells these clips apart, so a model must look at it.
     "builtin-paths": World("paths", (0.03, 0.1), (0.02, 0.05), (0.0, 0.6), 1.0, False, 0.12, True, 4),
 }
