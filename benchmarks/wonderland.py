@@ -276,6 +276,7 @@ def parser() -> Parser:
     words.add_argument("--width", type=positive, default=192, help="of LaLRM")
     words.add_argument("--layers", type=positive, default=6, help="of LaLRM")
     words.add_argument("--lalrm-batch", type=positive, default=1)
+    words.add_argument("--planes", type=int, default=24, help="of LaLRM's sweep")
     words.add_argument("--views", type=positive, default=2, help="of each kind, seen and unseen, in LaLRM's updates")
     words.add_argument("--perceptual", type=float, default=0.0, help="weight of LPIPS in LaLRM's loss")
     words.add_argument("--fit-seconds", type=float, default=1.0, help="a scene, of the fits")
@@ -311,8 +312,8 @@ def main() -> None:
         drawn = args.lalrm_iterations - args.own_iterations
         settings["LaLRM"] = (
             f"{args.own_iterations} iterations undrawn, {drawn} drawn, of {args.lalrm_batch} clips, {2 * args.views} "
-            f"views; rate {args.lalrm_rate:g}, width {args.width}, layers {args.layers}, weight of LPIPS "
-            f"{args.perceptual:g}"
+            f"views; rate {args.lalrm_rate:g}, width {args.width}, layers {args.layers}, {args.planes} planes, weight of "
+            f"LPIPS {args.perceptual:g}"
         )
     result = {**settings, **found, "paper": PAPER[args.part], "by_seed": by_row}
     write_results(args.out, f"{args.name}-{args.part}", result, markdown(args.part, found, settings))

@@ -38,7 +38,7 @@ def camera_settings(words: Mapping[str, Any], args: Any, layers: int) -> dict[st
 
 def lalrm_settings(words: Mapping[str, Any], args: Any) -> dict[str, Any]:
     """Settings of `method: lalrm` from a row's."""
-    sizes = {"width": args.width, "layers": args.layers, "head_dim": 32}
+    sizes = {"width": args.width, "layers": args.layers, "head_dim": 32, "planes": args.planes}
     rates = {"lalrm_lr": args.lalrm_rate, "batch_size": args.lalrm_batch, "own_iterations": args.own_iterations}
     unseen = words.get("unseen_views", args.views)
     views = {"unseen_views": unseen, "seen_views": 2 * args.views - unseen, "others": args.others}

@@ -39,7 +39,8 @@ ROWS: dict[str, dict[str, dict[str, Any] | None]] = {
         "LaLRM": {},
         "LaLRM, no own pixels": {"own_weight": 0.0, "own_iterations": 0},
         "LaLRM, seen views only": {"unseen_views": 0},
-        "LaLRM, no rays": {"cameras": False},
+        "LaLRM, no sweep": {"planes": 0},
+        "LaLRM, no rays": {"cameras": False, "planes": 0},
         "LaLRM, stage 2": {},
     },
     "end-to-end": {
@@ -91,6 +92,7 @@ CLAIMS: dict[str, list[tuple[str, str, str]]] = {  # better, worse, metric
             "fit to the frames",
             "LaLRM, no own pixels",
             "LaLRM, seen views only",
+            "LaLRM, no sweep",
             "LaLRM, no rays",
         )
         for metric in ("psnr", "lpips")

@@ -11,6 +11,7 @@ F frames, H W of any grid that spans the image, C channels, F' latent frames.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import torch
@@ -22,6 +23,7 @@ from fvgen.geometry.cameras import Cameras, pixel_rays, pose_problem
 
 PACKED = 12 + 9
 """Numbers of a camera in a `packed` path."""
+LINEAR = 50.0  # far / near up to which `spread` is even
 STILL = 1e-6
 """A path whose poses differ less from its first (lengths in scene units, rotations by matrix entry) does not move."""
 
@@ -32,6 +34,15 @@ def rays(cameras: Cameras, height: int, width: int) -> tuple[Tensor, Tensor]:
     scale = _image_scale(height / cameras.height, width / cameras.width, cameras.intrinsics)
     grid = replace(cameras, intrinsics=cameras.intrinsics * scale, height=height, width=width)
     return cameras.centers, normalize(pixel_rays(grid), dim=-1)
+
+
+def spread(share: Tensor, near: float, far: float) -> Tensor:
+    """Distances along rays at shares in [0, 1], of any shape, of the way from ``near`` to ``far``: evenly, or evenly in
+    the logarithm where far / near is above `LINEAR`."""
+    logarithmic = far / near > LINEAR
+    low, high = (share.new_full((), math.log(d) if logarithmic else d) for d in (near, far))
+    between = torch.lerp(low, high, share)
+    return between.exp() if logarithmic else between
 
 
 def plucker(cameras: Cameras, height: int | None = None, width: int | None = None) -> Tensor:

@@ -2,13 +2,15 @@
 
     l = conv(z)                    latents [B, C, F', h, w], patches of p, frame by frame     to D channels
     c = conv(fold(plucker))        rays of the pixels behind each patch, frames folded as the VAE folds them
-    x = LN(W [LN l ; LN c])        N = F' h/p w/p tokens
+    s = conv(sweep(z, cameras))    where frames agree, patches of p, where there are planes
+    x = LN(W [LN l ; LN c ; LN s]) N = F' h/p w/p tokens
     x = x + attention(LN x);  x = x + mlp(LN x)                                               L times
     g = transposed conv(x)         12 numbers for each Gaussian, [B, 12, F, H', W']
 
 Blocks are GS-LRM's, as the paper says: before each part a norm, no bias anywhere, MLPs four times as wide, GELU, no
 positions (rays carry them). F = r (F' - 1) + 1 frames come out of F' latent frames by a kernel of r + 1 in time, and
 g x g Gaussians out of a token, one for ``pitch`` x ``pitch`` pixels. What the numbers mean: `fvgen.splats.raymap`.
+The sweep (`fvgen.models.plane_sweep`) is ours; without planes the network is the paper's.
 
 Letters: s pixels to a latent pixel, r frames to a latent frame, D channels of a token.
 """
@@ -23,8 +25,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from fvgen.errors import UserError
-from fvgen.geometry.plucker import folded, plucker, unpacked
+from fvgen.geometry.plucker import folded, plucker, spread, unpacked
 from fvgen.models.family import LatentGrid
+from fvgen.models.plane_sweep import PlaneSweep
 
 NUMBERS = 12  # of a Gaussian: colour 3, scale 3, rotation 4, opacity, distance
 QUIET = 0.3  # the last layer starts this much smaller than layers do: Gaussians begin near what zeros mean
@@ -57,6 +60,7 @@ class LaLRM(ModelMixin, ConfigMixin):
         pitch: pixels from a Gaussian to the next, a divisor of p s; 1 is one for every pixel, 2 the paper's.
         near, far, typical: distances along a ray, in units of a `normalised` path; ``typical`` is where they start.
         cameras: look at the rays; else tokens know nothing of where the camera was (an ablation).
+        planes: of a sweep through the clip, spread from ``near`` to ``far`` as distances are; 0 for none.
 
     Raises UserError for settings that do not fit each other.
     """
@@ -78,6 +82,7 @@ class LaLRM(ModelMixin, ConfigMixin):
         far: float = 20.0,
         typical: float = 3.0,
         cameras: bool = True,
+        planes: int = 0,
     ) -> None:
         super().__init__()
         side = patch * space_squeeze
@@ -87,12 +92,18 @@ class LaLRM(ModelMixin, ConfigMixin):
             raise UserError(f"pitch={pitch} does not divide a token's {side} pixels; give one that does")
         if not 0 < near < typical < far:
             raise UserError(f"near={near}, typical={typical}, far={far} are not 0 < near < typical < far; give such")
+        if planes and not cameras:
+            raise UserError(f"planes={planes} need to know the cameras; set cameras=true, or planes=0")
         self.latents = nn.Conv2d(latent_channels, width, patch, patch, bias=False)
         self.norm_latents, self.norm = (nn.LayerNorm(width, bias=False) for _ in range(2))
         if cameras:
             self.rays = nn.Conv2d(6 * time_squeeze, width, side, side, bias=False)
             self.norm_rays = nn.LayerNorm(width, bias=False)
-            self.fuse = nn.Linear(2 * width, width, bias=False)
+            self.fuse = nn.Linear((3 if planes else 2) * width, width, bias=False)
+        if planes:
+            self.sweep = PlaneSweep(latent_channels, time_squeeze)
+            self.volume = nn.Conv2d(2 * time_squeeze * planes, width, patch, patch, bias=False)
+            self.norm_volume = nn.LayerNorm(width, bias=False)
         self.blocks = nn.ModuleList(Block(width, head_dim) for _ in range(layers))
         kernel, step, cut = (time_squeeze + 1, time_squeeze, time_squeeze // 2) if time_squeeze > 1 else (1, 1, 0)
         grown = (side // pitch,) * 2
@@ -111,6 +122,7 @@ class LaLRM(ModelMixin, ConfigMixin):
         cameras of the F frames. H' = s h / pitch."""
         config, side = self.config, self.config.space_squeeze * self.config.patch
         clips, _, frames, h, w = latents.shape
+        again = self.gradient_checkpointing and torch.is_grad_enabled()
         assert h % config.patch == 0 and w % config.patch == 0, (h, w)
         x = self.norm_latents(_tokens(self.latents(latents.transpose(1, 2).flatten(0, 1)), clips))
         if config.cameras:
@@ -120,10 +132,14 @@ class LaLRM(ModelMixin, ConfigMixin):
                 grouped = folded(embedding, config.time_squeeze).to(x.dtype)
             assert grouped.shape[1] == frames, (grouped.shape, frames)
             rays = self.norm_rays(_tokens(self.rays(grouped.flatten(0, 1)), clips))
-            x = self.fuse(torch.cat([x, rays], dim=-1))
+            parts = [x, rays]
+            if config.planes:
+                shares = (torch.arange(config.planes, device=x.device) + 0.5) / config.planes
+                volume = self.sweep(latents, path, spread(shares, config.near, config.far), again)
+                parts.append(self.norm_volume(_tokens(self.volume(volume.flatten(0, 1)), clips)))
+            x = self.fuse(torch.cat(parts, dim=-1))
         x = self.norm(x)
         for block in self.blocks:
-            again = self.gradient_checkpointing and torch.is_grad_enabled()
             x = checkpoint(block, x, use_reentrant=False) if again else block(x)
         grid = (frames, h * config.space_squeeze // side, w * config.space_squeeze // side)
         return self.gaussians(x.transpose(1, 2).unflatten(2, grid))

@@ -23,12 +23,11 @@ from torch import Tensor
 from fvgen.geometry.cameras import Cameras
 from fvgen.geometry.conventions import quaternion_product, rotation_to_quaternion
 from fvgen.geometry.gaussians import LEAST_ALPHA, Gaussians
-from fvgen.geometry.plucker import normalised, packed, rays
+from fvgen.geometry.plucker import LINEAR, normalised, packed, rays, spread
 
 if TYPE_CHECKING:  # diffusers takes seconds to import
     from fvgen.models.lalrm import LaLRM
 
-LINEAR = 50.0  # far / near up to which distances are spread evenly
 START = 0.5  # ways to the next Gaussian: twice that is four times the pairs to draw, and blurs more than it closes
 LEAST_SCALE, MOST_SCALE = -3.0, 1.5  # logarithms
 FAINT, FAINTER = 1.0, 2.0  # what opacities' numbers start below, on coarse and full grids
@@ -37,11 +36,9 @@ COLOR, SCALE, ROTATION, OPACITY, DISTANCE = slice(0, 3), slice(3, 6), slice(6, 1
 
 def distances(x: Tensor, near: float, far: float, typical: float) -> Tensor:
     """Of numbers of any shape; 0 gives ``typical``, -inf ``near``, inf ``far``."""
-    logarithmic = far / near > LINEAR
-    low, middle, high = (math.log(d) if logarithmic else d for d in (near, typical, far))
+    low, middle, high = (math.log(d) if far / near > LINEAR else d for d in (near, typical, far))
     share = (middle - low) / (high - low)
-    spread = torch.lerp(*(x.new_full((), end) for end in (low, high)), torch.sigmoid(x + math.log(share / (1 - share))))
-    return spread.exp() if logarithmic else spread
+    return spread(torch.sigmoid(x + math.log(share / (1 - share))), near, far)
 
 
 def gaussians_along(numbers: Tensor, cameras: Cameras, settings: Mapping[str, Any]) -> Gaussians:

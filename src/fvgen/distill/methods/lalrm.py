@@ -49,7 +49,7 @@ if TYPE_CHECKING:  # the libraries behind the networks take seconds and a quarte
     from fvgen.clips.latents import LatentBatch
     from fvgen.distill.settings import StageConfig
 
-NETWORK = ("patch", "width", "layers", "head_dim", "pitch", "near", "far", "typical", "cameras")
+NETWORK = ("patch", "width", "layers", "head_dim", "pitch", "near", "far", "typical", "cameras", "planes")
 
 
 class LalrmSettings(MethodSettings):
@@ -72,6 +72,7 @@ class LalrmSettings(MethodSettings):
     far: float = Field(20.0, gt=0, le=1e9, description="largest distance")
     typical: float = Field(3.0, gt=0, le=1e9, description="distance at the start")
     cameras: bool = Field(True, description="the network looks at the rays; false is an ablation")
+    planes: int = Field(0, ge=0, le=1024, description="of a sweep through the clip that the network sees; 0 for none")
     seen_views: int = Field(2, ge=0, le=64, description="of a clip's own frames, in every update")
     unseen_views: int = Field(2, ge=0, le=64, description="of the scene's other views; 0 is an ablation")
     others: int = Field(8, ge=0, le=64, description="views off the path that built-in clips are made with")
@@ -95,6 +96,8 @@ class LalrmSettings(MethodSettings):
             raise ValueError("own_iterations with own_weight=0 have nothing to learn from; set own_weight")
         if self.own_iterations >= run.iterations:
             raise ValueError(f"own_iterations={self.own_iterations} leave no iteration to draw views in; set less")
+        if self.planes and not self.cameras:
+            raise ValueError(f"planes={self.planes} need to know the cameras; set cameras=true, or planes=0")
         if run.init:
             raise ValueError(f"init={run.init} has no effect here; to go on, give teacher=RUN/{self.result}")
         for name in ("share_backbone", "offload_teacher"):
