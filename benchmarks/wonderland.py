@@ -312,8 +312,8 @@ def main() -> None:
         drawn = args.lalrm_iterations - args.own_iterations
         settings["LaLRM"] = (
             f"{args.own_iterations} iterations undrawn, {drawn} drawn, of {args.lalrm_batch} clips, {2 * args.views} "
-            f"views; rate {args.lalrm_rate:g}, width {args.width}, layers {args.layers}, {args.planes} planes, weight of "
-            f"LPIPS {args.perceptual:g}"
+            f"views; rate {args.lalrm_rate:g}, width {args.width}, layers {args.layers}, planes {args.planes}, weight "
+            f"of LPIPS {args.perceptual:g}"
         )
     result = {**settings, **found, "paper": PAPER[args.part], "by_seed": by_row}
     write_results(args.out, f"{args.name}-{args.part}", result, markdown(args.part, found, settings))

@@ -51,8 +51,9 @@ def test_frames_come_back(frames, latent, squeeze):
     assert network(torch.randn(1, 4, latent, 4, 6), path(frames)).shape == (1, 12, frames, 8, 12)
 
 
-def test_one_for_every_pixel_and_recomputation():
-    network, z = small(pitch=1), torch.randn(1, 4, 3, 4, 6)
+@pytest.mark.parametrize("planes", [0, 5])
+def test_one_for_every_pixel_and_recomputation(planes):
+    network, z = small(pitch=1, planes=planes), torch.randn(1, 4, 3, 4, 6)
     plain = network(z, path(9))
     assert plain.shape == (1, 12, 9, 16, 24)
     network.enable_gradient_checkpointing()
@@ -73,6 +74,7 @@ def test_settings_that_do_not_fit():
     assert "no multiple of head_dim=24" in refusal(lambda: small(head_dim=24))
     assert "pitch=3 does not divide a token's 8 pixels" in refusal(lambda: small(pitch=3))
     assert "0 < near < typical < far" in refusal(lambda: small(near=4.0))
+    assert "planes=5 need to know the cameras" in refusal(lambda: small(planes=5, cameras=False))
 
 
 def test_zeros_are_the_stated_start():
@@ -97,8 +99,9 @@ def test_distances_have_their_ends(far):
     torch.testing.assert_close(distances(x, 0.2, far, 3.0), torch.tensor([0.2, 3.0, far]), rtol=1e-5, atol=1e-6)
 
 
-def test_the_worlds_place_and_unit_do_not_matter():
-    network, z = small(), torch.randn(1, 4, 3, 4, 6)
+@pytest.mark.parametrize("planes", [0, 5])
+def test_the_worlds_place_and_unit_do_not_matter(planes):
+    network, z = small(planes=planes), torch.randn(1, 4, 3, 4, 6)
     walk = cameras(3, 9, 32, 48).to(dtype=torch.float64)
     turn = torch.eye(4, dtype=torch.float64)
     turn[:3, :3] = torch.linalg.matrix_exp(torch.tensor([[0, 0.3, -0.2], [-0.3, 0, 0.5], [0.2, -0.5, 0]]).double())

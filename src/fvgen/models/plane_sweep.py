@@ -62,9 +62,9 @@ class PlaneSweep(nn.Module):
 
 
 def agreement(frame: int, features: Tensor, cameras: Cameras, away: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean similarity, share of the sources that see the place), [K, h, w], of the pixels of one ``frame`` at distances
-    ``away`` [K] along their rays; ``features`` [F, C, h, w] of all frames, ``cameras`` F of that size. Where no source
-    sees it, both are 0."""
+    """(mean similarity, share of the sources that see the place), [K, h, w], of a frame's pixels at distances ``away``
+    [K] along their rays; ``features`` [F, C, h, w] of all frames, ``cameras`` F of that size. Where no source sees it,
+    both are 0."""
     count, _, h, w = features.shape
     sources = torch.linspace(0, count - 1, min(count, SOURCES), device=features.device).round().long()
     sources = sources[sources != frame]
