@@ -136,9 +136,10 @@ def test_another_vaes_latents_are_refused(teacher_folder):
     )
 
 
-def test_it_can_be_planned(stage, clip_folder, teacher_folder):
+@pytest.mark.parametrize("words", [{}, {"planes": 3, "checkpoint_activations": True}])
+def test_it_can_be_planned(stage, clip_folder, teacher_folder, words):
     """The network alone learns, and the teacher's takes no room."""
-    config = stage()
+    config = stage(**words)
     family, blueprint = folder_blueprint(teacher_folder)
     profile = simulate(config, family, blueprint, Size(2, FRAMES, HEIGHT, WIDTH))
     network = LaLRM(**config.method.of_network())

@@ -66,8 +66,8 @@ def agreement(frame: int, features: Tensor, cameras: Cameras, away: Tensor) -> t
     [K] along their rays; ``features`` [F, C, h, w] of all frames, ``cameras`` F of that size. Where no source sees it,
     both are 0."""
     count, _, h, w = features.shape
-    sources = torch.linspace(0, count - 1, min(count, SOURCES), device=features.device).round().long()
-    sources = sources[sources != frame]
+    most = min(count, SOURCES)
+    sources = [other for i in range(most) if (other := round(i * (count - 1) / max(1, most - 1))) != frame]
     origin, directions = rays(cameras[[frame]], h, w)
     points = origin[0] + away[:, None, None, None] * directions[0]
     pixels, depth = project(points.flatten(0, 2), cameras[sources])
