@@ -11,7 +11,8 @@ generated frames' cameras, found by matching them to the known scene (`fvgen.met
 of the paper's rules and (T_err_scene) in the scene's own scale, over the path's extent. Names in "_all" count frames
 that could not be matched as frames that stayed at the first camera. camera_gain: dB of PSNR that the right path gives
 over another clip's. --part lalrm: Gaussians from latents of true frames, at views off the path, against what needs no
-training. --part end-to-end: from the first frame and the path alone.
+training. --part end-to-end: from the first frame and the path alone, by a guided model and a LaLRM, which are trained
+now or given (--guide and --lalrm, {seed} in their paths).
 
 Every row and seed leaves WORK/PART/ROW/SEED.json; the same command goes on where it stopped. Differences are paired by
 seed. Writes benchmarks/results/NAME-PART.json and .md; the last line is JSON.
@@ -127,19 +128,18 @@ def end_to_end_row(name: str, args: Any, seed: int) -> dict[str, Any]:
     clips = test_clips(args, size_of(args))
     if name == "warped by true depth":
         return rows.by_clip(untrained(name, args, seed), clips)
-    guide = models.train_camera(ROWS["camera"]["dual"], args, out_of(args, "camera", "dual", seed), seed)
-    pipeline = load_pipeline(guide, TeacherPipeline).to(args.device)
+    pipeline = load_pipeline(trained_guide(args, seed), TeacherPipeline).to(args.device)
     if name == "nearest generated frame":
 
         def row(clip: Clip) -> torch.Tensor:
-            video = pipeline.decode_latents(models.guided_latents(pipeline, clip, args, seed))[0].cpu()
+            video = pipeline.decode_latents(models.guided_latents(pipeline, clip, args, seed, GUIDE_WEIGHT))[0].cpu()
             return rows.nearest(video, clip.cameras, clip.others.cameras)
     else:
         source = name.removeprefix("camera model, ")
         lalrm = load_pipeline(trained_lalrm(source, args, seed), TeacherPipeline).to(args.device)
 
         def row(clip: Clip) -> torch.Tensor:
-            made = models.gaussians_of(lalrm, models.guided_latents(pipeline, clip, args, seed), clip)
+            made = models.gaussians_of(lalrm, models.guided_latents(pipeline, clip, args, seed, GUIDE_WEIGHT), clip)
             return rows.shown(made, clip.others.cameras)
 
     return rows.by_clip(row, clips)
@@ -163,15 +163,24 @@ def untrained(name: str, args: Any, seed: int) -> Any:
 
 
 def trained_lalrm(name: str, args: Any, seed: int) -> Path:
-    """The folder of a row of --part lalrm, trained now if need be; stage 2 needs the guided model of --part camera."""
+    """The folder of a row of --part lalrm, trained now if need be; stage 2 needs a guided model."""
+    if name == "LaLRM" and args.lalrm:
+        return Path(args.lalrm.format(seed=seed))
     out = out_of(args, "lalrm", name, seed)
     if name != "LaLRM, stage 2":
         return models.train_lalrm(ROWS["lalrm"][name], args, out, seed)
     start = trained_lalrm("LaLRM", args, seed)
-    guide = models.train_camera(ROWS["camera"]["dual"], args, out_of(args, "camera", "dual", seed), seed)
     sources = test_clips(args, size_of(args), "train", args.generated)
-    generated = models.generated_clips(guide, sources, args, seed, out.parent / f"generated-{seed}")
+    guide = trained_guide(args, seed)
+    generated = models.generated_clips(guide, sources, args, seed, out.parent / f"generated-{seed}", GUIDE_WEIGHT)
     return models.train_lalrm_further(start, ROWS["lalrm"]["LaLRM"], generated, args, out, seed)
+
+
+def trained_guide(args: Any, seed: int) -> Path:
+    """The folder of the guided model of --part end-to-end and of stage 2, trained now if need be."""
+    if args.guide:
+        return Path(args.guide.format(seed=seed))
+    return models.train_camera(ROWS["camera"][GUIDE], args, out_of(args, "camera", GUIDE, seed), seed)
 
 
 def size_of(args: Any) -> Size:
@@ -183,6 +192,7 @@ def out_of(args: Any, part: str, name: str, seed: int) -> Path:
     return args.work / part / name.replace(" ", "-").replace("/", "-") / f"run-{seed}"
 
 
+GUIDE, GUIDE_WEIGHT = "dual, early steps", 3.0
 OF_A_CALL = ("part", "rows", "seeds", "device", "work", "name", "out")  # a row is the same whatever these are
 SEEDLESS = ("warped by true depth", "nearest frame", "cross-fade")
 MAKERS = {"camera": camera_row, "lalrm": lalrm_row, "end-to-end": end_to_end_row}
@@ -280,6 +290,8 @@ def parser() -> Parser:
     words.add_argument("--views", type=positive, default=2, help="of each kind, seen and unseen, in LaLRM's updates")
     words.add_argument("--perceptual", type=float, default=0.0, help="weight of LPIPS in LaLRM's loss")
     words.add_argument("--fit-seconds", type=float, default=1.0, help="a scene, of the fits")
+    words.add_argument("--guide", help="guided models for --part end-to-end, {seed} in their paths; else trained now")
+    words.add_argument("--lalrm", help="LaLRMs for the same, where their data are not the guided model's")
     words.add_argument("--device", default="cpu")
     words.add_argument("--work", type=Path, default=Path("runs/wonderland"))
     words.add_argument("--name", default="wonderland-tiny")

@@ -90,21 +90,21 @@ def shuffled(clips: Sequence[Clip]) -> list[Clip]:
     return [replace(a, cameras=b.cameras) for a, b in zip(clips, [*clips[1:], clips[0]], strict=True)]
 
 
-def generated_clips(folder: Path, clips: Sequence[Clip], args: Any, seed: int, out: Path) -> Path:
+def generated_clips(folder: Path, clips: Sequence[Clip], args: Any, seed: int, out: Path, weight: float = 1.0) -> Path:
     """A folder of clips that a guided model made of the first frames of ``clips``, along their paths; made once."""
     if not (out / "index.json").is_file():
-        videos = guided_videos(folder, clips, args, seed)
+        videos = guided_videos(folder, clips, args, seed, weight)
         made = [replace(c, truth=v, render=v, others=None) for c, v in zip(clips, videos, strict=True)]
         save_clips(out, made, {"kind": "generated"})
     return out
 
 
 @torch.no_grad()
-def guided_latents(pipeline: TeacherPipeline, clip: Clip, args: Any, seed: int) -> Tensor:
-    """[1, C, F', h, w], scaled: what the model makes of a clip's first frame and path."""
+def guided_latents(pipeline: TeacherPipeline, clip: Clip, args: Any, seed: int, weight: float = 1.0) -> Tensor:
+    """[1, C, F', h, w], scaled: what the model makes of a clip's first frame and path, of that ``weight``."""
     generator = torch.Generator().manual_seed(seed)
     condition = condition_of(clip, pipeline, generator)
-    return teacher_contestant(pipeline, args.steps).sample(condition, generator)
+    return teacher_contestant(pipeline, args.steps, camera_guidance=weight).sample(condition, generator)
 
 
 @torch.no_grad()
