@@ -69,10 +69,10 @@ def train_lalrm(words: Mapping[str, Any], args: Any, out: Path, seed: int) -> Pa
 def train_lalrm_further(
     start: Path, words: Mapping[str, Any], generated: Path, args: Any, out: Path, seed: int
 ) -> Path:
-    """The paper's second stage: ``start`` goes on with a folder of `generated_clips`, whose only views are their own
-    frames."""
+    """The paper's second stage: ``start`` goes on, at a tenth of the rate, with a folder of `generated_clips`, whose
+    only views are their own frames."""
     settings = lalrm_settings(words, args) | {"iterations": args.stage2_iterations, "unseen_views": 0}
-    settings |= {"own_iterations": 0, "lr_warmup": args.stage2_iterations // 3}
+    settings |= {"own_iterations": 0, "lr_warmup": args.stage2_iterations // 3, "lalrm_lr": args.lalrm_rate / 10}
     sources = {"teacher": str(start), "data": str(generated), "clips": args.generated}
     return distill.run(distill.stage_config("lalrm", common(args, out, seed) | settings | sources))
 
