@@ -9,11 +9,11 @@ detail, 5 % wrong in depth; `builtin-coarse`: closed from 3 to 10 % of the point
 10 % wrong in depth), against the truth. Rows: the render; the render through the VAE; the teacher's DDIM from pure
 noise and, from the noised render, from the student's own t (the ceiling of a leap); one evaluation from pure noise and
 from the leap, each undistilled and distilled; the distilled leap at the best constant t, chosen on the training clips;
-the same by DDPNet. Every seed trains a student with
-`method: leap` from the render (T' = 599), one of the same settings from noise (T' = 999 and the truth) and, of the
-first, a policy. Differences are paired by seed; an ordering that the paper reports is called reproduced, not
-reproduced or undecided. Geometry: matches between frames four apart (SIFT at four times the size) and their Sampson
-distance to the true cameras' epipolar geometry; the paper counts matches that a fitted matrix keeps.
+the same by DDPNet. Every seed trains a student with `method: leap` from the render (T' = 599), one of the same settings
+from noise (T' = 999 and the truth) and, of the first, a policy. Differences are paired by seed; an ordering that the
+paper reports is called reproduced, not reproduced or undecided. Geometry: matches between frames four apart (SIFT at
+four times the size) and their Sampson distance to the true cameras' epipolar geometry; the paper counts matches that a
+fitted matrix keeps.
 
 --teacher-only prints the rows that need no student: a teacher that is no better than its prior has nothing to give.
 recipes/train_cogvideox_world.py makes one. Interrupted, the same command goes on. Writes

@@ -6,10 +6,10 @@ learnt features Yao et al. 2018, and in front of Gaussians MVSplat, Chen et al. 
     s_k(p) = a mean over the frames j that see X_k of  <f_i(p), f_j(where j sees X_k)>
     n_k(p) = share of the frames j that see it
 
-A transformer can find this out by itself, and takes orders of magnitude longer to (docs/wonderland.md). Every frame is
-compared with `SOURCES` others, spread over the clip. Pixels here are the latents'.
+A transformer could find this out by itself; in small, in as many updates, it did not (docs/wonderland.md). Every frame
+is compared with up to `SOURCES` frames, spread over the clip, but itself. Pixels here are the latents'.
 
-Letters: F frames in F' latent frames, r = squeeze, K planes, S sources.
+Letters: F frames in F' latent frames, r = squeeze, K planes, S sources, a = sharpness, which is learnt.
 """
 
 from __future__ import annotations
