@@ -2,7 +2,7 @@
 
     python benchmarks/videoscene.py --teacher DIR [--seeds 0 1 2] [--iterations 300] [--train 256] [--clips 32]
         [--first 16] [--data builtin-coarse] [--t 459] [--k 50] [--rate 2e-4] [--device cuda] [--work DIR]
-        [--name NAME] [--teacher-only]
+        [--lpips 0] [--name NAME] [--teacher-only]
 
 What is measured: novel frames of clips of the teacher's length whose renders are closed (`builtin-closed`: exact in
 detail, 5 % wrong in depth; `builtin-coarse`: closed from 3 to 10 % of the points; `builtin-rough`: from .5 to 1 %, 5 to
@@ -167,7 +167,7 @@ def student_rows(args: Any, clips: Sequence[Clip], seed: int, data: Path) -> dic
     noise = train("noise", {"t": 999, "t_max": 999, "start": "truth"}, args, seed, data)
     policy = leap / "policy"
     if not (policy / "policy.json").is_file():
-        refit(leap, str(data), policy, clips=args.train, device=args.device)
+        refit(leap, str(data), policy, clips=args.train, lpips_weight=args.lpips, device=args.device)
     report = json.loads((policy / "policy.json").read_text())
     found: dict[str, dict[str, Any]] = {}
     rows = {
@@ -265,6 +265,7 @@ def main() -> None:
     parser.add_argument("--k", type=positive, default=50, help="of the student's grid")
     parser.add_argument("--ddim-k", type=positive, default=20, help="of the ceiling's steps")
     parser.add_argument("--t", type=positive, default=459, help="where the student lands, but for chosen t")
+    parser.add_argument("--lpips", type=float, default=0.0, help="weight of LPIPS in what an arm earns")
     parser.add_argument(
         "--data", default="builtin-closed", choices=["builtin-closed", "builtin-coarse", "builtin-rough"]
     )
@@ -298,7 +299,8 @@ def main() -> None:
         "hardware": f"{os.cpu_count()} cores, {platform.machine()}, {args.device}",
         "teacher": args.teacher.name,
         "data": f"{args.data}, test clips {args.first} to {args.first + args.clips - 1}, {args.train} to learn from",
-        "training": f"{args.iterations} iterations of {args.batch} clips, rate {args.rate:g}, k {args.k}, t {args.t}",
+        "training": f"{args.iterations} iterations of {args.batch} clips, rate {args.rate:g}, k {args.k}, t {args.t}, "
+        f"start {args.start}, huber_c {args.huber_c:g}; LPIPS weighs {args.lpips:g} in what an arm earns",
         "seeds": args.seeds,
     }
     write_results(

@@ -1,6 +1,7 @@
 """Train VAE and teacher of the proving ground: built-in clips of which little is given, mixed with the usual.
 
     python recipes/train_proving_ground.py --out DIR [--device cuda] [--minutes 7] [--clips 8192] [--init DIR]
+        [--data builtin-...]
 
 Made for a few minutes of one GPU, where the tiny preset's recipes are for hours of a CPU. Networks this small wait for
 the launches of their kernels, so that each whole update (batch, passes, optimiser, average) is one CUDA graph; clips
@@ -8,6 +9,9 @@ are made by the CPU's other cores while the VAE learns from the first of them. A
 (4x smaller, 8 channels), the rest to the teacher, whose architecture is the tiny preset's with wider layers. Learning
 rates come down with the clock, so that the last minute is the best. DIR gets vae, teacher, and log.json with what was
 done.
+
+--init goes on with a teacher of this recipe's, whose VAE is taken as it is; --data takes one kind of built-in clips
+in place of the mix. With a small --batch and --rate an hour of a CPU is enough for both together.
 """
 
 from __future__ import annotations
@@ -17,7 +21,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
@@ -45,10 +49,10 @@ MIX = ("builtin-sparse", "builtin", "builtin-sparse", "builtin-closed")  # one c
 # --- Clips ---
 
 
-def make_clip(index: int) -> tuple:
+def make_clip(index: int, mix: Sequence[str] = MIX) -> tuple:
     """Truth and render [F, 3, H, W] uint8 and known [F], as arrays."""
-    world = WORLDS[MIX[index % len(MIX)]]
-    clip = synthetic_clip("train", DATA_SEED, index // len(MIX), FRAMES, HEIGHT, WIDTH, world)
+    world = WORLDS[mix[index % len(mix)]]
+    clip = synthetic_clip("train", DATA_SEED, index // len(mix), FRAMES, HEIGHT, WIDTH, world)
     images = [frames.mul(255).round().to(torch.uint8).numpy() for frames in (clip.truth, clip.render)]
     return *images, clip.known.numpy()
 
@@ -196,7 +200,13 @@ def for_clip(photographs: Tensor, pipeline: ViewCrafterPipeline) -> Tensor:
 
 
 def train_teacher(
-    clips: dict[str, Tensor], pipeline: ViewCrafterPipeline, seconds: float, device: str, seed: int
+    clips: dict[str, Tensor],
+    pipeline: ViewCrafterPipeline,
+    seconds: float,
+    device: str,
+    seed: int,
+    batch: int = BATCH,
+    rate: float = TEACHER_RATE,
 ) -> tuple[ViewCrafterPipeline, dict]:
     """`train_tiny_teacher`'s objective: the squared error of the velocity, conditions dropped now and then."""
     pipeline = pipeline.to(device, torch.float32)
@@ -207,14 +217,14 @@ def train_teacher(
         def uniform(*shape: int) -> Tensor:
             return torch.rand(shape, generator=generator, device=device)
 
-        chosen = torch.randint(len(data["truth"]), (BATCH,), generator=generator, device=device)
+        chosen = torch.randint(len(data["truth"]), (batch,), generator=generator, device=device)
         z0, render, ends = (data[key][chosen] for key in ("truth", "render", "ends"))
-        back = (uniform(BATCH) < 0.5) & data["turns"][chosen]
+        back = (uniform(batch) < 0.5) & data["turns"][chosen]
         z0, render = (torch.where(back[:, None, None, None, None], z.flip(2), z) for z in (z0, render))
         photograph = torch.where(back[:, None, None, None], ends[:, 1], ends[:, 0])
-        t = torch.randint(1000, (BATCH,), generator=generator, device=device)
+        t = torch.randint(1000, (batch,), generator=generator, device=device)
         noise = torch.randn(z0.shape, generator=generator, device=device)
-        u = uniform(BATCH, 1, 1)
+        u = uniform(batch, 1, 1)
         text = torch.where(u < 2 * DROPOUT, prompts.negative, prompts.positive)
         no_image = (u >= DROPOUT) & (u < 3 * DROPOUT)
         shown = torch.where(no_image[..., None], grey, photograph)
@@ -224,8 +234,8 @@ def train_teacher(
         return (prediction - schedule.velocity(z0, noise, t)).square().mean()
 
     parts = [pipeline.unet, pipeline.image_encoder, pipeline.image_projector]
-    facts = trained("teacher", loss_of, parts, TEACHER_RATE, seconds, seed)
-    return pipeline.to("cpu"), facts | {"batch": BATCH, "clips": len(data["truth"])}
+    facts = trained("teacher", loss_of, parts, rate, seconds, seed)
+    return pipeline.to("cpu"), facts | {"batch": batch, "rate": rate, "clips": len(data["truth"])}
 
 
 def main() -> None:
@@ -236,15 +246,19 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8192)
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 1), help="that make clips")
     parser.add_argument("--init", type=Path, help="a teacher of this recipe's to go on from, with its VAE")
+    parser.add_argument("--data", choices=WORLDS, help="one kind of built-in clips in place of the mix")
+    parser.add_argument("--batch", type=int, default=BATCH, help="of the teacher")
+    parser.add_argument("--rate", type=float, default=TEACHER_RATE, help="the teacher's, at its highest")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
     start = time.perf_counter()
     pool = ProcessPoolExecutor(args.workers, initializer=torch.set_num_threads, initargs=(1,))
-    made = [pool.submit(make_clip, index) for index in range(args.clips)]
+    mix = (args.data,) if args.data else MIX
+    made = [pool.submit(make_clip, index, mix) for index in range(args.clips)]
     torch.set_float32_matmul_precision("high")  # TensorFloat-32 where there is any, as convolutions use it
     args.out.mkdir(parents=True, exist_ok=True)
-    log: dict[str, dict] = {"clips": {"count": args.clips, "mix": MIX}}
+    log: dict[str, dict] = {"clips": {"count": args.clips, "mix": mix}}
     if args.init:
         pipeline = load_pipeline(args.init, ViewCrafterPipeline)
     else:
@@ -257,7 +271,9 @@ def main() -> None:
     pool.shutdown()
     spent = time.perf_counter() - start
     print(f"{args.clips} clips after {spent:.0f} s", flush=True)
-    pipeline, log["teacher"] = train_teacher(clips, pipeline, 60 * args.minutes - spent, args.device, args.seed)
+    left = 60 * args.minutes - spent
+    how = (args.device, args.seed, args.batch, args.rate)
+    pipeline, log["teacher"] = train_teacher(clips, pipeline, left, *how)
     save_model(pipeline.to(dtype=torch.float16), args.out / "teacher")
     (args.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     print(json.dumps(log))
