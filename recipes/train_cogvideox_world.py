@@ -1,7 +1,7 @@
 """Train VAE and teacher of CogVideoX's classes, in small, on built-in clips.
 
     python recipes/train_cogvideox_world.py --out DIR [--image-condition ends|renders|first] [--device cuda]
-        [--minutes 10] [--vae-minutes 3] [--vae DIR] [--data DIR|builtin-...]
+        [--minutes 10] [--vae-minutes 3] [--vae DIR] [--init DIR] [--data DIR|builtin-...]
 
 Teachers of three kinds: an interpolation model ("ends": it sees first and last frame, noised as CogvideX-
 Interpolation's are), one that sees the whole render ("renders", the strongest; both are VideoScene's), and one that
@@ -13,8 +13,9 @@ squared error of the velocity at uniform timesteps. DIR gets `teacher` (a CogVid
 benchmarks/videoscene.py says how good it is against its prior, before any student is trained.
 
 --vae: a teacher of this recipe's, or recipes/weights/world-vae, whose VAE is taken as it is, or trained on where
---vae-minutes is given. --data: a folder of clips, or one kind of built-in ones (kept in fvgen's cache), in place of the
-mix; their latents are kept beside them, so that a second teacher of the same kind costs no second encoding.
+--vae-minutes is given. --init: a teacher of this recipe's and of these sizes, of any kind, to go on from, with its VAE.
+--data: a folder of clips, or one kind of built-in ones (kept in fvgen's cache), in place of the mix; their latents are
+kept beside them, so that a second teacher of the same kind costs no second encoding.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ from fvgen.models.cogvideox.family import FAMILY
 from fvgen.models.cogvideox.pipelines import CogVideoXTeacherPipeline
 from fvgen.models.cogvideox.prompts import EncodedPrompts
 from fvgen.models.condition import Condition
-from fvgen.pipelines.folders import save_model
+from fvgen.pipelines.folders import load_pipeline, save_model
 from fvgen.system.doors import load_tensors
 
 FRAMES = 9  # 8k + 1
@@ -240,9 +241,11 @@ def main() -> None:
     parser.add_argument("--vae-crop", type=int, default=64, help="pixels of a crop's side; a small one: more updates")
     parser.add_argument("--widths", type=int, nargs="+", default=WIDTHS, help="of the VAE's levels")
     parser.add_argument("--vae", type=Path, help="a teacher or recipes/weights/world-vae, whose VAE is taken")
+    parser.add_argument("--init", type=Path, help="a teacher of this recipe's to go on from, with its VAE")
     parser.add_argument("--data", help="a folder of clips, or a kind of built-in ones, in place of the mix")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    args.vae = args.vae or args.init
     if args.vae_minutes is None:
         args.vae_minutes = 0.0 if args.vae else 3.0
 
@@ -261,6 +264,9 @@ def main() -> None:
         seconds = 60 * args.vae_minutes
         log["vae"] = train_vae(vae, clips, seconds, args.device, args.seed, args.vae_batch, args.vae_crop)
     pipeline = build_teacher(vae.cpu(), args.seed, args.image_condition, args.layers, args.heads)
+    if args.init:
+        earlier = load_pipeline(args.init, CogVideoXTeacherPipeline).transformer
+        pipeline.transformer.load_state_dict(earlier.state_dict())
     save_model(pipeline, args.out / "teacher")  # of the VAE alone so far: a kill from here on costs only the teacher
     pipeline.to(args.device)
     if folder is not None:
