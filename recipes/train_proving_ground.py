@@ -271,9 +271,9 @@ def main() -> None:
     pool.shutdown()
     spent = time.perf_counter() - start
     print(f"{args.clips} clips after {spent:.0f} s", flush=True)
-    left = 60 * args.minutes - spent
-    how = (args.device, args.seed, args.batch, args.rate)
-    pipeline, log["teacher"] = train_teacher(clips, pipeline, left, *how)
+    pipeline, log["teacher"] = train_teacher(
+        clips, pipeline, 60 * args.minutes - spent, args.device, args.seed, args.batch, args.rate
+    )
     save_model(pipeline.to(dtype=torch.float16), args.out / "teacher")
     (args.out / "log.json").write_text(json.dumps(log, indent=1) + "\n")
     print(json.dumps(log))

@@ -134,3 +134,23 @@ def test_a_teacher_of_cogvideox_kind_is_trained_by_the_clock(tmp_path):
     log = json.loads(done.stdout.splitlines()[-1])
     assert log["vae"]["iterations"] > 0 and log["teacher"]["iterations"] > 0
     assert load_pipeline(tmp_path / "world" / "teacher", TeacherPipeline).config.image_condition == "first"
+
+    before = (tmp_path / "world/teacher/vae/diffusion_pytorch_model.safetensors").read_bytes()
+    words = ["--init", tmp_path / "world/teacher", "--image-condition", "ends", "--device", "cpu", "--minutes", "0.1"]
+    words += ["--clips", "4", "--batch", "2", "--layers", "1", "--heads", "1", "--out", tmp_path / "on"]
+    done = python("recipes/train_cogvideox_world.py", *words)
+    assert done.returncode == 0, done.stderr
+    assert "vae" not in json.loads(done.stdout.splitlines()[-1])
+    assert (tmp_path / "on/teacher/vae/diffusion_pytorch_model.safetensors").read_bytes() == before
+    assert load_pipeline(tmp_path / "on" / "teacher", TeacherPipeline).config.image_condition == "ends"
+
+
+def test_the_proving_grounds_teacher_goes_on_with_one_kind_of_clips(tmp_path):
+    words = ["--init", REPOSITORY / "recipes/weights/proving-ground", "--data", "builtin-rough", "--device", "cpu"]
+    words += ["--minutes", "0.3", "--clips", "2", "--batch", "1", "--rate", "1e-4", "--out", tmp_path]
+    done = python("recipes/train_proving_ground.py", *words)
+    assert done.returncode == 0, done.stderr
+    log = json.loads((tmp_path / "log.json").read_text())
+    assert log["clips"] == {"count": 2, "mix": ["builtin-rough"]}
+    assert log["teacher"]["iterations"] > 0 and log["teacher"]["rate"] == 1e-4
+    assert load_pipeline(tmp_path / "teacher", TeacherPipeline).frames == 8
